@@ -1,10 +1,880 @@
 """From files to tensors."""
 
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import subprocess
+import tempfile
+import threading
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
+
+IGNORE = -100  # label of what is not learnt
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Video: decode, sample, motion
+
+# Formats that hold a video in themselves. Playlists, concat scripts, image patterns and texts, which open other files or
+# draw letters, are not among them, whatever the file is called.
+CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut,mxf,dv,wtv"
+HELD_BYTES = 96 << 20  # videos whose scaled frames all fit into this are read in one run of ffmpeg
+SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
+
+
+class VideoError(ValueError):
+    """A file that gives no frames. The message is one line: "PATH: reason"."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{path if isinstance(path, str) else os.fsdecode(path)}: {reason}".replace("\n", " "))
+
+
+@dataclass
+class Clip:
+    """T sampled frames; `motion` shows the same frames with everything that does not move blacked out."""
+
+    appearance: np.ndarray  # (T, H, W, 3) uint8 RGB
+    motion: np.ndarray  # (T, H, W, 3) uint8 RGB
+    seconds: list  # T times, rounded to 0.1
+    message: str  # stands before the question in the prompt
+    indices: np.ndarray  # (T) frame numbers in the video
+
+
+def read_clip(path, n_frames=32, image_size=224, motion="hard", sampling="uniform", generator=None):
+    """Video file -> Clip of min(n_frames, total) frames. Raises VideoError.
+
+    motion: "hard" or "soft" (see `motion_mask`), or "none": black, and no flow is computed.
+    sampling: "uniform", or "headtail" (half from each half of the video, drawn with `generator`, a numpy Generator).
+    """
+    frames, fps, indices = _decode(path, image_size, lambda total: sample_frames(total, n_frames, sampling, generator))
+    appearance = np.stack([frames[i] for i in indices])
+    masked = np.zeros_like(appearance)
+    if motion != "none" and len(frames) > 1:
+        current = np.maximum(indices, 1)  # frame 0 has no predecessor: frame 1 stands in for it, as released
+        pairs = (torch.from_numpy(np.stack([frames[i] for i in which])) for which in (current - 1, current))
+        masked = motion_mask(*pairs, motion).numpy()
+    seconds = [round(i / fps, 1) for i in indices.tolist()]
+    times = ", ".join(map(str, seconds))
+    message = f"The video contains {len(seconds)} frames sampled at {times} seconds. "
+    return Clip(appearance, masked, seconds, message, indices)
+
+
+def sample_frames(total, n_frames, sampling="uniform", generator=None):
+    """Ascending frame numbers, min(n_frames, total) of them."""
+    n = min(n_frames, total)
+    if sampling == "uniform":
+        return np.arange(0, total, total / n).astype(int)[:n]  # float steps may give one too many
+    if sampling != "headtail":
+        raise ValueError(f'sampling must be "uniform" or "headtail", not {sampling!r}')
+    head, tail = np.split(np.arange(total), [total // 2])
+    drawn = [generator.choice(head, n // 2, replace=False), generator.choice(tail, n - n // 2, replace=False)]
+    return np.sort(np.concatenate(drawn))
+
+
+def _decode(path, size, choose):
+    """-> ({number: (size, size, 3) uint8} with the chosen frames and their predecessors, frame rate, chosen numbers).
+
+    Frames are, bit for bit, those of `ffmpeg -i PATH -vf scale=S:S:flags=bilinear -fps_mode passthrough`. Short videos
+    take one run, which keeps every frame. For long ones a first run reads only the packets' times, and then nothing but
+    the chosen frames comes out of the runs that decode, so memory does not grow with the video's length.
+    """
+    _check_file(path)
+    most = HELD_BYTES // (size * size * 3)
+    with _Ffmpeg(path, size, table=True) as run:
+        held = []
+        for frame in run.frames():
+            held.append(frame)
+            if len(held) > most or len(held) == 1 and np.prod(run.announced()) > 1.1 * most:
+                break
+        else:
+            run.check(len(held))
+            return dict(enumerate(held)), run.packets().rate, choose(len(held))
+    del held, frame
+    with _Ffmpeg(path, table=True) as run:
+        run.process.wait()
+        packets = run.packets()
+    indices = choose(len(packets.times))
+    frames = _seek(path, size, packets, _with_predecessors(indices))
+    if frames is None:
+        frames, indices = _decode_through(path, size, len(packets.times), choose)
+    return frames, packets.rate, indices
+
+
+def _with_predecessors(indices):
+    return sorted({max(i, 1) - back for i in indices.tolist() for back in (0, 1)})
+
+
+def _decode_through(path, size, total, choose):
+    """Decodes the whole video and keeps the chosen frames; `total` is a guess, the end of the run tells the truth."""
+    for _ in range(2):
+        indices = choose(total)
+        numbers = _with_predecessors(indices)
+        with _Ffmpeg(path, size, select="+".join(f"eq(n,{number})" for number in numbers)) as run:
+            frames = list(run.frames())
+            decoded = run.check(len(frames))
+        if decoded == total and len(frames) == len(numbers):
+            return dict(zip(numbers, frames, strict=True)), indices
+        total = decoded
+    raise VideoError(path, "changes its number of frames from one decoding to the next")
+
+
+def _seek(path, size, packets, numbers):
+    """Decodes only from the keyframe before each pair of frames -> as `_decode_through`, or None where that is not safe.
+
+    Safe is a video with one frame for each packet, at a time of its own. A frame that cannot be rebuilt after a seek
+    does not come out of ffmpeg, or not at that time, so a wrong guess is noticed.
+    """
+    runs = {}  # keyframe -> frame numbers that are decoded from there
+    for number in numbers:
+        early = packets.keys[packets.keys <= max(0, number - SEEK_MARGIN)]
+        runs.setdefault(int(early[-1]) if len(early) else 0, []).append(number)
+    cost = sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in runs.items())
+    if not packets.seekable or cost > 0.7 * len(packets.times):
+        return None
+
+    def decode(key, wanted):
+        select = "+".join(f"eq(pts,{packets.times[number]})" for number in wanted)
+        start = packets.times[max(key, min(wanted) - SEEK_MARGIN)] * packets.tick if key else None
+        with _Ffmpeg(path, size, select=select, start=start, threads=1) as run:
+            return dict(zip(wanted, run.frames(len(wanted)), strict=False))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        frames = {n: frame for found in pool.map(decode, runs, runs.values()) for n, frame in found.items()}
+    return frames if len(frames) == len(numbers) else None
+
+
+def _check_file(path):
+    """Only a regular, readable file that is not empty goes to ffmpeg: a named pipe could block for ever."""
+    try:
+        status = os.stat(path)
+        with open(path, "rb") if stat.S_ISREG(status.st_mode) else nullcontext():
+            pass
+    except (OSError, ValueError) as error:
+        raise VideoError(path, getattr(error, "strerror", None) or error) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+    if status.st_size == 0:
+        raise VideoError(path, "is empty")
+
+
+@dataclass
+class _Packets:
+    """What the container says of the video, without decoding."""
+
+    times: np.ndarray  # ascending, in ticks: when frame i is shown
+    keys: np.ndarray  # numbers of the keyframes
+    tick: float  # seconds
+    rate: float  # average, frames a second
+    seekable: bool  # each packet is one frame with a time of its own
+
+
+class _Ffmpeg:
+    """One run of ffmpeg on one file: no shell, no network, no standard input, and an end with the `with` block."""
+
+    def __init__(self, path, size=None, table=False, select=None, start=None, threads=None):
+        self.path, self.size, self.folder = path, size, tempfile.TemporaryDirectory()
+        self.log_path, self.table_path = (os.path.join(self.folder.name, name) for name in ("log", "table"))
+        threads = str(threads or min(torch.get_num_threads(), 8))  # one in a loader worker
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+verbose"]
+        command += ["-copyts", "-threads", threads, "-filter_threads", threads, "-max_pixels", "100000000"]
+        command += ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS]
+        if start is not None:
+            command += ["-noaccurate_seek", "-seek_timestamp", "1", "-ss", f"{start:.6f}"]
+        command += ["-i", "file:" + os.fsdecode(path)]
+        if table:
+            command += ["-an", "-sn", "-dn", "-c", "copy", "-copyinkf", "-copypriorss", "1"]
+            command += ["-f", "framecrc", "file:" + self.table_path]
+        if size:
+            filters = (f"select='{select}'," if select else "") + f"scale={size}:{size}:flags=bilinear"
+            command += ["-an", "-sn", "-dn", "-vf", filters, "-fps_mode", "passthrough"]
+            command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+        with open(self.log_path, "wb") as log:
+            pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pipesize=1 << 20)
+            self.process = subprocess.Popen(command, **pipes)
+        self.timer = threading.Timer(600 + os.path.getsize(path) / 1e5, self.process.kill)  # nothing waits for ever
+        self.timer.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.timer.cancel()
+        self.process.kill()
+        self.process.stdout.close()
+        self.process.wait()
+        self.folder.cleanup()
+
+    def frames(self, most=None):
+        """Yields (size, size, 3) uint8 arrays as they come, at most `most`."""
+        while most is None or most > 0:
+            frame = np.empty((self.size, self.size, 3), np.uint8)
+            if self.process.stdout.readinto(frame.data.cast("B")) < frame.size:
+                return
+            yield frame
+            most = most and most - 1
+
+    def log(self):
+        with open(self.log_path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def check(self, n_frames):
+        """After the last frame -> number of frames decoded. Raises VideoError if there were none, or the file is cut."""
+        if self.process.wait() < 0:
+            raise VideoError(self.path, f"took too long to read, stopped after {self.timer.interval:.0f} s")
+        log = self.log()
+        errors = re.findall(r"^(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*)", log, re.M)
+        videos = re.findall(r"^\[info\]   Stream #0:\d+.*?: Video: (.*)", log, re.M)
+        if any(error.endswith(("partial file", "File ended prematurely")) for error in errors):
+            raise VideoError(self.path, f"is cut short after {n_frames} frames; get the whole file again")
+        if "[info] Input #0" in log and all("(attached pic)" in video for video in videos):
+            raise VideoError(self.path, "holds no video stream")
+        if n_frames == 0:
+            raise VideoError(self.path, f"cannot be read as a video ({errors[0] if errors else 'it has no frames'})")
+        return int(re.search(r" (\d+) frames decoded", log)[1])
+
+    def announced(self):
+        """(seconds, frames a second) that ffmpeg prints for the stream it chose, rounded to two digits; 0 if unknown."""
+        log = self.log()
+        chosen = re.search(r"^\[info\]   Stream (#0:\d+) -> ", log, re.M)
+        rate = chosen and re.search(rf"^\[info\]   Stream {chosen[1]}\b.*? ([\d.]+)(k?) (?:fps|tbr),", log, re.M)
+        clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.M)
+        hours, minutes, seconds = map(float, clock.groups()) if clock else (0, 0, 0)
+        return hours * 3600 + minutes * 60 + seconds, float(rate[1]) * (1000 if rate[2] else 1) if rate else 0
+
+    def packets(self):
+        """Reads the table, a line for each packet: stream, dts, pts, duration, size, checksum, flags unless just "key"."""
+        times, keys, duration, tick, plain = array("q"), array("q"), 0, 1.0, True
+        with open(self.table_path) as file:
+            for line in file:
+                if line.startswith("#tb"):
+                    numerator, denominator = line.split()[-1].split("/")
+                    tick = int(numerator) / int(denominator)
+                elif not line.startswith("#"):
+                    fields = line.split(",")
+                    flags = int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1
+                    times.append(int(fields[2]))
+                    duration += int(fields[3])
+                    plain &= flags & ~0x11 == 0  # no other than "key" and "disposable"
+                    if flags & 1:
+                        keys.append(times[-1])
+        log, printed = self.log(), self.announced()[1]
+        # The printed rate is rounded; the packets' durations, or NTSC's 1000/1001, give it exactly.
+        rates = [len(times) / (duration * tick)] if duration > 0 else []
+        rates += [round(printed * 1.001) / 1.001] if printed else []
+        rate = next((exact for exact in rates if abs(exact - printed) < 0.0051), printed or (rates or [25.0])[0])
+        times = np.sort(np.array(times))
+        keys = np.searchsorted(times, np.sort(np.array(keys)))
+        known = r"Input #0, (?:mov|matroska)[^\0]*?^\[info\]   Stream #0:\d+[^\n]*: Video: (?:h264|hevc|vp9|av1)\b"
+        seekable = plain and "[error]" not in log and re.search(known, log, re.M) is not None
+        seekable = seekable and len(np.unique(times)) == len(times) and 0 in keys[:1]
+        return _Packets(times, keys, tick, rate, seekable)
+
+
+def motion_mask(previous, current, kind="hard"):
+    """Frames (T, H, W, 3) uint8, tensors -> `current` with what does not move blacked out.
+
+    kind: "hard" keeps the pixels whose flow is longer than 0.2 px (as released); "soft" multiplies every pixel with its
+    flow's length, scaled to [0, 1] in each frame (paper, Eq. 4).
+    """
+    flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
+    magnitude = torch.linalg.vector_norm(flow, dim=-1, keepdim=True)  # (T, H, W, 1)
+    if kind == "hard":
+        return current * (magnitude > 0.2)
+    if kind == "soft":
+        weight = magnitude / magnitude.amax(dim=(-3, -2), keepdim=True).clamp(min=1e-6)
+        return (current * weight).round().to(torch.uint8)
+    raise ValueError(f'motion must be "hard", "soft" or "none", not {kind!r}')
+
+
+def rgb_to_gray(frames):
+    """(…, 3) uint8 RGB -> (…) uint8: 0.299 R + 0.587 G + 0.114 B in OpenCV's 15-bit integers."""
+    red, green, blue = frames.int().unbind(-1)
+    return ((9798 * red + 19235 * green + 3735 * blue + (1 << 14)) >> 15).to(torch.uint8)
+
+
+def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterations=3, poly_n=5, poly_sigma=1.2):
+    """Dense optical flow of Farnebäck (2003): gray frames (…, H, W) -> (…, H, W, 2), x and y in pixels, float32.
+
+    Equals cv2.calcOpticalFlowFarneback with a box window. Both frames are written, around every pixel, as a parabola
+    f(u) = uᵀA u + bᵀu + c. If the second frame is the first one moved by d, then A is the same and b₂ = b₁ - 2A d, so
+    that A d = (b₁ - b₂)/2: two equations for each pixel, solved by least squares over a window, from coarse to fine.
+    """
+    previous, current = torch.as_tensor(previous), torch.as_tensor(current)
+    frames = torch.stack([previous, current]).reshape(2, -1, *previous.shape[-2:])
+    scales = [1.0]
+    while len(scales) <= levels and min(frames.shape[-2:]) * scales[-1] * pyr_scale >= 32:
+        scales.append(scales[-1] * pyr_scale)
+
+    def coarse_to_fine(frames):  # (2, B, H, W) -> (B, H, W, 2)
+        flow = None
+        for scale in reversed(scales):
+            pyramid_level = _pyramid_level(frames.float(), scale)
+            if flow is None:
+                flow = torch.zeros_like(pyramid_level)  # (2, B, h, w): here 2 is x and y
+            else:
+                flow = F.interpolate(flow, pyramid_level.shape[-2:], mode="bilinear") / pyr_scale
+            first, second = _polynomial_expansion(pyramid_level, poly_n, poly_sigma)
+            for _ in range(iterations):
+                flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
+        return flow.permute(1, 2, 3, 0)
+
+    if frames.device.type != "cpu":
+        return coarse_to_fine(frames).reshape(*previous.shape, 2)
+    # Few pairs at a time stay in the processor's cache. Threads take blocks of pairs: a single step is too short to be
+    # worth dividing, and torch's own threads wait for each other badly when the machine is busy.
+    blocks = frames.split(max(1, 2 * 224**2 // previous.shape[-2:].numel()), dim=1)
+    threads = torch.get_num_threads()
+    if threads == 1:
+        flows = [coarse_to_fine(block) for block in blocks]
+    else:
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                flows = list(pool.map(coarse_to_fine, blocks))
+        finally:
+            torch.set_num_threads(threads)
+    return torch.cat(flows).reshape(*previous.shape, 2)
+
+
+def _pyramid_level(frames, scale):
+    """Blur and shrink: both are linear and separable, so one matrix for the rows and one for the columns does it."""
+    rows, columns = (_blur_and_resize(n, round(n * scale), scale).to(frames.device) for n in frames.shape[-2:])
+    return rows @ frames @ columns.T
+
+
+@lru_cache
+def _blur_and_resize(n, m, scale):
+    """(m, n) matrix: Gaussian blur with mirrored borders, then bilinear interpolation from n to m samples."""
+    sigma = (1 / scale - 1) / 2
+    radius = max(round(sigma * 5) // 2, 1)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-(offsets.double() ** 2) / (2 * sigma**2)) if sigma else torch.tensor([1, 2, 1]).double()
+    blur = torch.zeros(n, n, dtype=torch.float64)
+    source = (torch.arange(n)[:, None] + offsets).abs() % max(2 * n - 2, 1)  # mirrored at 0 and at n - 1
+    source = torch.where(source < n, source, 2 * n - 2 - source)
+    blur.scatter_add_(1, source, (kernel / kernel.sum()).expand(n, -1))
+    at = ((torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5).clamp(0, n - 1)
+    left = at.long()
+    share = (at - left)[:, None]
+    return (blur[left] * (1 - share) + blur[(left + 1).clamp(max=n - 1)] * share).float()
+
+
+def _polynomial_expansion(image, n, sigma):
+    """(…, h, w) -> (…, 5, h, w): the coefficients of y, x, y², x², xy of the parabola that fits best around each pixel.
+
+    The fit is weighted by a Gaussian g over the (2n+1)² neighbours. Its normal equations have the same small matrix
+    everywhere, so the coefficients are sums of correlations of the image with g(x)g(y) times 1, x, y, x², y², xy.
+    """
+    g, xg, xxg, first, mixed, second, cross = _expansion_weights(n, sigma)
+    h, w = image.shape[-2:]
+    padded = F.pad(image, (n, n, n, n), mode="replicate")
+    p0, p1, p2 = padded.new_zeros(3, *padded.shape[:-1], w)  # each row correlated with g, xg, x²g
+    p0.add_(padded[..., n : n + w], alpha=g[0])
+    for k in range(1, n + 1):
+        left, right = padded[..., n - k : n - k + w], padded[..., n + k : n + k + w]
+        total = left + right
+        p0.add_(total, alpha=g[k])
+        p2.add_(total, alpha=xxg[k])
+        p1.add_(torch.sub(right, left, out=total), alpha=xg[k])
+    result = image.new_zeros(*image.shape[:-2], 5, h, w)
+    y, x, yy, xx, xy = result.unbind(-3)
+    one = g[0] * p0[..., n : n + h, :]
+    x.add_(p1[..., n : n + h, :], alpha=g[0])
+    xx.add_(p2[..., n : n + h, :], alpha=g[0])
+    for k in range(1, n + 1):
+        up0, up1, up2 = (p[..., n - k : n - k + h, :] for p in (p0, p1, p2))
+        down0, down1, down2 = (p[..., n + k : n + k + h, :] for p in (p0, p1, p2))
+        total = up0 + down0
+        one.add_(total, alpha=g[k])
+        yy.add_(total, alpha=xxg[k])
+        y.add_(torch.sub(down0, up0, out=total), alpha=xg[k])
+        x.add_(torch.add(up1, down1, out=total), alpha=g[k])
+        xy.add_(torch.sub(down1, up1, out=total), alpha=xg[k])
+        xx.add_(torch.add(up2, down2, out=total), alpha=g[k])
+    one *= mixed
+    y *= first
+    x *= first
+    yy.mul_(second).add_(one)
+    xx.mul_(second).add_(one)
+    xy *= cross
+    return result
+
+
+@lru_cache
+def _expansion_weights(n, sigma):
+    """g, xg, x²g at 0…n, and the entries of the inverse normal matrix for x, for 1 with x², for x² and for xy."""
+    x = torch.arange(-n, n + 1, dtype=torch.float64)
+    g = torch.exp(-(x**2) / (2 * sigma**2))
+    g /= g.sum()
+    m2, m4 = (g * x**2).sum().item(), (g * x**4).sum().item()
+    normal = torch.tensor([[1, m2, m2], [m2, m4, m2 * m2], [m2, m2 * m2, m4]], dtype=torch.float64)  # 1, x², y²
+    inverse = normal.inverse()
+    half = [(g * x**power)[n:].tolist() for power in range(3)]
+    return *half, 1 / m2, inverse[0, 1].item(), inverse[1, 1].item(), 1 / m2**2
+
+
+def _equations(first, second, flow):
+    """The normal equations of A d = Δb for each pixel -> (5, B, h, w): AᵀA as yy, xy, xx, and AᵀΔb as y, x.
+
+    `second` is read where the flow so far points to; A is the mean of both frames' and Δb = (b₁ - b₂)/2 + A·flow.
+    Outside the frame A is the first one's alone and b₂ = 0. Near the border everything counts less.
+    """
+    h, w = flow.shape[-2:]
+    dx, dy = flow
+    px = dx + torch.arange(w, device=flow.device)
+    py = dy + torch.arange(h, device=flow.device)[:, None]
+    inside = ((px >= 0) & (px < w - 1) & (py >= 0) & (py < h - 1)).float()
+    grid = torch.stack([px * (2 / max(w - 1, 1)) - 1, py * (2 / max(h - 1, 1)) - 1])  # grid_sample's -1…1
+    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), padding_mode="zeros", align_corners=True)
+    first, second = first.transpose(0, 1), second.transpose(0, 1) * inside  # (5, B, h, w)
+    dby, dbx = (first[:2] - second[:2]) / 2
+    ayy, axx, axy = (first[2:] + second[2:]).mul_(1 - inside / 2)
+    axy /= 2  # xy's coefficient is A's entry twice
+    dby += (ayy * dy).addcmul_(axy, dx)
+    dbx += (axx * dx).addcmul_(axy, dy)
+    equations = torch.empty_like(first)
+    torch.mul(ayy, ayy, out=equations[0]).addcmul_(axy, axy)
+    torch.mul(axy, ayy + axx, out=equations[1])
+    torch.mul(axx, axx, out=equations[2]).addcmul_(axy, axy)
+    torch.mul(ayy, dby, out=equations[3]).addcmul_(axy, dbx)
+    torch.mul(axy, dby, out=equations[4]).addcmul_(axx, dbx)
+    return equations.mul_(_border_weight(h, w).to(flow.device))
+
+
+@lru_cache
+def _border_weight(h, w):
+    """(h, w) squared weight of a pixel, by its distance to the border."""
+    weights = []
+    for n in (h, w):
+        weight = torch.ones(n + 10)
+        weight[:5] = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472])
+        weights.append((weight[:n] * weight[:n].flip(0)) ** 2)
+    return weights[0][:, None] * weights[1]
+
+
+def _window_sums(planes, winsize):
+    """(5, B, h, w) -> the same, summed over windows of 2·(winsize//2) + 1 squared, the border pixels repeated."""
+    m = winsize // 2
+    padded = F.pad(planes, (m, m, m, m), mode="replicate")
+    # All planes as one long line: a shift by a column or by a row is then one contiguous slice, and fast. What is summed
+    # across the end of a row or a plane lands in the places that the last line leaves out.
+    sums = _running_sum(padded.flatten(), 2 * m + 1, step=1)
+    sums = _running_sum(sums, 2 * m + 1, step=padded.shape[-1])
+    return sums.as_strided(planes.shape, padded.stride())
+
+
+def _running_sum(line, count, step):
+    """(L) -> (L - (count-1)·step): sums of `count` (odd) neighbours, `step` apart, from sums of 1, 2, 4, … of them."""
+    n = len(line) - (count - 1) * step
+    total, done, width = line[:n], 1, 1
+    while 2 * width <= count:
+        line = line[: -width * step] + line[width * step :]
+        width *= 2
+        if count & width:
+            part = line[done * step : done * step + n]
+            total = total + part if done == 1 else total.add_(part)
+            done += width
+    return total
+
+
+def _solve(equations, winsize):
+    """2×2 systems (5, B, h, w), sums over windows -> flow (2, B, h, w); OpenCV's regularisation, made for sums / winsize²."""
+    yy, xy, xx, y, x = equations
+    determinant = (yy * xx).addcmul_(xy, xy, value=-1).add_(1e-3 * winsize**4)
+    flow = torch.stack([(yy * x).addcmul_(xy, y, value=-1), (xx * y).addcmul_(xy, x, value=-1)])
+    return flow.div_(determinant)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Text: tokenizer and prompts
 
+DESCRIBE_QUESTIONS = [  # asked in place of a row's own first question when the answer is the description
+    "Can you describe the anomaly in the video?",
+    "What is unusual in this video?",
+    "Please describe what goes wrong in the video.",
+    "Tell me about the abnormal event in this clip.",
+    "Which abnormal event does the video show?",
+    "Does anything out of the ordinary happen in the video, and what is it?",
+    "Give a description of the anomaly that you see.",
+    "How would you describe the strange event in this video?",
+    "Explain what is abnormal in the clip.",
+    "What happens in this video that should not happen?",
+    "Describe any unexpected behaviour in the video.",
+    "Summarise the anomaly in the video.",
+    "What stands out as abnormal in this scene?",
+    "Look at the video and report what is not normal.",
+    "Could you say what anomaly occurs in the video?",
+    "In a few words, what is odd about this clip?",
+    "Write down what the abnormal event is and how it unfolds.",
+    "What kind of anomaly can be seen in the video?",
+    "Is there an anomaly in the video? Describe it.",
+    "Please tell me in detail about the irregular event in the video.",
+]
+
+SYSTEM = " "  # the released system text: a single space
+PROMPT_MARKER = re.compile(r"(\[(?=/?INST\])|<(?=</?SYS>>|/?Video>))")  # first character of a marker of the prompt
+
+
+def plain_text(text):
+    """What a user wrote, as text only: markers of the prompt are broken by a space, lone surrogates become "?".
+
+    SentencePiece never makes a control token from text (`<s>` and the like come out as ordinary pieces), but `[/INST]`
+    is ordinary text to LLaMA as well, and a question that holds it could close its own turn.
+    """
+    return PROMPT_MARKER.sub(r"\1 ", text).encode("utf-8", "replace").decode("utf-8")
+
+
+def clean_caption(text, max_words=50):
+    """Stage-1 captions as BLIP cleans them (released `BlipCaptionProcessor`): lower case, less punctuation."""
+    text = re.sub(r'[.!"()*#:;~]', " ", text.strip().lower())
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:max_words])
+
+
+class Tokenizer:
+    """SentencePiece plus one placeholder id for soft tokens, and the two formats that Hawk reads.
+
+    Equals transformers 4.28's slow LLaMA tokenizer with an added `<ImageHere>`: text between control tokens is encoded
+    piece by piece, and each piece starts with SentencePiece's dummy prefix (a space). Control ids are put in here and
+    nowhere else, so that no text can produce one.
+    """
+
+    def __init__(self, path):
+        """path: a `tokenizer.model`. Raises ValueError if that is not a SentencePiece model with <s> and </s>."""
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such tokenizer file")
+        try:
+            self.sp = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise ValueError(f"{path}: not a SentencePiece model (a complete tokenizer.model is needed)") from None
+        self.vocab_size = self.image_id = self.sp.vocab_size()  # the placeholder is the first id after the vocabulary
+        self.bos, self.eos, self.pad = self.sp.bos_id(), self.sp.eos_id(), 0
+        if min(self.bos, self.eos) < 0:
+            raise ValueError(f"{path}: the vocabulary has no <s> or no </s>")
+
+    def encode_conversation(self, qa, message="", n_visual=64, max_tokens=512, system=SYSTEM):
+        """qa: rounds of {"q", "a"} -> (ids, labels), lists of at most max_tokens; labels are -100 but on the answers.
+
+        Equals the released `preprocess_for_llama_v2`. A round whose answer is "" stays open: nothing follows `[/INST]`.
+        """
+        ids, labels = [], []
+
+        def add(tokens, target=False):
+            ids.extend(tokens)
+            labels.extend(tokens if target else [IGNORE] * len(tokens))
+
+        for i, turn in enumerate(qa):
+            question, answer = plain_text((message if i == 0 else "") + turn["q"]), plain_text(turn["a"])
+            add([self.bos])
+            if i == 0:
+                add(self.sp.encode(f"[INST] <<SYS>>\n{plain_text(system) or SYSTEM}\n<</SYS>>\n\n<Video>"))
+                add([self.image_id] * n_visual)
+                add(self.sp.encode(f"</Video> {question} [/INST]"))
+            else:
+                add(self.sp.encode(f"[INST] {question} [/INST]"))
+            if answer:  # the dummy prefix of this piece is the space after [/INST]
+                add(self.sp.encode(answer + " ") + [self.eos], target=True)
+        return ids[:max_tokens], labels[:max_tokens]
+
+    def encode_prompt(self, question, message="", n_visual=64, system=SYSTEM, history=()):
+        """The ids of a conversation up to the answer that is to be generated. history: earlier (question, answer)."""
+        qa = [{"q": q, "a": a} for q, a in [*history, (question, "")]]
+        return self.encode_conversation(qa, message, n_visual, None, system)[0]
+
+    def encode_caption(self, text, n_visual, max_tokens=32):
+        """Stage 1: `<s>`, n_visual placeholders, then the cleaned caption and a line feed in at most max_tokens."""
+        caption = self.sp.encode(clean_caption(plain_text(text)) + "\n")[:max_tokens]
+        start = [self.bos] + [self.image_id] * n_visual
+        return start + caption, [IGNORE] * len(start) + caption
+
+    def decode(self, ids):
+        """Token ids -> text; control tokens, padding and placeholders are left out."""
+        text = (int(i) for i in ids if 0 < i < self.vocab_size)
+        return self.sp.decode([i for i in text if not self.sp.is_control(i)]).strip()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Datasets: index files, samples, batches
+
+SLOTS = ("car", "bus", "truck", "motorbike", "person", "cyclist", "dog", "bag", "fire", "crash")  # stage-0 targets
+COLOURS = ("red", "blue", "green", "yellow", "white", "purple")
+STILL = 0.25  # pixels: an object that moved less than this between two frames is absent from the motion frame
+
+
+def read_index(path):
+    """An index file (JSON lines) -> its rows, with absolute video paths. A bad line is a ValueError of one line."""
+    rows, folder = [], os.path.dirname(os.path.abspath(path))
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    rows.append(check_row(json.loads(text)))
+                    rows[-1]["video"] = os.path.join(folder, rows[-1]["video"])
+            except (ValueError, RecursionError) as error:
+                reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{path}, line {number}: {reason}") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows; an index has one JSON object a line, with video and description or qa")
+    return rows
+
+
+def check_row(row):
+    """The row, or a ValueError that says which field is wrong."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if not isinstance(row.get("video"), str) or not row["video"] or "\0" in row["video"]:
+        raise ValueError('"video" must be the path of a file')
+    for field, kind in (("description", str), ("motion", str), ("qa", list), ("flags", list), ("objects", list)):
+        if not isinstance(row.get(field), (kind, type(None))):
+            raise ValueError(f'"{field}" must be a {"text" if kind is str else "list"}')
+    for turn in row.get("qa") or []:
+        if not isinstance(turn, dict) or not isinstance(turn.get("q"), str) or not isinstance(turn.get("a"), str):
+            raise ValueError('each entry of "qa" must be {"q": text, "a": text}')
+    if not row.get("description") and not any(turn["a"] for turn in row.get("qa") or []):
+        raise ValueError('needs a "description", or "qa" with an answer')
+    return row
+
+
+def clip_generator(seed, epoch, index):
+    """Everything random about a sample comes from here, so neither the worker nor the process can matter."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+def random_crop(appearance, motion, generator, scale=(0.5, 1.0)):
+    """Crop both streams by one rectangle, resize back. uint8 (T, 3, H, W) twice -> the same.
+
+    A share `scale` of the area at an aspect of 3:4 to 4:3, cut off at the frame. (The released code draws a rectangle for
+    each stream, with torchvision's RandomResizedCrop, and lets bicubic values that leave 0-255 wrap around.)
+    """
+    height, width = appearance.shape[-2:]
+    share, aspect = generator.uniform(*scale), np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+    h, w = min(height, round(height * np.sqrt(share / aspect))), min(width, round(width * np.sqrt(share * aspect)))
+    top, left = int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1))
+    both = torch.cat([appearance, motion])[..., top : top + h, left : left + w].float()
+    both = F.interpolate(both, size=(height, width), mode="bicubic", align_corners=False)
+    return both.round().clamp(0, 255).to(torch.uint8).split(len(appearance))
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Rows of an index and how their clips are read; what a clip is worth as a sample, the two classes below say."""
+
+    def __init__(self, rows, n_frames, image_size, seed=0, train=True, motion="hard"):
+        self.rows, self.n_frames, self.image_size = rows, n_frames, image_size
+        self.seed, self.train, self.motion = seed, train, motion
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        """Sample `number`: they run on over the epochs, so that no worker has to be told which epoch it is."""
+        epoch, i = divmod(number, len(self.rows))
+        try:
+            return self.sample(i, clip_generator(self.seed, epoch, i))
+        except VideoError as error:
+            return self.bad(i, str(error))
+
+    def bad(self, i, reason):
+        """In place of a sample: the loop lists and counts these; another clip never takes their place unseen."""
+        return {"error": reason, "video": self.rows[i]["video"], "index": i}
+
+    def read(self, i, sampling, generator):
+        """-> (appearance, motion) uint8 tensors (T, 3, H, W), Clip"""
+        how = {"motion": self.motion, "sampling": sampling, "generator": generator}
+        clip = read_clip(self.rows[i]["video"], self.n_frames, self.image_size, **how)
+        frames = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in (clip.appearance, clip.motion))
+        return *frames, clip
+
+
+class HawkDataset(ClipDataset):
+    """Samples of stage 1 (caption and motion caption) and stage 2 (conversation).
+
+    features: None, or a cache that stands in for the videos: `.choices` (variants of each clip, number 0 not cropped)
+    and `.load(i, choice)` -> an object with .appearance, .motion (float tensors (T, queries, width)), .message, .indices.
+    """
+
+    def __init__(self, rows, tokenizer, n_frames, image_size, n_visual, stage, seed=0, train=True, augment=None,
+                 motion="hard", features=None, max_tokens=512, motion_targets=False):  # fmt: skip
+        super().__init__(rows, n_frames, image_size, seed, train, motion)
+        self.tokenizer, self.n_visual, self.stage, self.max_tokens = tokenizer, n_visual, stage, max_tokens
+        self.augment = train if augment is None else augment
+        self.features, self.motion_targets = features, motion_targets or stage == 1
+        without = [row["video"] for row in rows if row.get("motion") is None] if self.motion_targets else []
+        if without:
+            raise ValueError(f'{len(without)} rows have no "motion" caption, the first is that of {without[0]}')
+
+    def conversation(self, row, generator):
+        """Half of the time the annotated rounds, else the description as the answer to the first of them."""
+        qa = [turn for turn in row.get("qa") or [] if turn["a"]]  # a new list: the row itself is never edited
+        description = row.get("description")
+        question, annotated = DESCRIBE_QUESTIONS[0], False
+        if self.train:
+            annotated = bool(qa) and generator.random() < 0.5
+            question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
+        if annotated or not description:
+            return qa
+        described = {"q": question, "a": description}
+        return [described, *qa[1:]] if self.train else [described]  # as released, the later rounds stay
+
+    def sample(self, i, generator):
+        row, sample = self.rows[i], {"index": torch.tensor(i)}
+        qa = self.conversation(row, generator)
+        if self.features is not None:
+            clip = self.features.load(i, int(generator.integers(self.features.choices)) if self.augment else 0)
+            appearance, motion = clip.appearance, clip.motion
+        else:
+            sampling = "headtail" if self.stage == 1 and self.train else "uniform"
+            appearance, motion, clip = self.read(i, sampling, generator)
+            if self.augment:
+                appearance, motion = random_crop(appearance, motion, generator)
+        sample |= {"appearance": appearance, "motion": motion, "indices": torch.as_tensor(clip.indices).long()}
+        if self.stage == 1:
+            caption = row.get("description") or next(turn["a"] for turn in row["qa"] if turn["a"])
+            ids, labels = self.tokenizer.encode_caption(caption, self.n_visual)
+        else:
+            ids, labels = self.tokenizer.encode_conversation(qa, clip.message, self.n_visual, self.max_tokens)
+        if all(label == IGNORE for label in labels):
+            return self.bad(i, f"{row['video']}: message and question leave no room for an answer in {len(ids)} tokens")
+        sample |= {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        if self.motion_targets:
+            ids, labels = self.tokenizer.encode_caption(row["motion"], self.n_visual // 2)
+            sample |= {"motion_input_ids": torch.tensor(ids), "motion_labels": torch.tensor(labels)}
+        return sample
+
+
+class FrameDataset(ClipDataset):
+    """Stage 0: single frames with what is in them, from the toy rows' "objects" (positions per frame of the video), and
+    the row's text without its video. Of the 2·T frames of a clip, `per_clip` are drawn: neighbours are alike."""
+
+    def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=24):
+        if any("objects" not in row for row in rows):
+            raise ValueError('stage 0 needs "objects" in each row of the index, which only the toy world has')
+        super().__init__(rows, n_frames, image_size, seed, train, motion)
+        self.tokenizer, self.per_clip = tokenizer, per_clip
+
+    def sample(self, i, generator):
+        row = self.rows[i]
+        appearance, motion, clip = self.read(i, "uniform", generator)
+        targets, colours = frame_targets(row["objects"], clip.indices, self.image_size)
+        drawn = torch.from_numpy(np.sort(generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False)))
+        described = [{"q": DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))], "a": row["description"]}]
+        ids, labels = self.tokenizer.encode_conversation(described if generator.random() < 0.5 else row["qa"], clip.message, 0)
+        sample = {"index": torch.tensor(i), "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        return sample | {"frames": torch.cat([appearance, motion])[drawn], "targets": targets[drawn], "colours": colours[drawn]}
+
+
+def frame_targets(objects, indices, image_size):
+    """-> float (2T, SLOTS, 4): presence, x, y, lying; long (2T, SLOTS): colour or -100. T appearance frames, T motion frames.
+
+    The motion frame of index i shows the step from frame i - 1 to i (from 0 to 1 for i = 0), so only what moved counts
+    as present there; a fire flickers and always counts. Of two objects of one kind the first in the list is asked.
+    """
+    frames = [(int(i), False) for i in indices] + [(max(int(i), 1), True) for i in indices]
+    targets = torch.zeros(len(frames), len(SLOTS), 4)
+    colours = torch.full((len(frames), len(SLOTS)), IGNORE)
+    for thing in objects:
+        assert thing["object"] in SLOTS and thing["colour"] in (None, *COLOURS), f"not in the vocabulary: {thing}"
+        slot, x, y = SLOTS.index(thing["object"]), thing["x"], thing["y"]
+        lying = thing.get("lying") or [False] * len(x)
+        for row, (j, moving) in enumerate(frames):
+            if x[j] is None or targets[row, slot, 0]:
+                continue
+            if moving and thing["object"] not in ("fire", "crash") and x[j - 1] is not None:  # what just came in moved
+                if image_size * np.hypot(x[j] - x[j - 1], y[j] - y[j - 1]) <= STILL:
+                    continue
+            targets[row, slot] = torch.tensor([1.0, x[j], y[j], float(lying[j])])
+            colours[row, slot] = IGNORE if thing["colour"] is None else COLOURS.index(thing["colour"])
+    return targets, colours
+
+
+def collate(samples, pad_id=0):
+    """Samples -> one batch of tensors, plus "errors": the samples of clips that could not be read.
+
+    Ids and labels are padded on the right. A clip of fewer frames repeats its last one: a still picture is something
+    that the towers know, unlike a black frame, and the model needs no mask over frames.
+    """
+    good = [s for s in samples if "error" not in s]
+    batch = {"errors": [s for s in samples if "error" in s]}
+    for key in good[0] if good else ():
+        values = [s[key] for s in good]
+        if values[0].dim() > 0:
+            longest = max(map(len, values))
+            fill = pad_id if key.endswith("input_ids") else IGNORE if key.endswith("labels") else None
+            values = [pad_to(v, longest, fill) for v in values]
+        batch[key] = torch.stack(values)
+    return batch
+
+
+def pad_to(tensor, length, fill):
+    """Lengthen the first dimension, with the value fill or, for None, by repeating the last entry."""
+    missing = (length - len(tensor), *tensor.shape[1:])
+    return torch.cat([tensor, tensor[-1:].expand(missing) if fill is None else tensor.new_full(missing, fill)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Feature cache: what `prepare.py features` writes
+
+
+class CachedFeatures:
+    """Frame features (T, Q, C) of both branches for every row of an index, memory-mapped, so that all processes share
+    them. A folder holds appearance.npy and motion.npy (rows, choices, T, Q, C), clips.jsonl (one line for each clip
+    that is done) and meta.json. Raises ValueError when the cache was made with other weights, clips or settings."""
+
+    def __init__(self, folder, rows, expected):
+        """expected: the entries that meta.json must have, such as the fingerprint of the frozen weights."""
+        try:
+            with open(os.path.join(folder, "meta.json")) as file:
+                meta = json.load(file)
+            with open(os.path.join(folder, "clips.jsonl")) as file:
+                clips = [json.loads(line) for line in file]
+            self.streams = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in ("appearance", "motion")]
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{folder}: not a feature cache ({e}); make it with `python prepare.py features`") from e
+        for key, value in {**expected, "videos": videos_digest(rows)}.items():
+            if meta.get(key) != value:
+                raise ValueError(f"{folder}: made with {key} {meta.get(key)!r}, this run has {value!r}; make it again")
+        self.choices = meta["choices"]
+        self.clips = {(clip["row"], clip["choice"]): clip for clip in clips}
+        if len(self.clips) < len(rows) * self.choices:
+            raise ValueError(f"{folder}: only {len(self.clips)} of {len(rows) * self.choices} clips are done; run it again")
+
+    def load(self, i, choice):
+        """Row i, variant `choice` -> CachedClip; VideoError if that video could not be read when the cache was made."""
+        clip = self.clips[i, choice]
+        if "error" in clip:
+            raise VideoError(clip["video"], clip["error"])
+        appearance, motion = (torch.tensor(x[i, choice, : len(clip["indices"])]) for x in self.streams)
+        return CachedClip(appearance, motion, clip["message"], clip["indices"])
+
+
+@dataclass
+class CachedClip:
+    appearance: torch.Tensor  # (T, Q, C)
+    motion: torch.Tensor
+    message: str
+    indices: list
+
+
+def videos_digest(rows):
+    """One number for the rows' videos and their order, by name: a folder may move."""
+    return hashlib.sha256("\n".join(os.path.basename(row["video"]) for row in rows).encode()).hexdigest()[:16]
+
+
+def frozen_fingerprint(model):
+    """SHA-256 over ViT and frame Q-Formers in float32: a cache made with other eyes is another cache."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("vit.") or name.split(".")[1] in ("ln_vision", "queries", "qformer"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().numpy().data)
+    return digest.hexdigest()[:16]

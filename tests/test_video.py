@@ -1,0 +1,298 @@
+"""Reading videos: frames against a plain decode by ffmpeg, optical flow and masks against OpenCV, bad files."""
+
+import os
+import re
+import subprocess
+
+import cv2
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import VideoError, farneback, motion_mask, read_clip, rgb_to_gray
+
+FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-threads", "1"]
+SIZE = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in a loader worker; what threads change is tested below."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(path, *options, source="testsrc2=s=96x72:r=10", seconds=4, pixels="yuv420p"):
+    command = [*FFMPEG, "-y", "-f", "lavfi", "-i", source, "-t", str(seconds), "-pix_fmt", pixels, *options, f"file:{path}"]
+    subprocess.run(command, check=True)
+    return str(path)
+
+
+def decode(path, size=SIZE):
+    """Every frame, the plain way."""
+    scale = ["-vf", f"scale={size}:{size}:flags=bilinear", "-fps_mode", "passthrough"]
+    command = [*FFMPEG, "-i", f"file:{path}", *scale, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    raw = subprocess.run(command, capture_output=True, check=True).stdout
+    return np.frombuffer(raw, np.uint8).reshape(-1, size, size, 3)
+
+
+def check_frames(path, **options):
+    frames = decode(path)
+    clip = read_clip(path, image_size=SIZE, motion="none", **options)
+    n = min(32, len(frames))
+    assert clip.indices.tolist() == np.arange(0, len(frames), len(frames) / n).astype(int).tolist()[:n]
+    assert clip.appearance.dtype == clip.motion.dtype == np.uint8
+    np.testing.assert_array_equal(clip.appearance, frames[clip.indices])
+    return clip, frames
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frames
+
+VIDEOS = {  # name: (make's options, other arguments)
+    "bframes.mp4": (["-c:v", "libx264", "-bf", "3", "-g", "12"], {}),
+    "bframes.mkv": (["-c:v", "libx264", "-bf", "3", "-g", "12"], {}),
+    "yuv444.mp4": (["-c:v", "libx264"], {"pixels": "yuv444p"}),
+    "hevc.mp4": (["-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=none"], {}),
+    "mpeg4.avi": (["-c:v", "mpeg4"], {}),
+    "mpeg2.ts": (["-c:v", "mpeg2video", "-r", "25", "-bf", "2"], {"seconds": 2}),
+    "vp9.webm": (["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"], {}),
+    "animated.gif": ([], {"pixels": "rgb24"}),
+    "mjpeg.mov": (["-c:v", "mjpeg"], {"pixels": "yuvj420p"}),
+    "variable.mp4": (["-vf", "select='mod(n,3)',setpts='PTS+mod(N,4)/40/TB'", "-fps_mode", "vfr"], {}),
+    "odd.mkv": (["-c:v", "ffv1"], {"source": "testsrc2=s=33x57:r=7"}),
+    "short.mp4": ([], {"seconds": 0.7}),
+    "one.mp4": (["-frames:v", "1"], {}),
+    "-dash first.mp4": ([], {}),
+    "it's \"100%d\" : ünïcode.mp4": ([], {}),
+    "rotated.mp4": (["-vf", "scale=96:48"], {}),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_frames_are_those_of_a_plain_decode(tmp_path, monkeypatch, name):
+    options, others = VIDEOS[name]
+    path = make(tmp_path / name, *options, **others)
+    if name == "rotated.mp4":
+        upright, path = path, str(tmp_path / "turned.mp4")
+        subprocess.run([*FFMPEG, "-display_rotation", "90", "-i", upright, "-c", "copy", path], check=True)
+    monkeypatch.chdir(tmp_path)
+    clip, frames = check_frames(os.path.basename(path))
+    expected = {"short.mp4": 7, "one.mp4": 1}.get(name, 32 if name != "variable.mp4" else 26)
+    assert len(clip.indices) == min(expected, len(frames))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-c:v", "libx264", "-preset", "ultrafast", "-bf", "2", "-g", "30"],
+        ["-c:v", "libx264", "-preset", "veryfast", "-x264-params", "open-gop=1:keyint=30:bframes=3"],
+        ["-c:v", "libx264", "-preset", "veryfast", "-x264-params", "intra-refresh=1:keyint=40"],
+        ["-c:v", "libx264", "-preset", "ultrafast", "-vf", "select='mod(n,7)',setpts='PTS+mod(N,4)/40/TB'", "-fps_mode", "vfr"],
+    ],
+    ids=["closed", "open", "refresh", "variable"],
+)
+@pytest.mark.parametrize("ending", ["mp4", "ts"])
+def test_long_videos(tmp_path, monkeypatch, options, ending):
+    """Longer than what is held: seeks where that is safe, else one decode that keeps only what was chosen."""
+    monkeypatch.setattr(data, "HELD_BYTES", 100 * SIZE * SIZE * 3)
+    path = make(tmp_path / f"long.{ending}", *options, seconds=320, source="testsrc2=s=48x32:r=10")
+    through = []
+    monkeypatch.setattr(data, "_decode_through", lambda *a, real=data._decode_through: through.append(1) or real(*a))
+    check_frames(path)
+    if ending == "ts":
+        assert through  # keyframes of a transport stream are not to be relied on
+    elif "intra-refresh" not in str(options):
+        assert not through
+
+
+def test_edit_list_and_false_packet_counts(tmp_path, monkeypatch):
+    """Frames that the container says to leave out are left out, in short videos and in long ones."""
+    whole = make(tmp_path / "whole.mp4", "-g", "40", seconds=20)
+    path = str(tmp_path / "cut.mp4")
+    subprocess.run([*FFMPEG, "-ss", "2.5", "-i", whole, "-c", "copy", path], check=True)
+    _, frames = check_frames(path)
+    assert len(frames) < 200
+    monkeypatch.setattr(data, "HELD_BYTES", 100 * SIZE * SIZE * 3)
+    check_frames(path)
+
+
+def test_times_and_message(tmp_path):
+    path = make(tmp_path / "ntsc.mp4", source="testsrc2=s=48x32:r=30000/1001", seconds=10)
+    clip = read_clip(path, 8, SIZE, motion="none")
+    assert clip.seconds == [round(int(i) * 1001 / 30000, 1) for i in clip.indices]
+    times = "0.0, 1.2, 2.5, 3.8, 5.0, 6.2, 7.5, 8.8"
+    assert clip.message == f"The video contains 8 frames sampled at {times} seconds. "
+
+
+def test_uniform_and_headtail(tmp_path):
+    for total in [*range(1, 300), 976503]:
+        for n in (1, 8, 32):
+            frames = data.sample_frames(total, n)
+            assert len(frames) == min(n, total) and frames[0] == 0 and frames[-1] < total
+            drawn = data.sample_frames(total, n, "headtail", np.random.default_rng(total))
+            assert len(set(drawn)) == min(n, total) and (np.diff(drawn) > 0).all()
+            assert (drawn < total // 2).sum() == min(n, total) // 2
+    path = make(tmp_path / "clip.mp4")
+    clips = [read_clip(path, 8, SIZE, "none", "headtail", np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert (clips[0].indices == clips[1].indices).all() and (clips[0].indices != clips[2].indices).any()
+    np.testing.assert_array_equal(clips[0].appearance, decode(path)[clips[0].indices])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Motion
+
+
+def opencv(previous, current):
+    return np.stack([cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 10, 3, 5, 1.2, 0) for a, b in zip(previous, current)])
+
+
+def texture(height, width, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height + 40, width + 40)).astype(np.float32)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
+    return cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
+@pytest.mark.parametrize("height, width", [(224, 224), (112, 112), (57, 33), (64, 181), (9, 7)])
+def test_flow_of_moving_textures(height, width):
+    image = texture(height, width)
+    shifts = [(0, 0), (1, 0), (-2, 3), (6, -5), (0, 11)]
+    previous = np.stack([image[20 : 20 + height, 20 : 20 + width]] * len(shifts))
+    current = np.stack([image[20 - y : 20 - y + height, 20 - x : 20 - x + width] for x, y in shifts])
+    flow = farneback(torch.from_numpy(previous), torch.from_numpy(current))
+    assert flow.shape == (len(shifts), height, width, 2) and flow.dtype == torch.float32
+    assert np.abs(flow.numpy() - opencv(previous, current)).mean(axis=(1, 2, 3)).max() < 1e-3
+    if height == 224:
+        found = flow[:4, 60:-60, 60:-60].mean((1, 2)).numpy()
+        np.testing.assert_allclose(found, shifts[:4], atol=0.1)
+
+
+def test_flow_of_noise_and_of_still_images():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 224, 224), dtype=np.uint8)
+    flow = farneback(noise[:2], noise[1:]).numpy()
+    assert np.abs(flow - opencv(noise[:2], noise[1:])).mean() < 0.01
+    assert farneback(noise, noise).abs().max() < 1e-3
+    flat = torch.full((1, 224, 224), 77, dtype=torch.uint8)
+    assert farneback(flat, flat).abs().max() == 0
+
+
+def test_flow_shapes_types_and_threads():
+    a, b = (torch.from_numpy(texture(80, 64, seed)) for seed in (0, 1))
+    flow = farneback(a, b)
+    assert torch.equal(flow, farneback(a.float(), b.double()))
+    many = farneback(a.expand(2, 9, -1, -1), b.expand(2, 9, -1, -1))
+    assert many.shape == (2, 9, *a.shape, 2)
+    torch.testing.assert_close(many[1, 4], flow, rtol=0, atol=1e-4)
+    frames = torch.stack([a, b] * 20)
+    alone = farneback(frames[:-1], frames[1:])
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(alone, farneback(frames[:-1], frames[1:]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_gray_is_opencv_gray():
+    values = np.arange(0, 256, 5, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(values, values, values), -1).reshape(1, -1, 3)
+    np.testing.assert_array_equal(rgb_to_gray(torch.from_numpy(colours)).numpy(), cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY))
+
+
+def released_motion(frames, indices):
+    """What the released pipeline computes, with OpenCV."""
+    result, flows = [], []
+    for i in np.maximum(indices, 1):
+        gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames[i - 1 : i + 1]]
+        flows.append(opencv(gray[:1], gray[1:])[0])
+        result.append(frames[i] * (np.hypot(*np.moveaxis(flows[-1], -1, 0)) > 0.2)[..., None])
+    return np.stack(result), np.hypot(*np.moveaxis(np.stack(flows), -1, 0))
+
+
+@pytest.mark.parametrize("source", ["testsrc2=s=160x120:r=10", "mandelbrot=s=128x96:r=10", "life=s=80x80:r=10:ratio=.2"])
+def test_motion_is_the_released_motion(tmp_path, source):
+    path = make(tmp_path / "clip.mp4", source=source)
+    clip = read_clip(path, 6, 224)
+    frames = decode(path, 224)
+    expected, length = released_motion(frames, clip.indices)
+    ours, theirs = clip.motion.any(-1), expected.any(-1)
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.995
+    both = ours & theirs
+    np.testing.assert_array_equal(clip.motion[both], expected[both])
+    soft = read_clip(path, 6, 224, motion="soft").motion
+    weight = length / length.max((1, 2), keepdims=True)
+    difference = soft - frames[np.maximum(clip.indices, 1)] * weight[..., None]
+    assert np.abs(difference).mean() < 0.5 and soft.dtype == np.uint8
+
+
+def test_one_frame_and_still_videos_have_no_motion(tmp_path):
+    one = read_clip(make(tmp_path / "one.mp4", "-frames:v", "1"), image_size=SIZE)
+    assert one.appearance.shape == one.motion.shape == (1, SIZE, SIZE, 3) and not one.motion.any()
+    assert one.message == "The video contains 1 frames sampled at 0.0 seconds. "
+    still = read_clip(make(tmp_path / "still.mkv", "-c:v", "ffv1", source="color=teal:s=48x32:r=5"), image_size=SIZE)
+    assert still.appearance.any() and not still.motion.any()
+    frames = torch.from_numpy(still.appearance)
+    assert not motion_mask(frames, frames, "soft").any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that are no video
+
+
+def refused(path, pattern):
+    with pytest.raises(VideoError) as caught:
+        read_clip(path, image_size=SIZE)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and re.search(pattern, message), message
+
+
+def test_files_that_are_no_video(tmp_path):
+    refused(tmp_path / "missing.mp4", "No such file")
+    refused(tmp_path, "folder")
+    (tmp_path / "empty.mp4").touch()
+    refused(tmp_path / "empty.mp4", "empty")
+    (tmp_path / "text.mp4").write_text("This is no video.\n" * 50)
+    refused(tmp_path / "text.mp4", "Invalid data")
+    (tmp_path / "noise.avi").write_bytes(np.random.default_rng(0).bytes(20000))
+    refused(tmp_path / "noise.avi", "cannot be read")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    refused(str(tmp_path / "pipe.mp4"), "not a regular file")
+    with pytest.raises(VideoError):
+        read_clip("a\0b.mp4")
+    subprocess.run([*FFMPEG, "-f", "lavfi", "-i", "sine", "-t", "1", tmp_path / "sound.mp4"], check=True)
+    refused(tmp_path / "sound.mp4", "no video stream")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path):
+    make(tmp_path / "secret.mp4")
+    os.chmod(tmp_path / "secret.mp4", 0)
+    refused(tmp_path / "secret.mp4", "Permission denied")
+
+
+def test_files_that_are_cut(tmp_path):
+    whole = make(tmp_path / "whole.mp4", seconds=3)
+    (tmp_path / "head.mp4").write_bytes(open(whole, "rb").read()[:8000])  # its index was at the end
+    refused(tmp_path / "head.mp4", "moov atom not found")
+    make(tmp_path / "fast.mp4", "-movflags", "+faststart", seconds=3)
+    content = (tmp_path / "fast.mp4").read_bytes()
+    (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
+    refused(tmp_path / "half.mp4", "cut short")
+
+
+@pytest.mark.parametrize("kind", ["hls", "concat", "pattern"])
+def test_playlists_are_not_followed(tmp_path, kind):
+    target = make(tmp_path / "target.ts", "-c:v", "libx264")
+    path = tmp_path / f"{kind}.mp4"
+    if kind == "hls":
+        path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\nfile://{target}\n#EXT-X-ENDLIST\n")
+    elif kind == "concat":
+        path.write_text("ffconcat version 1.0\nfile target.ts\n")
+    else:
+        make(tmp_path / "picture1.png", "-frames:v", "1", pixels="rgb24")
+        path = tmp_path / "picture%d.png"
+    refused(path, "Invalid data" if kind != "pattern" else "No such file")
