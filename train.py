@@ -1,0 +1,512 @@
+"""Training: one process or many, one file, one loop.
+
+    python train.py --preset tiny --stage 0 --data data/toy --out runs/stage0          # the small towers and the toy language
+    python train.py --weights runs/stage0/last --stage 2 --train all --data data/toy --out runs/tiny
+    torchrun --standalone --nproc_per_node=4 train.py --weights weights/hawk-7b --stage 1 --data data/webvid --out runs/stage1
+    python train.py ... --resume                                                       # goes on where the run stopped
+
+Stage 0 gives the tiny preset what EVA-CLIP, BLIP-2 and LLaMA-2 bring to the real one: eyes (what, which colour and where,
+frame by frame) and a language (text alone). Stages 1 and 2 are Hawk's own (paper, Sec. 3.3): captions, then questions.
+
+What is random about a sample is a function of (seed, epoch, sample), what is random in the model (dropout) of (seed,
+step, process): so a run does not depend on the number of loader workers, and a resumed run repeats the undisturbed one.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import COLOURS, SLOTS, CachedFeatures, FrameDataset, HawkDataset, Tokenizer, collate, frozen_fingerprint, read_index
+from hawk import BRANCHES, Hawk, HawkConfig, recover_folder, replaced_folder
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what to train")
+    g.add_argument("--preset", choices=["tiny", "7b"], help="start from nothing at this size")
+    g.add_argument("--weights", help="start from this folder of weights")
+    g.add_argument("--stage", type=int, choices=[0, 1, 2], default=2, help="0 towers and text, 1 captions, 2 questions")
+    g.add_argument("--train", choices=["released", "paper", "lora", "all"], help="what learns (default: paper; all with --preset)")
+    g.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config field, e.g. consistency=debiased")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
+    g.add_argument("--features", help="folder that `prepare.py features` wrote: no video is read, no ViT is run")
+    g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=False, help="random crops, as in the release")
+    g.add_argument("--motion-targets", action="store_true", help="stage 2 with a motion caption as the motion branch's target (the paper's text)")
+    g.add_argument("--workers", type=int, default=2, help="loader processes")
+    g = p.add_argument_group("recipe (the defaults are the released ones, but for --preset tiny)")
+    g.add_argument("--steps", type=int, default=400_000)
+    g.add_argument("--batch-size", type=int, default=4, help="global: over all processes and accumulation steps")
+    g.add_argument("--accumulate", type=int, default=1, help="split a process's share of the batch into this many passes")
+    g.add_argument("--lr", type=float, default=1e-5)
+    g.add_argument("--min-lr", type=float, default=1e-6)
+    g.add_argument("--warmup", type=int, default=1000, help="steps from 1e-6 to --lr")
+    g.add_argument("--weight-decay", type=float, default=0.05)
+    g.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as released")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: float32 on the CPU, else bfloat16 where supported")
+    g.add_argument("--seed", type=int, default=42)
+    g.add_argument("--device", help="default: cuda, else mps, else cpu")
+    g = p.add_argument_group("the run's folder")
+    g.add_argument("--out", required=True)
+    g.add_argument("--save-every", type=int, default=500)
+    g.add_argument("--eval-every", type=int, default=500)
+    g.add_argument("--eval-samples", type=int, default=64, help="held-out clips for the loss; a few of them are answered too")
+    g.add_argument("--resume", action="store_true", help="go on from OUT/last")
+    args = p.parse_args(argv)
+    if bool(args.preset) == bool(args.weights):
+        p.error("say where to start: either --preset tiny|7b or --weights FOLDER")
+    args.train = args.train or ("all" if args.preset else "paper")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 0: eyes and a language, each on its own
+
+
+class Pretraining(nn.Module):
+    """What a frame shows: is a thing of slot k (a type of object) there, where, and in which colour? Query k of the
+    Q-Former has to answer, and so has the very patch of the ViT that holds the thing: the patch learns fast, and a
+    query can only pass on what a patch knows. One Q-Former learns on the frames of both streams. Beside it LLaMA learns
+    the language from text alone. The heads are thrown away afterwards."""
+
+    def __init__(self, hawk):
+        super().__init__()
+        self.hawk, answers = hawk, 4 + len(COLOURS)  # presence, x, y, lying, colours
+        self.query_head = nn.Linear(hawk.config.qformer_dim, answers)
+        self.patch_head = nn.Linear(hawk.config.vit_dim, answers)
+
+    def forward(self, frames, targets, colours, input_ids, labels):
+        """frames (N, 3, H, W), targets (N, slots, 4) = present, x, y, lying; colours (N, slots), -100 for none"""
+        eyes, features = self.hawk.appearance, self.hawk.vit(frames)
+        queries = eyes.frames(features)[:, : len(SLOTS)]  # (N, slots, C)
+        patch = self.patch_of(features, targets)  # (N, slots)
+        patches = eyes.ln_vision(features).gather(1, patch[..., None].expand(-1, -1, features.shape[-1]))
+        losses = answer_losses(self.query_head(queries).float(), targets, colours)
+        from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
+        losses["patches"] = sum(from_patch.values())
+        losses["pointing"] = self.pointing_loss(features, patch)
+        logits = self.hawk.llama.lm_head(self.hawk.llama(self.hawk.llama.embed_tokens(input_ids))[:, :-1]).float()
+        losses["language"] = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return losses | {"total": sum(losses.values())}
+
+    def patch_of(self, features, targets):
+        """Index (N, slots) of the token of the ViT that holds each thing; the class token, 0, for what is not there."""
+        side = math.isqrt(features.shape[1] - 1)
+        column, row = (targets[..., 1:3].clamp(0, 0.999) * side).long().unbind(-1)
+        return (1 + row * side + column) * (targets[..., 0] > 0)
+
+    def pointing_loss(self, features, patch):
+        """-log of the weight that the first cross-attention of query k gives to the patch that holds thing k. Attention
+        that has to find its object by itself takes very long to do so."""
+        eyes, slots = self.hawk.appearance, patch.shape[1]
+        layer, x = eyes.qformer.layers[0], eyes.qformer.norm(eyes.queries)
+        q = layer.cross_attention.query(layer.self_attention(x, x))[0, :slots]  # the same for every frame
+        k, heads = layer.cross_attention.key(eyes.ln_vision(features)), layer.cross_attention.heads
+        q, k = q.unflatten(-1, (heads, -1)).float(), k.unflatten(-1, (heads, -1)).float()
+        scores = torch.einsum("shd,nphd->npsh", q, k) / math.sqrt(q.shape[-1])  # (N, 1 + patches, slots, heads)
+        return F.cross_entropy(scores, patch[..., None].expand(-1, -1, heads))
+
+    def set_trainable(self):
+        """Trains what both branches will share a copy of, and LLaMA."""
+        self.hawk.requires_grad_(False)
+        eyes = self.hawk.appearance
+        for part in (self.hawk.vit, eyes.ln_vision, eyes.queries, eyes.qformer, self.hawk.llama):
+            part.requires_grad_(True)
+
+    def share_eyes(self):
+        """The motion branch starts as the appearance branch's frozen half, as both start from BLIP-2's in the paper."""
+        own, other = self.hawk.appearance, self.hawk.motion
+        other.ln_vision.load_state_dict(own.ln_vision.state_dict())
+        other.qformer.load_state_dict(own.qformer.state_dict())
+        other.queries.data.copy_(own.queries.data)
+
+
+def answer_losses(answers, targets, colours):
+    """Losses of the answers (N, slots, 4 + colours); all but presence only where a thing is present."""
+    present = targets[..., 0] > 0
+    return {
+        "presence": F.binary_cross_entropy_with_logits(answers[..., 0], targets[..., 0]),
+        "position": 5 * (answers[..., 1:3] - targets[..., 1:3])[present].abs().mean(),
+        "lying": F.binary_cross_entropy_with_logits(answers[..., 3][present], targets[..., 3][present]),
+        "colour": F.cross_entropy(answers[..., 4:].flatten(0, 1), colours.flatten(), ignore_index=-100),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Leaves: schedule, optimizer, order of the samples, log
+
+
+def learning_rate(step, args):
+    """Linear warm-up from 1e-6, then the cosine of the whole run (which the warm-up does not shift, as released)."""
+    if step < args.warmup:
+        return min(1e-6, args.lr) + (args.lr - min(1e-6, args.lr)) * step / max(args.warmup, 1)
+    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+def make_optimizer(module, args):
+    """AdamW with weight decay on tensors of two or more dimensions only."""
+    train = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in train if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in train if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999))
+
+
+class StepBatches:
+    """Batch sampler: the samples that this process needs for the steps from `start` on, one list a micro-batch. Sample
+    numbers run on over the epochs (epoch = number // n); each epoch is shuffled by (seed, epoch)."""
+
+    def __init__(self, n, args, start, rank, world):
+        self.n, self.args, self.start, self.rank, self.world = n, args, start, rank, world
+        self.micro = args.batch_size // (world * args.accumulate)
+
+    def __len__(self):
+        return (self.args.steps - self.start) * self.args.accumulate
+
+    def __iter__(self):
+        B, order, shuffled = self.args.batch_size, None, -1
+        for step in range(self.start, self.args.steps):
+            batch = []
+            for k in range(step * B, (step + 1) * B):
+                epoch, i = divmod(k, self.n)
+                if epoch != shuffled:
+                    generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+                    order, shuffled = torch.randperm(self.n, generator=generator).tolist(), epoch
+                batch.append(epoch * self.n + order[i])
+            mine = batch[self.rank :: self.world]
+            for j in range(self.args.accumulate):
+                yield mine[j * self.micro : (j + 1) * self.micro]
+
+
+class Log:
+    """OUT/log.jsonl, one object a step, and the same on TensorBoard if it is installed. Rank 0 only."""
+
+    def __init__(self, out, start):
+        self.path, self.out = out / "log.jsonl", out
+        kept = [line for line in self.read() if line["step"] <= start]  # a resumed run logs each step once
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+        self.file = self.path.open("a", buffering=1)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard")
+        except ImportError:
+            self.board = None
+
+    def read(self):
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def write(self, step, values):
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, step)
+
+    def plot(self):
+        """OUT/curves.png, when matplotlib is installed."""
+        try:
+            import matplotlib
+        except ImportError:
+            return
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        lines = self.read()
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+        for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - NOT_LOSSES):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes[0].plot(*zip(*points, strict=True), label=name.replace("_", " "), lw=1.5 if "held" in name else 0.8)
+        axes[1].plot([x["step"] for x in lines if "lr" in x], [x["lr"] for x in lines if "lr" in x], label="learning rate")
+        axes[0].set(yscale="log", xlabel="step", title="losses")
+        axes[1].set(xlabel="step", title="learning rate")
+        axes[0].legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(self.out / "curves.tmp.png", dpi=110)
+        (self.out / "curves.tmp.png").replace(self.out / "curves.png")
+        plt.close(figure)
+
+
+NOT_LOSSES = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Setting up
+
+
+def start_processes(args):
+    """(rank, processes, device): torchrun sets RANK; without it this is one process."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(name)
+    dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    return dist.get_rank(), dist.get_world_size(), torch.device(name)
+
+
+def override(config, settings):
+    """Applies --set KEY=VALUE to a config; the value takes the type of the field."""
+    for item in settings:
+        key, _, value = item.partition("=")
+        kind = type(getattr(config, key, None))
+        if kind is type(None):
+            raise ValueError(f"--set {item}: the config has no field {key!r}")
+        setattr(config, key, value.lower() in ("1", "true", "yes") if kind is bool else kind(value))
+    config.__post_init__()
+    return config
+
+
+def build(args, last):
+    """(model, path of its tokenizer, objective module): from OUT/last, --weights, or nothing."""
+    torch.manual_seed(args.seed)
+    folder = last if args.resume else Path(args.weights) if args.weights else None
+    if folder is None:
+        tokenizer = Path(args.data) / "tokenizer.model"
+        config = HawkConfig.preset(args.preset)
+        if args.preset == "tiny":  # a small world has few words: the table is as long as its tokenizer says
+            config.vocab_size = Tokenizer(tokenizer).vocab_size
+        model = Hawk(override(config, args.set))
+    else:
+        tokenizer = folder / "tokenizer.model"
+        model = Hawk.from_pretrained(folder)
+        override(model.config, args.set)
+    if args.stage == 0:
+        objective = Pretraining(model)
+        objective.set_trainable()
+        return model, tokenizer, objective
+    model.set_trainable(args.train)
+    if args.features:  # frame features come from the cache: nothing before them can learn
+        model.vit.requires_grad_(False)
+        for branch in (getattr(model, name) for name in BRANCHES):
+            for part in (branch.ln_vision, branch.queries, branch.qformer):
+                part.requires_grad_(False)
+    return model, tokenizer, model
+
+
+def datasets(args, model, tokenizer):
+    """(training set, held-out set or None)"""
+    c, made = model.config, []
+    expected = {"weights": frozen_fingerprint(model), "motion": c.motion} if args.features else {}
+    for split in ("train", "test"):
+        path = Path(args.data) / f"{split}.jsonl"
+        rows = read_index(path) if path.exists() or split == "train" else []
+        train = split == "train"
+        if not train:
+            rows = rows[: args.eval_samples]
+        if args.stage == 0:
+            made.append(FrameDataset(rows, tokenizer, c.n_frames, c.image_size, seed=args.seed, motion=c.motion))
+            continue
+        features = CachedFeatures(Path(args.features) / split, rows, expected) if args.features and rows else None
+        made.append(
+            HawkDataset(
+                rows, tokenizer, n_frames=c.n_frames, image_size=c.image_size, n_visual=c.n_visual, stage=args.stage,
+                seed=args.seed, train=train, augment=args.augment and train, motion=c.motion, features=features,
+                motion_targets=args.motion_targets,
+            )
+        )  # fmt: skip
+    return made
+
+
+def to_device(batch, device):
+    """Tensors of a collated batch, on the device; uint8 frames become float in [0, 1]."""
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    return {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in batch.items()}
+
+
+def inputs(batch, stage):
+    names = ["appearance", "motion", "input_ids", "labels", "motion_input_ids", "motion_labels"]
+    if stage == 0:
+        names = ["frames", "targets", "colours", "input_ids", "labels"]
+    batch = {name: batch[name] for name in names if name in batch}
+    frame_wise = ("frames", "targets", "colours")  # (clips, frames of a clip, …) -> (frames, …)
+    return {name: x.flatten(0, 1) if name in frame_wise else x for name, x in batch.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Held-out loss and answers
+
+
+@torch.no_grad()
+def evaluate(module, loader, args, device, precision, tokenizer):
+    """Mean held-out losses as {"held_out_…": float}, and a few answers beside what they should be."""
+    module.eval()
+    sums, n, answers = {}, 0, []
+    for batch in loader:
+        if "input_ids" not in batch:
+            continue
+        x, size = inputs(to_device(batch, device), args.stage), len(batch["input_ids"])
+        with precision():
+            losses = module(**x)
+        for name, loss in losses.items():
+            sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0.0) + loss.item() * size
+        n += size
+        if args.stage == 2 and not answers:
+            for i in range(min(3, size)):
+                start = int((x["labels"][i] != -100).nonzero()[0])
+                ids = module.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], x["input_ids"][i : i + 1, :start])
+                reference = x["labels"][i][x["labels"][i] >= 0].tolist()
+                answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
+    module.train()
+    return {name: value / max(n, 1) for name, value in sums.items()} | ({"answers": answers} if answers else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main():
+    args = parse_args()
+    rank, world, device = start_processes(args)
+    if args.batch_size % (world * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size} does not divide by {world} processes × {args.accumulate} passes")
+    out = Path(args.out)
+    last = out / "last"
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        recover_folder(last)
+    if world > 1:
+        dist.barrier()
+    args.resume = args.resume and last.exists()
+    model, tokenizer_path, objective = build(args, last)
+    tokenizer = Tokenizer(tokenizer_path)
+    objective.to(device).train()
+    optimizer = make_optimizer(objective, args)
+    start = 0
+    if args.resume:
+        state = torch.load(last / "state.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        objective.load_state_dict(state["heads"], strict=False)
+
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.dtype)
+    kind = kind or (torch.float32 if device.type != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
+
+    def precision():
+        return torch.autocast(device.type, kind, enabled=kind != torch.float32)
+
+    train_set, test_set = datasets(args, model, tokenizer)
+    batches = StepBatches(len(train_set), args, start, rank, world)
+    workers = dict(num_workers=args.workers, collate_fn=collate, persistent_workers=False)
+    loader = iter(DataLoader(train_set, batch_sampler=batches, prefetch_factor=4 if args.workers else None, **workers))
+    held_out = DataLoader(test_set, batch_size=16, **workers) if len(test_set) else None
+    wrapped = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None) if world > 1 else objective
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+
+    def save(step):
+        if rank:
+            return
+        if args.stage == 0:
+            objective.share_eyes()
+        base = None if sum(p.numel() for p in trained) * 2 > sum(p.numel() for p in model.parameters()) else args.weights
+        heads = {k: v for k, v in objective.state_dict().items() if not k.startswith("hawk.")} if args.stage == 0 else {}
+        with replaced_folder(last) as new:
+            model.save_pretrained(new / "model", tokenizer=tokenizer_path, base=base)
+            for file in (new / "model").iterdir():
+                file.rename(new / file.name)
+            (new / "model").rmdir()
+            torch.save({"optimizer": optimizer.state_dict(), "step": step, "heads": heads}, new / "state.pt")
+            (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+
+    log = Log(out, start) if rank == 0 else None
+    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
+    skipped, bad, began, seen = 0, 0, time.time(), 0
+    for step in range(start + 1, args.steps + 1):
+        lr = learning_rate(step - 1, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
+        totals = {}
+        for micro in range(args.accumulate):
+            batch = next(loader)
+            bad += report_bad(batch, out)
+            x = inputs(to_device(batch, device), args.stage)
+            last_pass = micro == args.accumulate - 1
+            with nullcontext() if last_pass or world == 1 else wrapped.no_sync():
+                with precision(), sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+                    losses = wrapped(**x)
+                scaler.scale(losses["total"] / args.accumulate).backward()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss.detach() / args.accumulate
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+        if torch.isfinite(norm):
+            scaler.step(optimizer)
+            skipped = 0
+        else:
+            skipped += 1
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if skipped >= 5:
+            raise ValueError(f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1")
+
+        seen += args.batch_size
+        values = {name: round(float(v), 6) for name, v in average(totals, world).items()}
+        values |= {"lr": lr, "grad_norm": round(float(norm), 4), "samples_per_s": round(seen / (time.time() - began), 2)}
+        if args.stage:
+            values["bias_cosine"] = model.bias_cosine()
+        if rank == 0:
+            if (step % args.eval_every == 0 or step == args.steps) and held_out:
+                values |= evaluate(objective, held_out, args, device, precision, tokenizer)
+            log.write(step, values)
+            bar.update()
+            bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
+        if step % args.save_every == 0 or step == args.steps or stop:
+            save(step)
+            if rank == 0:
+                log.plot()
+        if stop:
+            break
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def average(totals, world):
+    """The step's losses, averaged over the processes."""
+    if world == 1:
+        return totals
+    values = torch.stack([v.float() for v in totals.values()])
+    dist.all_reduce(values)
+    return dict(zip(totals, values / world, strict=True))
+
+
+def report_bad(batch, out):
+    """Lists the videos of this batch that could not be read in OUT/bad_videos.jsonl; returns how many."""
+    with (out / "bad_videos.jsonl").open("a") if batch.get("errors") else nullcontext() as file:
+        for error in batch.get("errors", []):
+            file.write(json.dumps(error) + "\n")
+    return len(batch.get("errors", []))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
