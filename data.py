@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -31,6 +30,8 @@ IGNORE = -100  # label of what is not learnt
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut,mxf,dv,wtv"
 HELD_BYTES = 96 << 20  # videos whose scaled frames all fit into this are read in one run of ffmpeg
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
+# Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such a keyframe consists of.
+CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 
 
 class VideoError(ValueError):
@@ -100,12 +101,14 @@ def _decode(path, size, choose):
         else:
             run.check(len(held))
             return dict(enumerate(held)), run.packets().rate, choose(len(held))
+        container, codec = run.kind()
     del held, frame
-    with _Ffmpeg(path, table=True) as run:
+    with _Ffmpeg(path, table=True, clean=CLEAN_KEYFRAMES.get(codec)) as run:
         run.process.wait()
         packets = run.packets()
-    indices = choose(len(packets.times))
-    frames = _seek(path, size, packets, _with_predecessors(indices))
+    indices, frames = choose(len(packets.times)), None
+    if packets.seekable and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
+        frames = _seek(path, size, packets, _with_predecessors(indices))
     if frames is None:
         frames, indices = _decode_through(path, size, len(packets.times), choose)
     return frames, packets.rate, indices
@@ -130,17 +133,17 @@ def _decode_through(path, size, total, choose):
 
 
 def _seek(path, size, packets, numbers):
-    """Decodes only from the keyframe before each pair of frames -> as `_decode_through`, or None where that is not safe.
+    """Decodes only from the keyframe before each pair of frames -> as `_decode_through`, or None where that fails or is slower.
 
-    Safe is a video with one frame for each packet, at a time of its own. A frame that cannot be rebuilt after a seek
-    does not come out of ffmpeg, or not at that time, so a wrong guess is noticed.
+    Safe is a video with one frame for each packet, at a time of its own, and clean keyframes. A frame that is lost all the
+    same does not come out at its time, so that is noticed.
     """
     runs = {}  # keyframe -> frame numbers that are decoded from there
     for number in numbers:
         early = packets.keys[packets.keys <= max(0, number - SEEK_MARGIN)]
         runs.setdefault(int(early[-1]) if len(early) else 0, []).append(number)
     cost = sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in runs.items())
-    if not packets.seekable or cost > 0.7 * len(packets.times):
+    if cost > 0.7 * len(packets.times):
         return None
 
     def decode(key, wanted):
@@ -176,15 +179,17 @@ class _Packets:
     keys: np.ndarray  # numbers of the keyframes
     tick: float  # seconds
     rate: float  # average, frames a second
-    seekable: bool  # each packet is one frame with a time of its own
+    seekable: bool  # see _seek
 
 
 class _Ffmpeg:
     """One run of ffmpeg on one file: no shell, no network, no standard input, and an end with the `with` block."""
 
-    def __init__(self, path, size=None, table=False, select=None, start=None, threads=None):
+    def __init__(self, path, size=None, table=False, clean=None, select=None, start=None, threads=None):
         self.path, self.size, self.folder = path, size, tempfile.TemporaryDirectory()
-        self.log_path, self.table_path = (os.path.join(self.folder.name, name) for name in ("log", "table"))
+        self.log_path, self.table_path, self.clean_path = (
+            os.path.join(self.folder.name, name) for name in ("log", "table", "clean")
+        )
         threads = str(threads or min(torch.get_num_threads(), 8))  # one in a loader worker
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+verbose"]
         command += ["-copyts", "-threads", threads, "-filter_threads", threads, "-max_pixels", "100000000"]
@@ -192,9 +197,11 @@ class _Ffmpeg:
         if start is not None:
             command += ["-noaccurate_seek", "-seek_timestamp", "1", "-ss", f"{start:.6f}"]
         command += ["-i", "file:" + os.fsdecode(path)]
+        copy = ["-an", "-sn", "-dn", "-c", "copy", "-copyinkf", "-copypriorss", "1", "-f", "framecrc"]
         if table:
-            command += ["-an", "-sn", "-dn", "-c", "copy", "-copyinkf", "-copypriorss", "1"]
-            command += ["-f", "framecrc", "file:" + self.table_path]
+            command += [*copy, "file:" + self.table_path]
+        if clean:
+            command += [*copy, "-bsf:v", "filter_units=pass_types=" + clean, "file:" + self.clean_path]
         if size:
             filters = (f"select='{select}'," if select else "") + f"scale={size}:{size}:flags=bilinear"
             command += ["-an", "-sn", "-dn", "-vf", filters, "-fps_mode", "passthrough"]
@@ -240,8 +247,14 @@ class _Ffmpeg:
         if "[info] Input #0" in log and all("(attached pic)" in video for video in videos):
             raise VideoError(self.path, "holds no video stream")
         if n_frames == 0:
-            raise VideoError(self.path, f"cannot be read as a video ({errors[0] if errors else 'it has no frames'})")
+            reason = errors[0].split(" '")[0] if errors else "it has no frames"
+            raise VideoError(self.path, f"cannot be read as a video ({reason})")
         return int(re.search(r" (\d+) frames decoded", log)[1])
+
+    def kind(self):
+        """(container, codec) by their first names, like ("mov", "h264")."""
+        found = re.search(r"Input #0, (\w+)[^\0]*^\[info\]   Stream #0:\d+ -> #\d:0 \((\w+) ", self.log(), re.M)
+        return found.groups() if found else ("", "")
 
     def announced(self):
         """(seconds, frames a second) that ffmpeg prints for the stream it chose, rounded to two digits; 0 if unknown."""
@@ -254,12 +267,12 @@ class _Ffmpeg:
 
     def packets(self):
         """Reads the table, a line for each packet: stream, dts, pts, duration, size, checksum, flags unless just "key"."""
-        times, keys, duration, tick, plain = array("q"), array("q"), 0, 1.0, True
+        times, keys, duration, plain = array("q"), array("q"), 0, True
+        num, den = 1, 1  # of the tick
         with open(self.table_path) as file:
             for line in file:
                 if line.startswith("#tb"):
-                    numerator, denominator = line.split()[-1].split("/")
-                    tick = int(numerator) / int(denominator)
+                    num, den = map(int, line.split()[-1].split("/"))
                 elif not line.startswith("#"):
                     fields = line.split(",")
                     flags = int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1
@@ -270,15 +283,17 @@ class _Ffmpeg:
                         keys.append(times[-1])
         log, printed = self.log(), self.announced()[1]
         # The printed rate is rounded; the packets' durations, or NTSC's 1000/1001, give it exactly.
-        rates = [len(times) / (duration * tick)] if duration > 0 else []
-        rates += [round(printed * 1.001) / 1.001] if printed else []
+        rates = [len(times) * den / (duration * num)] if duration > 0 else []
+        rates += [round(printed * 1.001) * 1000 / 1001] if printed else []
         rate = next((exact for exact in rates if abs(exact - printed) < 0.0051), printed or (rates or [25.0])[0])
         times = np.sort(np.array(times))
         keys = np.searchsorted(times, np.sort(np.array(keys)))
-        known = r"Input #0, (?:mov|matroska)[^\0]*?^\[info\]   Stream #0:\d+[^\n]*: Video: (?:h264|hevc|vp9|av1)\b"
-        seekable = plain and "[error]" not in log and re.search(known, log, re.M) is not None
-        seekable = seekable and len(np.unique(times)) == len(times) and 0 in keys[:1]
-        return _Packets(times, keys, tick, rate, seekable)
+        # A time of its own for each packet, nothing left out or damaged, and whole pictures at all keyframes.
+        seekable = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and "[error]" not in log
+        if os.path.exists(self.clean_path):
+            with open(self.clean_path) as file:
+                seekable = seekable and sum(not line.startswith("#") for line in file) == len(keys)
+        return _Packets(times, keys, num / den, rate, seekable)
 
 
 def motion_mask(previous, current, kind="hard"):
@@ -325,6 +340,7 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
             else:
                 flow = F.interpolate(flow, pyramid_level.shape[-2:], mode="bilinear") / pyr_scale
             first, second = _polynomial_expansion(pyramid_level, poly_n, poly_sigma)
+            second = _pad_to_power_of_two(second)
             for _ in range(iterations):
                 flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
         return flow.permute(1, 2, 3, 0)
@@ -434,7 +450,7 @@ def _equations(first, second, flow):
     px = dx + torch.arange(w, device=flow.device)
     py = dy + torch.arange(h, device=flow.device)[:, None]
     inside = ((px >= 0) & (px < w - 1) & (py >= 0) & (py < h - 1)).float()
-    grid = torch.stack([px * (2 / max(w - 1, 1)) - 1, py * (2 / max(h - 1, 1)) - 1])  # grid_sample's -1…1
+    grid = torch.stack([px * (2 / (second.shape[-1] - 1)) - 1, py * (2 / (second.shape[-2] - 1)) - 1])  # now -1…1
     second = F.grid_sample(second, grid.permute(1, 2, 3, 0), padding_mode="zeros", align_corners=True)
     first, second = first.transpose(0, 1), second.transpose(0, 1) * inside  # (5, B, h, w)
     dby, dbx = (first[:2] - second[:2]) / 2
@@ -449,6 +465,15 @@ def _equations(first, second, flow):
     torch.mul(ayy, dby, out=equations[3]).addcmul_(axy, dbx)
     torch.mul(axy, dby, out=equations[4]).addcmul_(axx, dbx)
     return equations.mul_(_border_weight(h, w).to(flow.device))
+
+
+def _pad_to_power_of_two(image):
+    """(…, h, w) -> (…, 2ᵃ + 1, 2ᵇ + 1), so that grid_sample's coordinates, -1…1, hold whole pixels exactly.
+
+    Otherwise what stands still at the left border is found at -0.000001 for some pixels, and that counts as outside.
+    """
+    bottom, right = (2 ** max(n - 1, 1).bit_length() + 1 - n for n in image.shape[-2:])
+    return F.pad(image, (0, right, 0, bottom))
 
 
 @lru_cache

@@ -1,13 +1,12 @@
 """The Hawk model: a video-language model that sees a clip twice, as it is and with everything still blacked out.
 
-    frames ──┐            ┌ appearance: Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┐
-             ├─ one ViT ──┤                                                                                        ├ LLaMA → words
-    motion ──┘            └ motion:     Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┘
+    frames ─┐           ┌ appearance: Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┐
+            ├─ one ViT ─┤                                                                                        ├ LLaMA → words
+    motion ─┘           └ motion:     Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┘
 
-Read it from top to bottom: attention, ViT, Q-Former, Branch (one class, built twice), LLaMA, LoRA, Hawk, files. It
-differs from the released code in three ways: one ViT serves both branches (the released code keeps two equal copies),
-one class is both branches (there, the motion branch is a copy that drifted), and nothing is read from disk but its own
-format (`prepare.py weights` turns the released files into it).
+From leaf to whole: attention, ViT, Q-Former, Branch (one class, built twice), LLaMA, LoRA, Hawk, files. Unlike the
+released code it keeps one ViT for both branches instead of two equal ones, and reads only its own format from disk
+(`prepare.py weights` turns the released files into it).
 
     model = Hawk.from_pretrained("weights/tiny")
     soft = model.encode(appearance, motion)             # (B, T, 3, H, W) each, in [0, 1]  ->  .tokens (B, 64, D)
@@ -74,10 +73,13 @@ class HawkConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        if self.consistency not in ("cosine", "debiased"):
-            raise ValueError(f"consistency must be 'cosine' or 'debiased', not {self.consistency!r}")
+        if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft"):
+            raise ValueError(f"consistency {self.consistency!r}, motion {self.motion!r}: cosine|debiased, hard|soft")
+        for name, value in asdict(self).items():
+            if type(value) is int and value < (0 if name == "lora_rank" else 1):
+                raise ValueError(f"{name} is {value}")
         for dim, heads in (("vit_dim", "vit_heads"), ("qformer_dim", "qformer_heads"), ("llama_dim", "llama_heads")):
-            if getattr(self, heads) < 1 or getattr(self, dim) % getattr(self, heads):
+            if getattr(self, dim) % getattr(self, heads):
                 raise ValueError(f"{dim} {getattr(self, dim)} does not divide into {heads} {getattr(self, heads)}")
 
     @property
@@ -87,27 +89,23 @@ class HawkConfig:
 
     @property
     def n_visual(self):
-        """Soft tokens a clip becomes, appearance first."""
+        """Soft tokens that a clip becomes, appearance first."""
         return len(BRANCHES) * self.n_video_queries
 
     @classmethod
     def preset(cls, name):
-        if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
     @classmethod
     def from_dict(cls, values, source="config"):
         """Refuses unknown keys and changed types: a typo must not silently become a default."""
-        known = {f.name: f.type for f in fields(cls)}
-        for key, value in values.items():
-            if key not in known:
-                raise ValueError(f"{source}: unknown key {key!r}")
-            want = known[key]
-            if want is float and type(value) is int:
-                values = {**values, key: float(value)}
-            elif type(value) is not want:
-                raise ValueError(f"{source}: {key} must be {want.__name__}, not {value!r}")
+        types = {f.name: f.type for f in fields(cls)}
+        values = {k: float(v) if types.get(k) is float and type(v) is int else v for k, v in values.items()}
+        wrong = [k for k, v in values.items() if type(v) is not types.get(k)]
+        if wrong:
+            key, kind = wrong[0], types.get(wrong[0])
+            problem = f"{key} must be {kind.__name__}, not {values[key]!r}" if kind else f"unknown key {key!r}"
+            raise ValueError(f"{source}: {problem}")
         return cls(**values)
 
 
@@ -182,7 +180,7 @@ class ViTAttention(nn.Module):
         return self.proj(attend(q, k, v, self.heads))
 
 
-class ViTMLP(nn.Module):
+class MLP(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -198,7 +196,7 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm(config.vit_dim, eps=1e-6), LayerNorm(config.vit_dim, eps=1e-6)
         self.attn = ViTAttention(config.vit_dim, config.vit_heads)
-        self.mlp = ViTMLP(config.vit_dim, config.vit_mlp)
+        self.mlp = MLP(config.vit_dim, config.vit_mlp)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -246,22 +244,22 @@ class QFormerAttention(nn.Module):
         return self.norm(x + F.dropout(self.output(y), p))
 
 
-class QFormerMLP(nn.Module):
+class QFormerMLP(MLP):
     def __init__(self, dim, hidden, dropout):
-        super().__init__()
-        self.fc1, self.fc2, self.dropout = nn.Linear(dim, hidden), nn.Linear(hidden, dim), dropout
-        self.norm = LayerNorm(dim, eps=1e-12)
+        super().__init__(dim, hidden)
+        self.norm, self.dropout = LayerNorm(dim, eps=1e-12), dropout
 
     def forward(self, x):
-        return self.norm(x + F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training))
+        return self.norm(x + F.dropout(super().forward(x), self.dropout, self.training))
 
 
 class QFormerLayer(nn.Module):
-    def __init__(self, dim, heads, hidden, context_dim, crosses, dropout):
+    def __init__(self, config, context_dim, crosses):
         super().__init__()
+        dim, heads, dropout = config.qformer_dim, config.qformer_heads, config.dropout
         self.self_attention = QFormerAttention(dim, heads, dim, dropout)
         self.cross_attention = QFormerAttention(dim, heads, context_dim, dropout) if crosses else None
-        self.mlp = QFormerMLP(dim, hidden, dropout)
+        self.mlp = QFormerMLP(dim, config.qformer_mlp, dropout)
 
     def forward(self, x, context):
         x = self.self_attention(x, x)
@@ -276,12 +274,9 @@ class QFormer(nn.Module):
 
     def __init__(self, config, layers, context_dim, cross_every):
         super().__init__()
-        dim, self.dropout, self.save_memory = config.qformer_dim, config.dropout, config.gradient_checkpointing
-        self.norm = LayerNorm(dim, eps=1e-12)
-        self.layers = nn.ModuleList(
-            QFormerLayer(dim, config.qformer_heads, config.qformer_mlp, context_dim, i % cross_every == 0, config.dropout)
-            for i in range(layers)
-        )
+        self.dropout, self.save_memory = config.dropout, config.gradient_checkpointing
+        self.norm = LayerNorm(config.qformer_dim, eps=1e-12)
+        self.layers = nn.ModuleList(QFormerLayer(config, context_dim, i % cross_every == 0) for i in range(layers))
 
     def forward(self, queries, context):
         x = F.dropout(self.norm(queries), self.dropout, self.training).expand(len(context), -1, -1)
@@ -392,7 +387,9 @@ class LlamaAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, h, S, d)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
@@ -456,12 +453,11 @@ class Llama(nn.Module):
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / rank) · B A dropout(x). A is random and B zero, so that nothing changes at the start."""
 
-    def __init__(self, linear, rank, alpha, dropout):
+    def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.scale, self.dropout = linear.weight, alpha / rank, dropout
-        device = linear.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        self.weight, self.scale, self.dropout = linear.weight, config.lora_alpha / config.lora_rank, config.lora_dropout
+        A, B = torch.empty(config.lora_rank, self.in_features), torch.zeros(self.out_features, config.lora_rank)
+        self.lora_A, self.lora_B = (nn.Parameter(x.to(linear.weight.device)) for x in (A, B))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -471,8 +467,8 @@ class LoRALinear(nn.Linear):
     def merged(self):
         """An ordinary Linear with the correction added to its weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        delta = self.scale * (self.lora_B.float() @ self.lora_A.float())
-        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
+        weight = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
+        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         return linear
 
 
@@ -508,11 +504,9 @@ class Hawk(nn.Module):
     def device(self):
         return self.llama.lm_head.weight.device
 
-    # what trains ------------------------------------------------------------------------------------------------------
-
     def set_trainable(self, mode):
-        """Chooses the parameters that train (DESIGN: released | paper | lora | all); everything else is frozen, and
-        frozen modules stay in eval mode (no dropout) when the model is put into training mode."""
+        """Chooses what learns: "paper" everything after the frame Q-Formers but LLaMA; "released" the motion branch's
+        frame queries too; "lora" a LoRA too; "all" everything. What is frozen stays in eval mode (no dropout)."""
         if mode not in ("released", "paper", "lora", "all"):
             raise ValueError(f"train mode {mode!r}: choose released, paper, lora or all")
         if mode == "lora" and not any(isinstance(m, LoRALinear) for m in self.modules()):
@@ -541,7 +535,7 @@ class Hawk(nn.Module):
         for block in self.llama.layers:
             for target in c.lora_targets.split(","):
                 linear = getattr(block.self_attn, target)
-                setattr(block.self_attn, target, LoRALinear(linear, c.lora_rank, c.lora_alpha, c.lora_dropout))
+                setattr(block.self_attn, target, LoRALinear(linear, c))
 
     def merge_lora(self):
         """Adds every LoRA correction to its weight and removes it; the output stays the same."""
@@ -551,8 +545,6 @@ class Hawk(nn.Module):
                     setattr(block.self_attn, name, module.merged())
         self.config.lora_rank = 0
         return self
-
-    # from a clip to soft tokens ---------------------------------------------------------------------------------------
 
     def frame_features(self, *streams):
         """Frames (B, T, 3, H, W) in [0, 1], one tensor per branch -> a list of (B, T, Q, C). The frozen part: what
@@ -576,23 +568,25 @@ class Hawk(nn.Module):
         """Embeds ids (B, S) and puts the soft tokens (B, N, D) into the placeholder slots, in order: the one way in
         which vision enters the sentence. Raises ValueError when the slots of a row are not N."""
         slots = input_ids == self.config.image_id
-        counts = slots.sum(1)
-        if (counts != soft.shape[1]).any():
-            raise ValueError(f"the text has {counts.tolist()} placeholders a row, the clip has {soft.shape[1]} soft tokens")
+        counts = slots.sum(1).tolist()
+        if counts != [soft.shape[1]] * len(soft):
+            raise ValueError(
+                f"rows with {counts} placeholders, but {len(soft)} clips of {soft.shape[1]} soft tokens"
+            )
         x = self.llama.embed_tokens(input_ids.masked_fill(slots, 0))  # (B, S, D)
         return x.masked_scatter(slots[..., None], soft.to(x.dtype))
 
-    # losses -----------------------------------------------------------------------------------------------------------
-
-    def language_loss(self, input_ids, labels, soft):
-        """Mean cross-entropy of the next token where labels are not -100. The head sees only those positions: at 32,000
-        words its output is the largest tensor of a training step."""
-        hidden = self.llama(self.embed(input_ids, soft))[:, :-1]
-        target = labels[:, 1:]
-        logits = self.llama.lm_head(hidden[target != -100]).float()  # (supervised tokens, vocabulary)
-        if not len(logits):
+    def language_loss(self, input_ids, labels, soft, per_sample=False):
+        """Mean cross-entropy of the next token over all tokens with a label (not -100), or, per_sample, over the tokens
+        of each row and then over the rows: what training at one clip a process computes. The head sees only those
+        positions: at 32,000 words its output is the largest tensor of a training step."""
+        hidden, target = self.llama(self.embed(input_ids, soft))[:, :-1], labels[:, 1:]
+        kept = target != -100
+        if not kept.any():
             raise ValueError("a batch without a single supervised token (all labels are -100)")
-        return F.cross_entropy(logits, target[target != -100])
+        loss = F.cross_entropy(self.llama.lm_head(hidden[kept]).float(), target[kept], reduction="none")
+        weight = kept / kept.sum(1, keepdim=True) / len(kept) if per_sample else kept / kept.sum()
+        return (loss * weight[kept]).sum()
 
     def consistency_loss(self, encoding):
         """Paper, Eq. 7: 1 − cos(tight appearance, tight motion), each flattened per sample, mean over the batch. The
@@ -607,20 +601,20 @@ class Hawk(nn.Module):
         """Cosine of the two encoder_1 biases: near 1 when they alone satisfy the consistency loss."""
         return F.cosine_similarity(self.appearance.encoder_1.bias, self.motion.encoder_1.bias, dim=0).item()
 
-    def forward(self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None):
+    def forward(
+        self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False
+    ):
         """The losses of a batch, by name (paper, Eq. 9: total is their weighted sum). Without a motion target,
         motion_language is video_language again, as in the released stage 2."""
         c, encoding = self.config, self.encode(appearance, motion)
-        losses = {"video_language": self.language_loss(input_ids, labels, encoding.tokens)}
+        losses = {"video_language": self.language_loss(input_ids, labels, encoding.tokens, per_sample)}
         losses["motion_language"] = losses["video_language"]
         if motion_input_ids is not None:
             motion_tokens = encoding.tokens[:, c.n_video_queries :]
-            losses["motion_language"] = self.language_loss(motion_input_ids, motion_labels, motion_tokens)
+            losses["motion_language"] = self.language_loss(motion_input_ids, motion_labels, motion_tokens, per_sample)
         losses["consistency"] = self.consistency_loss(encoding)
         losses["total"] = sum(getattr(c, f"{name}_weight") * loss for name, loss in losses.items())
         return losses
-
-    # words ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -630,40 +624,40 @@ class Hawk(nn.Module):
         """Continues each row of input_ids (a (B, S) tensor, or lists of unequal length) until `eos_id` (included) or
         max_new_tokens; returns lists of new ids. temperature 0 is greedy; `encoding` saves encoding a clip again;
         `on_token(list of B ids)` is called as tokens are made, and stops the generation by returning False."""
+        if max_new_tokens < 1 or beams < 1 or not 0 < top_p <= 1 or (beams > 1 and temperature > 0):
+            raise ValueError(
+                "needs max_new_tokens and beams of 1 or more, top_p in (0, 1], and beams without temperature"
+            )
         encoding = encoding or self.encode(appearance, motion)
         ids, padding = left_pad(input_ids, self.device)
         x = self.embed(ids, encoding.tokens)
         if beams > 1:
-            return [
-                self.beam_search(x[b : b + 1, padding[b] :], max_new_tokens, beams, repetition_penalty, eos_id)
-                for b in range(len(x))
-            ]
+            prompts = (x[b : b + 1, padding[b] :] for b in range(len(x)))
+            return [self.beam_search(x, max_new_tokens, beams, repetition_penalty, eos_id) for x in prompts]
         cache = KVCache(self.config, len(x), x.shape[1] + max_new_tokens, x, padding)
         generator = torch.Generator(self.device).manual_seed(seed)
-        new, done = torch.empty(len(x), 0, dtype=torch.long, device=x.device), torch.zeros(len(x), dtype=torch.bool)
+        new, done = ids[:, :0], torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             logits = self.llama.lm_head(self.llama(x, cache)[:, -1]).float()  # (B, vocabulary)
-            token = sample(penalise(logits, new, repetition_penalty), temperature, top_p, generator)
-            new, done = torch.cat([new, token[:, None]], dim=1), done | (token == eos_id).cpu()
+            token = choose(penalise(logits, new, repetition_penalty), temperature, top_p, generator)
+            new, done = torch.cat([new, token[:, None]], dim=1), done | (token == eos_id)
             if (on_token and on_token(token.tolist()) is False) or done.all():
                 break
             x = self.llama.embed_tokens(token[:, None])
-        rows = new.tolist()
-        return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+        return [cut(row, eos_id) for row in new.tolist()]
 
     @torch.no_grad()
     def generate_naive(self, appearance, motion, input_ids, max_new_tokens=128, eos_id=2):
         """Greedy without a cache, the whole sequence again for every token: the reference that tests compare with."""
-        x, out = self.embed(input_ids, self.encode(appearance, motion).tokens), []
+        x, new = self.embed(input_ids, self.encode(appearance, motion).tokens), []
         for _ in range(max_new_tokens):
-            out.append(self.llama.lm_head(self.llama(x)[:, -1]).argmax(-1))
-            x = torch.cat([x, self.llama.embed_tokens(out[-1])[:, None]], dim=1)
-        rows = torch.stack(out, dim=1).tolist()
-        return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+            new.append(self.llama.lm_head(self.llama(x)[:, -1]).argmax(-1))
+            x = torch.cat([x, self.llama.embed_tokens(new[-1])[:, None]], dim=1)
+        return [cut(row, eos_id) for row in torch.stack(new, dim=1).tolist()]
 
     def beam_search(self, x, max_new_tokens, beams, repetition_penalty, eos_id):
-        """The `beams` best continuations of one prompt x (1, S, D), kept side by side; returns the best finished one by
-        mean log-probability per token."""
+        """The `beams` best continuations of one prompt x (1, S, D), kept side by side; returns the best one by mean
+        log-probability per token: a finished one, or at the limit perhaps the best of those still open."""
         cache = KVCache(self.config, beams, x.shape[1] + max_new_tokens, x)
         x, new = x.expand(beams, -1, -1), torch.empty(beams, 0, dtype=torch.long, device=x.device)
         score = torch.full((beams,), -torch.inf, device=x.device)
@@ -679,24 +673,24 @@ class Hawk(nn.Module):
             alive = (token != eos_id).nonzero()[:beams, 0]
             score, rows, token = score[alive], rows[alive], token[alive]
             new = torch.cat([new[rows], token[:, None]], dim=1)
-            if len(finished) >= beams and max(finished)[0] >= score[0].item() / step:
+            if len(finished) >= beams and sorted(finished)[-beams][0] >= score[0].item() / step:
                 break
             cache.reorder(rows)
             x = self.llama.embed_tokens(token[:, None])
         finished.append((score[0].item() / new.shape[1], new[0].tolist()))
         return max(finished)[1]
 
-    # files ------------------------------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None):
         """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`). With `base`
         (the folder of the weights that training started from), only tensors that train are written, and the base is
         named in config.json. The folder appears whole or not at all."""
+        if base is not None and Path(base).resolve() == Path(folder).resolve():
+            raise ValueError(f"{folder}: is the base of these weights; save them to another folder")
         keep = {name for name, p in self.named_parameters() if base is None or p.requires_grad}
         tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in self.state_dict().items() if n in keep}
+        config = asdict(self.config) | ({} if base is None else {"base": str(Path(base).resolve())})
         with replaced_folder(folder) as new:
-            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-            config = asdict(self.config) | ({"base": str(base)} if base is not None else {})
+            save_tensors(tensors, new / "model.safetensors")
             (new / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, new / "tokenizer.model")
@@ -704,18 +698,13 @@ class Hawk(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
         """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode. Built without memory
-        and filled tensor by tensor from the mapped file. Raises ValueError that names the file and the tensor."""
-        folders = [Path(folder)]
-        config, base = read_config(folders[0])
-        while base is not None and base not in folders:  # stage 2 continues stage 1, which continues the published model
-            folders.insert(0, base)
-            base = read_config(base)[1]
+        and filled tensor by tensor from the mapped files. Raises ValueError that names the file and the tensor."""
+        config, folders = read_chain(folder)
         with torch.device("meta"):
             model = cls(config)
-        wanted = dict(model.named_parameters())
-        missing = set(wanted)
+        missing = set(dict(model.named_parameters()))
         for source in folders:
-            missing -= load_folder(model, source, wanted, device, dtype)
+            missing -= load_folder(model, source, device, dtype)
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)}")
         return model.eval()
@@ -749,15 +738,21 @@ def left_pad(rows, device):
     return torch.stack([F.pad(row, (S - len(row), 0)) for row in rows]), padding
 
 
+def cut(row, eos_id):
+    """A row of ids up to its end token, that included."""
+    return row[: row.index(eos_id) + 1] if eos_id in row else row
+
+
 def penalise(logits, new, penalty):
-    """Repetition penalty: tokens already generated, new (B, n), become `penalty` times less likely in log space."""
+    """Repetition penalty: the logits (B, vocabulary) of tokens already generated, new (B, n), divided by it if positive,
+    else multiplied."""
     if penalty == 1.0 or not new.shape[1]:
         return logits
     seen = logits.gather(1, new)
     return logits.scatter(1, new, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
-def sample(logits, temperature, top_p, generator):
+def choose(logits, temperature, top_p, generator):
     """The next token of each row: the best one at temperature 0, else a draw from the smallest set of tokens whose
     probability reaches top_p. logits (B, vocabulary) -> (B,)"""
     if temperature <= 0:
@@ -780,23 +775,38 @@ def read_config(folder):
         raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
 
 
-def load_folder(model, folder, wanted, device, dtype):
+def read_chain(folder):
+    """(HawkConfig, [folders]) of weights and what they are based on, the base first: a later folder's tensors replace an
+    earlier one's (stage 2 continues stage 1, which continues the published model)."""
+    folders = [Path(folder)]
+    config, base = read_config(folders[0])
+    while base is not None and base not in folders:
+        folders.insert(0, base)
+        base = read_config(base)[1]
+    return config, folders
+
+
+def save_tensors(tensors, file):
+    """Writes a safetensors file that whoever may read its folder may read (the library's own are for the owner only)."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def load_folder(model, folder, device, dtype):
     """Assigns every tensor of the folder's safetensors to the parameter of that name; returns the names it filled."""
-    index, filled = folder / "model.safetensors.index.json", set()
-    files = ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for file in (folder / name for name in files):
+    wanted, filled = dict(model.named_parameters()), set()
+    for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
                     tensor = tensors.get_tensor(name)
                     if name not in wanted or tensor.shape != wanted[name].shape:
                         expected = tuple(wanted[name].shape) if name in wanted else "no tensor of that name"
-                        raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, the model expects {expected}")
-                    parent = model.get_submodule(name.rpartition(".")[0])
-                    value = nn.Parameter(tensor.to(device, dtype), requires_grad=True)
-                    setattr(parent, name.rpartition(".")[2], value)
+                        raise ValueError(
+                            f"{file}: {name} has shape {tuple(tensor.shape)}, the model expects {expected}"
+                        )
+                    module, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
                     filled.add(name)
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{file}: cannot be read as safetensors ({e})") from e

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,7 +32,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import COLOURS, SLOTS, CachedFeatures, FrameDataset, HawkDataset, Tokenizer, collate, frozen_fingerprint, read_index
+from data import (
+    COLOURS,
+    SLOTS,
+    CachedFeatures,
+    FrameDataset,
+    HawkDataset,
+    Tokenizer,
+    collate,
+    frozen_fingerprint,
+    read_index,
+)
 from hawk import BRANCHES, Hawk, HawkConfig, recover_folder, replaced_folder
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,31 +55,54 @@ def parse_args(argv=None):
     g.add_argument("--preset", choices=["tiny", "7b"], help="start from nothing at this size")
     g.add_argument("--weights", help="start from this folder of weights")
     g.add_argument("--stage", type=int, choices=[0, 1, 2], default=2, help="0 towers and text, 1 captions, 2 questions")
-    g.add_argument("--train", choices=["released", "paper", "lora", "all"], help="what learns (default: paper; all with --preset)")
-    g.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config field, e.g. consistency=debiased")
+    g.add_argument(
+        "--train", choices=["released", "paper", "lora", "all"], help="what learns (default: paper; all with --preset)"
+    )
+    g.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a config field, e.g. consistency=debiased",
+    )
     g = p.add_argument_group("data")
     g.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
     g.add_argument("--features", help="folder that `prepare.py features` wrote: no video is read, no ViT is run")
-    g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=False, help="random crops, as in the release")
-    g.add_argument("--motion-targets", action="store_true", help="stage 2 with a motion caption as the motion branch's target (the paper's text)")
+    g.add_argument(
+        "--augment", action=argparse.BooleanOptionalAction, default=False, help="random crops, as in the release"
+    )
+    g.add_argument(
+        "--motion-targets",
+        action="store_true",
+        help="stage 2 with a motion caption as the motion branch's target (the paper's text)",
+    )
     g.add_argument("--workers", type=int, default=2, help="loader processes")
     g = p.add_argument_group("recipe (the defaults are the released ones, but for --preset tiny)")
     g.add_argument("--steps", type=int, default=400_000)
     g.add_argument("--batch-size", type=int, default=4, help="global: over all processes and accumulation steps")
-    g.add_argument("--accumulate", type=int, default=1, help="split a process's share of the batch into this many passes")
+    g.add_argument(
+        "--accumulate", type=int, default=1, help="split a process's share of the batch into this many passes"
+    )
     g.add_argument("--lr", type=float, default=1e-5)
     g.add_argument("--min-lr", type=float, default=1e-6)
     g.add_argument("--warmup", type=int, default=1000, help="steps from 1e-6 to --lr")
     g.add_argument("--weight-decay", type=float, default=0.05)
     g.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as released")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: float32 on the CPU, else bfloat16 where supported")
+    g.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto: float32 on the CPU, else bfloat16 where supported",
+    )
     g.add_argument("--seed", type=int, default=42)
     g.add_argument("--device", help="default: cuda, else mps, else cpu")
     g = p.add_argument_group("the run's folder")
     g.add_argument("--out", required=True)
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--eval-every", type=int, default=500)
-    g.add_argument("--eval-samples", type=int, default=64, help="held-out clips for the loss; a few of them are answered too")
+    g.add_argument(
+        "--eval-samples", type=int, default=64, help="held-out clips for the loss; a few of them are answered too"
+    )
     g.add_argument("--resume", action="store_true", help="go on from OUT/last")
     args = p.parse_args(argv)
     if bool(args.preset) == bool(args.weights):
@@ -239,7 +273,9 @@ class Log:
         for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - NOT_LOSSES):
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes[0].plot(*zip(*points, strict=True), label=name.replace("_", " "), lw=1.5 if "held" in name else 0.8)
-        axes[1].plot([x["step"] for x in lines if "lr" in x], [x["lr"] for x in lines if "lr" in x], label="learning rate")
+        axes[1].plot(
+            [x["step"] for x in lines if "lr" in x], [x["lr"] for x in lines if "lr" in x], label="learning rate"
+        )
         axes[0].set(yscale="log", xlabel="step", title="losses")
         axes[1].set(xlabel="step", title="learning rate")
         axes[0].legend(fontsize=8)
@@ -258,7 +294,9 @@ NOT_LOSSES = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
 
 def start_processes(args):
     """(rank, processes, device): torchrun sets RANK; without it this is one process."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    name = args.device or (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
     if "RANK" not in os.environ:
         return 0, 1, torch.device(name)
     dist.init_process_group("nccl" if name == "cuda" else "gloo")
@@ -266,6 +304,15 @@ def start_processes(args):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(name)
     return dist.get_rank(), dist.get_world_size(), torch.device(name)
+
+
+def choose_precision(args, device):
+    """(autocast context maker, gradient scaler): bfloat16 where the GPU has it, else float16; float32 on the CPU."""
+    kind = args.dtype
+    if kind == "auto":
+        kind = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == "float16")
+    return lambda: torch.autocast(device.type, getattr(torch, kind), enabled=kind != "float32"), scaler
 
 
 def override(config, settings):
@@ -313,14 +360,12 @@ def datasets(args, model, tokenizer):
     expected = {"weights": frozen_fingerprint(model), "motion": c.motion} if args.features else {}
     for split in ("train", "test"):
         path = Path(args.data) / f"{split}.jsonl"
-        rows = read_index(path) if path.exists() or split == "train" else []
-        train = split == "train"
-        if not train:
-            rows = rows[: args.eval_samples]
+        rows, train = read_index(path) if path.exists() or split == "train" else [], split == "train"
+        features = CachedFeatures(Path(args.features) / split, rows, expected) if args.features and rows else None
+        rows = rows if train else rows[: args.eval_samples]
         if args.stage == 0:
             made.append(FrameDataset(rows, tokenizer, c.n_frames, c.image_size, seed=args.seed, motion=c.motion))
             continue
-        features = CachedFeatures(Path(args.features) / split, rows, expected) if args.features and rows else None
         made.append(
             HawkDataset(
                 rows, tokenizer, n_frames=c.n_frames, image_size=c.image_size, n_visual=c.n_visual, stage=args.stage,
@@ -343,35 +388,8 @@ def inputs(batch, stage):
         names = ["frames", "targets", "colours", "input_ids", "labels"]
     batch = {name: batch[name] for name in names if name in batch}
     frame_wise = ("frames", "targets", "colours")  # (clips, frames of a clip, …) -> (frames, …)
-    return {name: x.flatten(0, 1) if name in frame_wise else x for name, x in batch.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Held-out loss and answers
-
-
-@torch.no_grad()
-def evaluate(module, loader, args, device, precision, tokenizer):
-    """Mean held-out losses as {"held_out_…": float}, and a few answers beside what they should be."""
-    module.eval()
-    sums, n, answers = {}, 0, []
-    for batch in loader:
-        if "input_ids" not in batch:
-            continue
-        x, size = inputs(to_device(batch, device), args.stage), len(batch["input_ids"])
-        with precision():
-            losses = module(**x)
-        for name, loss in losses.items():
-            sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0.0) + loss.item() * size
-        n += size
-        if args.stage == 2 and not answers:
-            for i in range(min(3, size)):
-                start = int((x["labels"][i] != -100).nonzero()[0])
-                ids = module.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], x["input_ids"][i : i + 1, :start])
-                reference = x["labels"][i][x["labels"][i] >= 0].tolist()
-                answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
-    module.train()
-    return {name: value / max(n, 1) for name, value in sums.items()} | ({"answers": answers} if answers else {})
+    batch = {name: x.flatten(0, 1) if name in frame_wise else x for name, x in batch.items()}
+    return batch if stage == 0 else batch | {"per_sample": True}  # each clip counts the same, whatever the processes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,10 +399,13 @@ def evaluate(module, loader, args, device, precision, tokenizer):
 def main():
     args = parse_args()
     rank, world, device = start_processes(args)
+    out, last = Path(args.out), Path(args.out) / "last"
     if args.batch_size % (world * args.accumulate):
-        raise ValueError(f"--batch-size {args.batch_size} does not divide by {world} processes × {args.accumulate} passes")
-    out = Path(args.out)
-    last = out / "last"
+        raise ValueError(
+            f"--batch-size {args.batch_size} does not divide by {world} processes × {args.accumulate} passes"
+        )
+    if args.weights and last.resolve() in (Path(args.weights).resolve(), *Path(args.weights).resolve().parents):
+        raise ValueError(f"--out {out} would overwrite the weights that it starts from; choose another, or --resume")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         recover_folder(last)
@@ -392,94 +413,52 @@ def main():
         dist.barrier()
     args.resume = args.resume and last.exists()
     model, tokenizer_path, objective = build(args, last)
-    tokenizer = Tokenizer(tokenizer_path)
     objective.to(device).train()
     optimizer = make_optimizer(objective, args)
-    start = 0
-    if args.resume:
-        state = torch.load(last / "state.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        objective.load_state_dict(state["heads"], strict=False)
-
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.dtype)
-    kind = kind or (torch.float32 if device.type != "cuda" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
-
-    def precision():
-        return torch.autocast(device.type, kind, enabled=kind != torch.float32)
-
-    train_set, test_set = datasets(args, model, tokenizer)
-    batches = StepBatches(len(train_set), args, start, rank, world)
-    workers = dict(num_workers=args.workers, collate_fn=collate, persistent_workers=False)
-    loader = iter(DataLoader(train_set, batch_sampler=batches, prefetch_factor=4 if args.workers else None, **workers))
-    held_out = DataLoader(test_set, batch_size=16, **workers) if len(test_set) else None
-    wrapped = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None) if world > 1 else objective
-    trained = [p for p in objective.parameters() if p.requires_grad]
+    start = load_state(last, objective, optimizer, device) if args.resume else 0
+    tokenizer, (train_set, test_set) = Tokenizer(tokenizer_path), datasets(args, model, Tokenizer(tokenizer_path))
+    loading = dict(num_workers=args.workers, collate_fn=collate)
+    batches = iter(
+        DataLoader(train_set, batch_sampler=StepBatches(len(train_set), args, start, rank, world), **loading)
+    )
+    held_out = DataLoader(test_set, batch_size=16, **loading) if len(test_set) and rank == 0 else None
+    module = objective
+    if world > 1:
+        module = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
+    precision, scaler = choose_precision(args, device)
     stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-
-    def save(step):
-        if rank:
-            return
-        if args.stage == 0:
-            objective.share_eyes()
-        base = None if sum(p.numel() for p in trained) * 2 > sum(p.numel() for p in model.parameters()) else args.weights
-        heads = {k: v for k, v in objective.state_dict().items() if not k.startswith("hawk.")} if args.stage == 0 else {}
-        with replaced_folder(last) as new:
-            model.save_pretrained(new / "model", tokenizer=tokenizer_path, base=base)
-            for file in (new / "model").iterdir():
-                file.rename(new / file.name)
-            (new / "model").rmdir()
-            torch.save({"optimizer": optimizer.state_dict(), "step": step, "heads": heads}, new / "state.pt")
-            (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))  # finishes the step, saves, and ends
 
     log = Log(out, start) if rank == 0 else None
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
-    skipped, bad, began, seen = 0, 0, time.time(), 0
+    skipped, bad, began = 0, 0, time.time()
     for step in range(start + 1, args.steps + 1):
         lr = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-        totals = {}
-        for micro in range(args.accumulate):
-            batch = next(loader)
-            bad += report_bad(batch, out)
-            x = inputs(to_device(batch, device), args.stage)
-            last_pass = micro == args.accumulate - 1
-            with nullcontext() if last_pass or world == 1 else wrapped.no_sync():
-                with precision(), sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-                    losses = wrapped(**x)
-                scaler.scale(losses["total"] / args.accumulate).backward()
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + loss.detach() / args.accumulate
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
-        if torch.isfinite(norm):
-            scaler.step(optimizer)
-            skipped = 0
-        else:
-            skipped += 1
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if skipped >= 5:
+        losses, norm, errors = train_step(module, batches, optimizer, precision, scaler, args, device, world)
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped == 5:
             raise ValueError(f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1")
-
-        seen += args.batch_size
-        values = {name: round(float(v), 6) for name, v in average(totals, world).items()}
-        values |= {"lr": lr, "grad_norm": round(float(norm), 4), "samples_per_s": round(seen / (time.time() - began), 2)}
-        if args.stage:
-            values["bias_cosine"] = model.bias_cosine()
+        bad += list_bad(errors, out)
+        if bad > 20 and bad > 0.05 * (step - start) * args.batch_size / world:
+            raise ValueError(
+                f"step {step}: {bad} videos could not be read, more than 5%; see {out / 'bad_videos.jsonl'}"
+            )
+        values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
         if rank == 0:
-            if (step % args.eval_every == 0 or step == args.steps) and held_out:
+            rate = (step - start) * args.batch_size / (time.time() - began)
+            values |= {"samples_per_s": round(rate, 2), "memory_mb": peak_memory_mb(device)}
+            if args.stage:
+                values["bias_cosine"] = model.bias_cosine()
+            if held_out and (step % args.eval_every == 0 or step == args.steps):
                 values |= evaluate(objective, held_out, args, device, precision, tokenizer)
             log.write(step, values)
             bar.update()
             bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
-        if step % args.save_every == 0 or step == args.steps or stop:
-            save(step)
-            if rank == 0:
+            if step % args.save_every == 0 or step == args.steps or stop:
+                save(step, model, objective, optimizer, tokenizer_path, args, last)
                 log.plot()
         if stop:
             break
@@ -488,21 +467,98 @@ def main():
         dist.destroy_process_group()
 
 
-def average(totals, world):
-    """The step's losses, averaged over the processes."""
-    if world == 1:
-        return totals
-    values = torch.stack([v.float() for v in totals.values()])
-    dist.all_reduce(values)
-    return dict(zip(totals, values / world, strict=True))
+def train_step(module, batches, optimizer, precision, scaler, args, device, world):
+    """One optimizer step over this process's share of a batch -> (losses by name, gradient norm, unreadable clips).
+    The processes' gradients are averaged once, in the last pass. A step whose gradient is not finite changes nothing."""
+    sums, errors = {}, []
+    for k in range(args.accumulate):
+        batch = next(batches)
+        errors += batch["errors"]
+        together = nullcontext() if world == 1 or k == args.accumulate - 1 else module.no_sync()
+        # on the CPU plain matrix products beat the fused attention, whose backward pass is slow there
+        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+        with together, attention:
+            with precision():
+                losses = module(**inputs(to_device(batch, device), args.stage))
+            scaler.scale(losses["total"] / args.accumulate).backward()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.detach() / args.accumulate
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, args.clip or math.inf).item()
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return sums, norm, errors
 
 
-def report_bad(batch, out):
-    """Lists the videos of this batch that could not be read in OUT/bad_videos.jsonl; returns how many."""
-    with (out / "bad_videos.jsonl").open("a") if batch.get("errors") else nullcontext() as file:
-        for error in batch.get("errors", []):
-            file.write(json.dumps(error) + "\n")
-    return len(batch.get("errors", []))
+@torch.no_grad()
+def evaluate(module, loader, args, device, precision, tokenizer):
+    """Mean held-out losses as {"held_out_…": float}, and in stage 2 a few answers beside what they should be."""
+    module.eval()
+    sums, n, answers = {}, 0, []
+    for batch in loader:
+        x, size = inputs(to_device(batch, device), args.stage), len(batch.get("input_ids", ()))
+        if not size:
+            continue
+        with precision():
+            for name, loss in module(**x).items():
+                sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0.0) + loss.item() * size
+        n += size
+        for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
+            prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
+            ids = module.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], prompt)
+            reference = x["labels"][i][x["labels"][i] >= 0].tolist()
+            answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
+    module.train()
+    return {name: value / max(n, 1) for name, value in sums.items()} | ({"answers": answers} if answers else {})
+
+
+def average(losses, world):
+    """The step's losses as floats, averaged over the processes."""
+    values = torch.stack([loss.float() for loss in losses.values()])
+    if world > 1:
+        dist.all_reduce(values)
+    return dict(zip(losses, (values / world).tolist(), strict=True))
+
+
+def list_bad(errors, out):
+    """Appends clips that could not be read to OUT/bad_videos.jsonl; returns how many there were."""
+    if errors:
+        with (out / "bad_videos.jsonl").open("a") as file:
+            file.writelines(json.dumps(error) + "\n" for error in errors)
+    return len(errors)
+
+
+def peak_memory_mb(device):
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10), 1)
+
+
+def save(step, model, objective, optimizer, tokenizer_path, args, last):
+    """OUT/last: the weights (only what trains, when that is the smaller part), and all else that the loop carries."""
+    if args.stage == 0:
+        objective.share_eyes()
+    n_trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    base = args.weights if n_trained * 2 < sum(p.numel() for p in model.parameters()) else None
+    heads = {k: v for k, v in objective.state_dict().items() if args.stage == 0 and not k.startswith("hawk.")}
+    model.save_pretrained(last.with_name("next"), tokenizer=tokenizer_path, base=base)
+    with replaced_folder(last) as new:
+        for file in last.with_name("next").iterdir():
+            file.rename(new / file.name)
+        torch.save({"optimizer": optimizer.state_dict(), "step": step, "heads": heads}, new / "state.pt")
+        (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    last.with_name("next").rmdir()
+
+
+def load_state(last, objective, optimizer, device):
+    """What `save` wrote beside the weights; returns the step."""
+    state = torch.load(last / "state.pt", map_location=device, weights_only=True)
+    objective.load_state_dict(state["heads"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 
 if __name__ == "__main__":

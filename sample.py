@@ -1,0 +1,406 @@
+"""Ask a trained model about a video.
+
+    python sample.py --video examples/collision.mp4                              # "Can you describe the anomaly in the video?"
+    python sample.py --video a.mp4 b.mp4 --question "Who is involved?"           # one answer a line, "PATH: answer"
+    python sample.py --video a.mp4 b.mp4 --json                                  # one object a line, with times and memory
+    python sample.py --video a.mp4 --temperature 0.7 --top-p 0.9 --seed 1        # other words for each seed
+    python sample.py --video a.mp4 --chat                                        # rounds that remember each other; /help
+
+Answers go to stdout; times, notes and errors go to stderr, an error as one line that starts with "error:". A video that
+cannot be read does not stop the others. Exit status: 0, or 2 if anything failed. From Python:
+
+    model, tokenizer = load("weights/tiny")
+    print(ask(model, tokenizer, "a.mp4", "Who is involved?").answer)
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, read_clip
+from hawk import Encoding, Hawk
+
+WEIGHTS = Path(__file__).parent / "weights"
+PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # what a wrong file, question or machine raises
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, video, answer: what other programs import
+
+
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load(weights, device=None, dtype=None):
+    """A folder of weights -> (model, tokenizer). Raises ValueError, one line, for anything that does not fit."""
+    device = device or best_device()
+    try:
+        device = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model, file = Hawk.from_pretrained(weights, device, dtype), Path(weights) / "tokenizer.model"
+    tokenizer = Tokenizer(file)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{file}: has {tokenizer.vocab_size} pieces, the model beside it {model.config.vocab_size}")
+    return model, tokenizer
+
+
+def small_world(config):
+    """Whether these are small weights with a vocabulary of their own, trained from nothing on the toy world."""
+    return config.vocab_size < 32000
+
+
+def context_length(config):
+    """The most tokens a prompt and its answer may have: LLaMA-2's 4096, or what a small model saw in training."""
+    return 512 if small_world(config) else 4096
+
+
+@dataclass
+class Seen:
+    """A clip and what the model makes of it: enough to answer any number of questions."""
+
+    path: str
+    clip: Clip
+    encoding: Encoding  # of a batch of one
+    seconds: dict  # read, encode
+
+
+@dataclass
+class Answer:
+    """One object of --json."""
+
+    video: str
+    question: str
+    answer: str
+    seconds: dict  # read, encode, generate
+    tokens: int
+    peak_memory_mb: float
+
+    def times(self):
+        spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+        rate = self.tokens / max(self.seconds["generate"], 1e-9)
+        return f"{spent} ({self.tokens} tokens, {rate:.1f} a second), peak memory {self.peak_memory_mb:.0f} MB"
+
+
+@torch.no_grad()
+def encode_clips(model, clips):
+    """Clips -> Encoding of the batch. Together if they have the same number of frames; short clips are not padded."""
+    if len({len(clip.appearance) for clip in clips}) > 1:
+        alone = [vars(encode_clips(model, [clip])) for clip in clips]
+        return Encoding(**{name: torch.cat([encoding[name] for encoding in alone]) for name in alone[0]})
+    streams = ([getattr(clip, stream) for clip in clips] for stream in ("appearance", "motion"))
+    frames = (torch.stack([torch.from_numpy(x) for x in stream]).to(model.device) for stream in streams)
+    return model.encode(*(x.permute(0, 1, 4, 2, 3).float() / 255 for x in frames))
+
+
+def look(model, path):
+    """Reads and encodes a video, once. Raises VideoError."""
+    c, start = model.config, time.perf_counter()
+    clip = read_clip(path, c.n_frames, c.image_size, motion=c.motion)
+    middle = time.perf_counter()
+    encoding = encode_clips(model, [clip])
+    encoding.tokens.cpu()  # waits for the device
+    return Seen(str(path), clip, encoding, {"read": middle - start, "encode": time.perf_counter() - middle})
+
+
+def fit_prompt(model, tokenizer, seen, question, history, system, max_new_tokens):
+    """-> (prompt ids, the history that fits, room for the answer). The oldest rounds are left out until an answer of
+    max_new_tokens fits, or of a quarter of the context if that is less. Raises ValueError if even none is too much."""
+    n_visual, limit = model.config.n_visual, context_length(model.config)
+    for first in range(len(history) + 1):
+        ids = tokenizer.encode_prompt(question, seen.clip.message, n_visual, system, history[first:])
+        if len(ids) + min(max_new_tokens, limit // 4) <= limit:
+            break
+    if len(ids) >= limit:
+        raise ValueError(f"the question is too long: {len(ids)} tokens with the video, these weights take {limit}")
+    return ids, history[first:], limit - len(ids)
+
+
+def ask(model, tokenizer, video, question=DESCRIBE_QUESTIONS[0], history=(), system=SYSTEM, on_text=None,
+        max_new_tokens=128, **generation):  # fmt: skip
+    """The answer to a question about a video (a path, or what `look` returned), as an Answer.
+
+    history: earlier (question, answer) pairs. on_text(str): called with each new piece of the answer as it is made.
+    generation: options of Hawk.generate. Raises ValueError (VideoError for a video that gives no frames).
+    """
+    if not question.strip():
+        raise ValueError("the question is empty")
+    seen = video if isinstance(video, Seen) else look(model, video)
+    ids, _, room = fit_prompt(model, tokenizer, seen, question, list(history), system, max_new_tokens)
+    start, made, said = time.perf_counter(), [], ""
+
+    def show(tokens):
+        nonlocal said
+        made.extend(tokens)
+        text = tokenizer.decode(made)
+        if not text.endswith("\ufffd"):  # else a letter of which some bytes are still to come
+            on_text(text[len(said) :])
+            said = text
+
+    new = model.generate(
+        None, None, [ids], min(max_new_tokens, room), eos_id=tokenizer.eos, encoding=seen.encoding,
+        on_token=show if on_text else None, **generation,
+    )[0]  # fmt: skip
+    answer = tokenizer.decode(new)
+    if on_text and answer != said:  # beams say nothing on the way
+        on_text(answer[len(said) :])
+    seconds = seen.seconds | {"generate": time.perf_counter() - start}
+    seconds = {name: round(value, 4) for name, value in seconds.items()}
+    return Answer(seen.path, question, answer, seconds, len(new), peak_memory_mb(model.device))
+
+
+def peak_memory_mb(device):
+    """The most memory this process has held: of the GPU if the model is there, else of the machine."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat
+
+HELP = """Write a question and press enter. ctrl-C stops an answer, ctrl-D ends.
+/new         forget what was said about this video
+/video PATH  look at another video
+/save FILE   write all rounds so far, one line a video: an index that train.py reads
+/help        this text"""
+
+
+class Chat:
+    """Rounds about one video, which is read and encoded once."""
+
+    def __init__(self, model, tokenizer, system, generation):
+        self.model, self.tokenizer, self.system, self.generation = model, tokenizer, system, generation
+        self.seen, self.history, self.waited, self.transcript = None, [], "", []
+
+    def open(self, path):
+        self.seen, self.history = look(self.model, path), []
+        self.waited = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seen.seconds.items())
+        self.transcript.append({"video": os.path.abspath(path), "qa": []})
+
+    def say(self, question):
+        """Prints the answer as it is made, and its times on stderr; what was said is remembered, also if stopped."""
+        if self.seen is None:
+            raise ValueError("no video yet: /video PATH")
+        length = self.generation["max_new_tokens"]
+        _, kept, _ = fit_prompt(self.model, self.tokenizer, self.seen, question, self.history, self.system, length)
+        if len(kept) < len(self.history):
+            note(
+                f"forgot the {len(self.history) - len(kept)} oldest round(s): the conversation has outgrown the context"
+            )
+        self.history, said, first, start = kept, [], [], time.perf_counter()
+
+        def show(text):
+            first.append(time.perf_counter() - start)
+            said.append(text)
+            print(text, end="", flush=True)
+
+        try:
+            given = {"history": kept, "system": self.system, "on_text": show}
+            ask(self.model, self.tokenizer, self.seen, question, **given, **self.generation)
+        finally:
+            print()
+            answer = "".join(said).strip()
+            if answer:
+                self.history.append((question, answer))
+                self.transcript[-1]["qa"].append({"q": question, "a": answer})
+        after = f" after {self.waited} for the video" if self.waited else ""
+        note(f"first word {first[0] if first else 0:.2f} s{after}, whole answer {time.perf_counter() - start:.2f} s")
+        self.waited = ""
+
+    def save(self, path):
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.transcript if row["qa"]]
+        Path(path + ".tmp").write_text("".join(rows), encoding="utf-8", errors="replace")
+        os.replace(path + ".tmp", path)
+        note(f"{path}: {len(rows)} video(s)")
+
+    def obey(self, line):
+        """One line of input: a command or a question."""
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if command in ("/video", "/save") and not argument:
+            raise ValueError(f"{command} needs a path")
+        if command == "/new":
+            self.history = []
+        elif command == "/video":
+            self.open(argument)
+        elif command == "/save":
+            self.save(argument)
+        elif command == "/help":
+            note(HELP)
+        elif command.startswith("/"):
+            raise ValueError(f"no command {command}; /help lists them")
+        else:
+            self.say(line)
+
+    def run(self, lines):
+        """Until the lines end; ctrl-C stops what is being done, and an error is one line. Returns the exit status."""
+        failed, lines = False, map(str.strip, lines)
+        while True:
+            try:
+                for line in lines:
+                    if line:
+                        self.obey(line)
+                return 2 if failed else 0
+            except KeyboardInterrupt:
+                note("(stopped; ctrl-D ends)")
+            except PROBLEMS as error:
+                failed = complain(error)
+
+
+def typed_lines():
+    """Lines of stdin, with a prompt and line editing at a terminal. An iterator that outlives ctrl-C."""
+    sys.stdin.reconfigure(errors="replace")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return iter(sys.stdin.readline, "")
+    import readline  # noqa: F401  (gives input() its line editing)
+
+    def read():
+        try:
+            return input("> ") + "\n"
+        except EOFError:
+            return ""
+
+    return iter(read, "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain(error):
+    """The error as one line; returns True, for "something failed"."""
+    note(f"error: {' '.join(str(error).split())}")
+    return True
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line that starts with "error:"."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help explains)\n")
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or float within low … high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is not within {low} to {high}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def add_model_options(p):
+    g = p.add_argument_group("model")
+    g.add_argument("--weights", help="folder of weights (default: weights/hawk-7b if it is there, else weights/tiny)")
+    g.add_argument("--device", help="default: cuda, else mps, else cpu")
+    g.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32"
+    )
+
+
+def load_from_options(args):
+    """(model, tokenizer) for the model options, with one line on stderr when these weights know only the toy world."""
+    real = WEIGHTS / "hawk-7b"
+    folder = args.weights or (real if real.is_dir() else WEIGHTS / "tiny")
+    model, tokenizer = load(folder, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    if small_world(model.config):
+        note(
+            f"note: the small weights in {folder} know the toy world only; for real videos put the 7B weights into "
+            f"{real} (README: python prepare.py weights)"
+        )
+    return model, tokenizer
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("--video", nargs="+", action="extend", default=[], metavar="PATH", help="one or more video files")
+    p.add_argument("--question", help=f"default: {DESCRIBE_QUESTIONS[0]}")
+    p.add_argument("--chat", action="store_true", help="ask round after round (questions from stdin)")
+    p.add_argument("--json", action="store_true", help="one JSON object a video: answer, seconds, tokens, peak memory")
+    p.add_argument("--system", default=SYSTEM, help="system text of the prompt (default: a space, as in training)")
+    add_model_options(p)
+    g = p.add_argument_group("generation")
+    g.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="longest answer (default: 128)")
+    g.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest word (default)")
+    g.add_argument(
+        "--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest words that reach this"
+    )
+    g.add_argument("--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side")
+    g.add_argument("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
+    g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of --temperature")
+    args = p.parse_args(argv)
+    if args.beams > 1 and args.temperature > 0:
+        p.error("--beams and --temperature exclude each other")
+    if args.chat and (args.json or len(args.video) > 1):
+        p.error("--chat takes one --video and no --json")
+    if not args.chat and not args.video:
+        p.error("--video is missing")
+    return args
+
+
+def answer_all(model, tokenizer, args, generation):
+    """One answer for each video; True if one of them failed."""
+    failed = False
+    for path in args.video:
+        try:
+            question = DESCRIBE_QUESTIONS[0] if args.question is None else args.question
+            result = ask(model, tokenizer, path, question, system=args.system, **generation)
+        except PROBLEMS as error:
+            failed = complain(error)
+            continue
+        if args.json:
+            print(json.dumps(asdict(result)), flush=True)
+        else:
+            print(result.answer if len(args.video) == 1 else f"{path}: {result.answer}", flush=True)
+            note(f"{path}: {result.times()}")
+    return failed
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    names = ("max_new_tokens", "temperature", "top_p", "beams", "repetition_penalty", "seed")
+    generation = {name: getattr(args, name) for name in names}
+    try:
+        model, tokenizer = load_from_options(args)
+        if not args.chat:
+            return 2 if answer_all(model, tokenizer, args, generation) else 0
+        chat = Chat(model, tokenizer, args.system, generation)
+        if args.video:
+            chat.open(args.video[0])
+        if args.question:
+            chat.say(args.question)
+        return chat.run(typed_lines())
+    except PROBLEMS as error:
+        complain(error)
+        return 2
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head -1` ends quietly
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
