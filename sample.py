@@ -18,11 +18,14 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import torch
 
 from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, read_clip
@@ -156,6 +159,32 @@ def ask(model, tokenizer, video, question=DESCRIBE_QUESTIONS[0], history=(), sys
     seconds = seen.seconds | {"generate": time.perf_counter() - start}
     seconds = {name: round(value, 4) for name, value in seconds.items()}
     return Answer(seen.path, question, answer, seconds, len(new), peak_memory_mb(model.device))
+
+
+def write_motion_sheet(clip, path, columns=8):
+    """A picture of a clip: rows of frames, and under each row the same frames as the motion branch sees them."""
+    path, T = Path(path), len(clip.appearance)
+    order = np.unique(np.linspace(0, T - 1, min(columns, T)).astype(int))
+    rows = [np.concatenate(stream[order], axis=1) for stream in (clip.appearance, clip.motion)]
+    sheet = np.ascontiguousarray(np.concatenate(rows))
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += [
+        "-s",
+        f"{sheet.shape[1]}x{sheet.shape[0]}",
+        "-i",
+        "pipe:0",
+        "-frames:v",
+        "1",
+        "-c:v",
+        "png",
+        "-f",
+        "image2",
+    ]
+    temporary = path.with_name(path.name + ".tmp")
+    done = subprocess.run([*command, "-update", "1", f"file:{temporary}"], input=sheet.tobytes(), capture_output=True)
+    if done.returncode:
+        raise ValueError(f"{path}: cannot be written ({done.stderr.decode(errors='replace').strip()})")
+    os.replace(temporary, path)
 
 
 def peak_memory_mb(device):
@@ -338,6 +367,9 @@ def parse_args(argv=None):
     p.add_argument("--video", nargs="+", action="extend", default=[], metavar="PATH", help="one or more video files")
     p.add_argument("--question", help=f"default: {DESCRIBE_QUESTIONS[0]}")
     p.add_argument("--chat", action="store_true", help="ask round after round (questions from stdin)")
+    p.add_argument(
+        "--show-motion", metavar="FILE", help="also write a PNG: frames above, what the motion branch sees below"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object a video: answer, seconds, tokens, peak memory")
     p.add_argument("--system", default=SYSTEM, help="system text of the prompt (default: a space, as in training)")
     add_model_options(p)
@@ -357,6 +389,8 @@ def parse_args(argv=None):
         p.error("--chat takes one --video and no --json")
     if not args.chat and not args.video:
         p.error("--video is missing")
+    if args.show_motion and (args.chat or len(args.video) > 1):
+        p.error("--show-motion takes one --video and no --chat")
     return args
 
 
@@ -366,7 +400,10 @@ def answer_all(model, tokenizer, args, generation):
     for path in args.video:
         try:
             question = DESCRIBE_QUESTIONS[0] if args.question is None else args.question
-            result = ask(model, tokenizer, path, question, system=args.system, **generation)
+            seen = look(model, path)
+            if args.show_motion:
+                write_motion_sheet(seen.clip, args.show_motion)
+            result = ask(model, tokenizer, seen, question, system=args.system, **generation)
         except PROBLEMS as error:
             failed = complain(error)
             continue
