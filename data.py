@@ -25,12 +25,12 @@ IGNORE = -100  # label of what is not learnt
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Video: decode, sample, motion
 
-# Formats that hold a video in themselves. Playlists, concat scripts, image patterns and texts, which open other files or
-# draw letters, are not among them, whatever the file is called.
+# Formats that hold a video in themselves, whatever the file is called. Not among them: playlists, concat scripts and
+# image patterns, which open other files, and texts, which ffmpeg would draw.
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut,mxf,dv,wtv"
 HELD_BYTES = 96 << 20  # videos whose scaled frames all fit into this are read in one run of ffmpeg
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
-# Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such a keyframe consists of.
+# Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 
 
@@ -106,11 +106,12 @@ def _decode(path, size, choose):
     with _Ffmpeg(path, table=True, clean=CLEAN_KEYFRAMES.get(codec)) as run:
         run.process.wait()
         packets = run.packets()
-    indices, frames = choose(len(packets.times)), None
+    frames = None
     if packets.seekable and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
+        indices = choose(len(packets.times))
         frames = _seek(path, size, packets, _with_predecessors(indices))
     if frames is None:
-        frames, indices = _decode_through(path, size, len(packets.times), choose)
+        frames, indices = _decode_through(path, size, max(1, len(packets.times)), choose)
     return frames, packets.rate, indices
 
 
@@ -121,22 +122,24 @@ def _with_predecessors(indices):
 def _decode_through(path, size, total, choose):
     """Decodes the whole video and keeps the chosen frames; `total` is a guess, the end of the run tells the truth."""
     for _ in range(2):
-        indices = choose(total)
-        numbers = _with_predecessors(indices)
-        with _Ffmpeg(path, size, select="+".join(f"eq(n,{number})" for number in numbers)) as run:
-            frames = list(run.frames())
-            decoded = run.check(len(frames))
-        if decoded == total and len(frames) == len(numbers):
-            return dict(zip(numbers, frames, strict=True)), indices
-        total = decoded
+        indices, frames, count = choose(total), {}, 0
+        wanted = set(_with_predecessors(indices))
+        with _Ffmpeg(path, size) as run:
+            for frame in run.frames():
+                if count in wanted:
+                    frames[count] = frame
+                count += 1
+            run.check(count)
+        if count == total:
+            return frames, indices
+        total = count
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
 def _seek(path, size, packets, numbers):
-    """Decodes only from the keyframe before each pair of frames -> as `_decode_through`, or None where that fails or is slower.
+    """Decodes only from the keyframe before each pair of frames -> {number: frame}; None where it fails or is slower.
 
-    Safe is a video with one frame for each packet, at a time of its own, and clean keyframes. A frame that is lost all the
-    same does not come out at its time, so that is noticed.
+    Call it where packets.seekable holds. A frame that is lost all the same does not come out at its time: it is missed.
     """
     runs = {}  # keyframe -> frame numbers that are decoded from there
     for number in numbers:
@@ -149,8 +152,8 @@ def _seek(path, size, packets, numbers):
     def decode(key, wanted):
         select = "+".join(f"eq(pts,{packets.times[number]})" for number in wanted)
         start = packets.times[max(key, min(wanted) - SEEK_MARGIN)] * packets.tick if key else None
-        with _Ffmpeg(path, size, select=select, start=start, threads=1) as run:
-            return dict(zip(wanted, run.frames(len(wanted)), strict=False))
+        with _Ffmpeg(path, size, select=select, start=start, most=len(wanted), threads=1) as run:
+            return dict(zip(wanted, run.frames(), strict=False))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         frames = {n: frame for found in pool.map(decode, runs, runs.values()) for n, frame in found.items()}
@@ -179,19 +182,19 @@ class _Packets:
     keys: np.ndarray  # numbers of the keyframes
     tick: float  # seconds
     rate: float  # average, frames a second
-    seekable: bool  # see _seek
+    seekable: bool  # each is one frame with a time of its own, and decoding can start at any keyframe
 
 
 class _Ffmpeg:
     """One run of ffmpeg on one file: no shell, no network, no standard input, and an end with the `with` block."""
 
-    def __init__(self, path, size=None, table=False, clean=None, select=None, start=None, threads=None):
+    def __init__(self, path, size=None, table=False, clean=None, select=None, start=None, most=None, threads=None):
         self.path, self.size, self.folder = path, size, tempfile.TemporaryDirectory()
         self.log_path, self.table_path, self.clean_path = (
             os.path.join(self.folder.name, name) for name in ("log", "table", "clean")
         )
         threads = str(threads or min(torch.get_num_threads(), 8))  # one in a loader worker
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+verbose"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
         command += ["-copyts", "-threads", threads, "-filter_threads", threads, "-max_pixels", "100000000"]
         command += ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS]
         if start is not None:
@@ -205,6 +208,7 @@ class _Ffmpeg:
         if size:
             filters = (f"select='{select}'," if select else "") + f"scale={size}:{size}:flags=bilinear"
             command += ["-an", "-sn", "-dn", "-vf", filters, "-fps_mode", "passthrough"]
+            command += ["-frames:v", str(most)] if most else []
             command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
         with open(self.log_path, "wb") as log:
             pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pipesize=1 << 20)
@@ -222,21 +226,20 @@ class _Ffmpeg:
         self.process.wait()
         self.folder.cleanup()
 
-    def frames(self, most=None):
-        """Yields (size, size, 3) uint8 arrays as they come, at most `most`."""
-        while most is None or most > 0:
+    def frames(self):
+        """Yields (size, size, 3) uint8 arrays as they come."""
+        while True:
             frame = np.empty((self.size, self.size, 3), np.uint8)
             if self.process.stdout.readinto(frame.data.cast("B")) < frame.size:
                 return
             yield frame
-            most = most and most - 1
 
     def log(self):
         with open(self.log_path, encoding="utf-8", errors="replace") as file:
             return file.read()
 
     def check(self, n_frames):
-        """After the last frame -> number of frames decoded. Raises VideoError if there were none, or the file is cut."""
+        """After the last frame: raises VideoError if there was none, or if the file is cut."""
         if self.process.wait() < 0:
             raise VideoError(self.path, f"took too long to read, stopped after {self.timer.interval:.0f} s")
         log = self.log()
@@ -249,7 +252,6 @@ class _Ffmpeg:
         if n_frames == 0:
             reason = errors[0].split(" '")[0] if errors else "it has no frames"
             raise VideoError(self.path, f"cannot be read as a video ({reason})")
-        return int(re.search(r" (\d+) frames decoded", log)[1])
 
     def kind(self):
         """(container, codec) by their first names, like ("mov", "h264")."""
@@ -257,7 +259,7 @@ class _Ffmpeg:
         return found.groups() if found else ("", "")
 
     def announced(self):
-        """(seconds, frames a second) that ffmpeg prints for the stream it chose, rounded to two digits; 0 if unknown."""
+        """(seconds, frames a second) that ffmpeg prints for the stream it chose, to two digits; 0 if unknown."""
         log = self.log()
         chosen = re.search(r"^\[info\]   Stream (#0:\d+) -> ", log, re.M)
         rate = chosen and re.search(rf"^\[info\]   Stream {chosen[1]}\b.*? ([\d.]+)(k?) (?:fps|tbr),", log, re.M)
@@ -266,7 +268,7 @@ class _Ffmpeg:
         return hours * 3600 + minutes * 60 + seconds, float(rate[1]) * (1000 if rate[2] else 1) if rate else 0
 
     def packets(self):
-        """Reads the table, a line for each packet: stream, dts, pts, duration, size, checksum, flags unless just "key"."""
+        """Reads the table. A packet's line: stream, dts, pts, duration, size, checksum, and flags unless just "key"."""
         times, keys, duration, plain = array("q"), array("q"), 0, True
         num, den = 1, 1  # of the tick
         with open(self.table_path) as file:
@@ -288,7 +290,6 @@ class _Ffmpeg:
         rate = next((exact for exact in rates if abs(exact - printed) < 0.0051), printed or (rates or [25.0])[0])
         times = np.sort(np.array(times))
         keys = np.searchsorted(times, np.sort(np.array(keys)))
-        # A time of its own for each packet, nothing left out or damaged, and whole pictures at all keyframes.
         seekable = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and "[error]" not in log
         if os.path.exists(self.clean_path):
             with open(self.clean_path) as file:
@@ -297,19 +298,22 @@ class _Ffmpeg:
 
 
 def motion_mask(previous, current, kind="hard"):
-    """Frames (T, H, W, 3) uint8, tensors -> `current` with what does not move blacked out.
+    """RGB frames (T, H, W, 3) uint8, tensors -> `current` with what does not move blacked out.
 
-    kind: "hard" keeps the pixels whose flow is longer than 0.2 px (as released); "soft" multiplies every pixel with its
+    kind: "hard" keeps the pixels whose flow is longer than 0.2 px (as released); "soft" multiplies each pixel with its
     flow's length, scaled to [0, 1] in each frame (paper, Eq. 4).
     """
-    flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
-    magnitude = torch.linalg.vector_norm(flow, dim=-1, keepdim=True)  # (T, H, W, 1)
-    if kind == "hard":
-        return current * (magnitude > 0.2)
-    if kind == "soft":
-        weight = magnitude / magnitude.amax(dim=(-3, -2), keepdim=True).clamp(min=1e-6)
-        return (current * weight).round().to(torch.uint8)
-    raise ValueError(f'motion must be "hard", "soft" or "none", not {kind!r}')
+    if kind not in ("hard", "soft"):
+        raise ValueError(f'motion must be "hard", "soft" or "none", not {kind!r}')
+
+    def mask(previous, current):
+        flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
+        length = torch.linalg.vector_norm(flow, dim=-1, keepdim=True)  # (B, H, W, 1)
+        if kind == "hard":
+            return current * (length > 0.2)
+        return (current * (length / length.amax((-3, -2), keepdim=True).clamp(min=1e-6))).round().to(torch.uint8)
+
+    return _in_blocks(mask, previous, current, current[0, ..., 0].numel())
 
 
 def rgb_to_gray(frames):
@@ -326,40 +330,46 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     that A d = (b₁ - b₂)/2: two equations for each pixel, solved by least squares over a window, from coarse to fine.
     """
     previous, current = torch.as_tensor(previous), torch.as_tensor(current)
-    frames = torch.stack([previous, current]).reshape(2, -1, *previous.shape[-2:])
     scales = [1.0]
-    while len(scales) <= levels and min(frames.shape[-2:]) * scales[-1] * pyr_scale >= 32:
+    while len(scales) <= levels and min(previous.shape[-2:]) * scales[-1] * pyr_scale >= 32:
         scales.append(scales[-1] * pyr_scale)
 
-    def coarse_to_fine(frames):  # (2, B, H, W) -> (B, H, W, 2)
-        flow = None
+    def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
+        frames, flow = torch.stack([previous.float(), current.float()]), None
         for scale in reversed(scales):
-            pyramid_level = _pyramid_level(frames.float(), scale)
+            images = _pyramid_level(frames, scale)  # (2, B, h, w)
             if flow is None:
-                flow = torch.zeros_like(pyramid_level)  # (2, B, h, w): here 2 is x and y
+                flow = torch.zeros_like(images)  # also (2, B, h, w): here 2 is x and y
             else:
-                flow = F.interpolate(flow, pyramid_level.shape[-2:], mode="bilinear") / pyr_scale
-            first, second = _polynomial_expansion(pyramid_level, poly_n, poly_sigma)
+                flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
+            first, second = _polynomial_expansion(images, poly_n, poly_sigma)
             second = _pad_to_power_of_two(second)
             for _ in range(iterations):
                 flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
         return flow.permute(1, 2, 3, 0)
 
-    if frames.device.type != "cpu":
-        return coarse_to_fine(frames).reshape(*previous.shape, 2)
-    # Few pairs at a time stay in the processor's cache. Threads take blocks of pairs: a single step is too short to be
-    # worth dividing, and torch's own threads wait for each other badly when the machine is busy.
-    blocks = frames.split(max(1, 2 * 224**2 // previous.shape[-2:].numel()), dim=1)
+    flat = (frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, current))
+    return _in_blocks(coarse_to_fine, *flat, previous.shape[-2:].numel()).reshape(*previous.shape, 2)
+
+
+def _in_blocks(function, previous, current, pixels):
+    """`function` on a few pairs of frames at a time, on the CPU: their data stay in its cache.
+
+    Threads take whole blocks: single steps are too short to be worth dividing, and torch's own threads, which would do
+    that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
+    """
+    if previous.device.type != "cpu":
+        return function(previous, current)
+    pairs = max(1, 2 * 224**2 // pixels)
+    blocks = previous.split(pairs), current.split(pairs)
     threads = torch.get_num_threads()
     if threads == 1:
-        flows = [coarse_to_fine(block) for block in blocks]
-    else:
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                flows = list(pool.map(coarse_to_fine, blocks))
-        finally:
-            torch.set_num_threads(threads)
-    return torch.cat(flows).reshape(*previous.shape, 2)
+        return torch.cat([*map(function, *blocks)])
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat([*pool.map(function, *blocks)])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pyramid_level(frames, scale):
@@ -491,8 +501,8 @@ def _window_sums(planes, winsize):
     """(5, B, h, w) -> the same, summed over windows of 2·(winsize//2) + 1 squared, the border pixels repeated."""
     m = winsize // 2
     padded = F.pad(planes, (m, m, m, m), mode="replicate")
-    # All planes as one long line: a shift by a column or by a row is then one contiguous slice, and fast. What is summed
-    # across the end of a row or a plane lands in the places that the last line leaves out.
+    # All planes as one long line: a shift by a column or by a row is then one contiguous slice, and fast. What is added
+    # across the end of a row or a plane lands in places that the last line leaves out.
     sums = _running_sum(padded.flatten(), 2 * m + 1, step=1)
     sums = _running_sum(sums, 2 * m + 1, step=padded.shape[-1])
     return sums.as_strided(planes.shape, padded.stride())
@@ -513,7 +523,7 @@ def _running_sum(line, count, step):
 
 
 def _solve(equations, winsize):
-    """2×2 systems (5, B, h, w), sums over windows -> flow (2, B, h, w); OpenCV's regularisation, made for sums / winsize²."""
+    """2×2 systems, sums over windows (5, B, h, w) -> flow (2, B, h, w). 1e-3 is meant for sums divided by winsize²."""
     yy, xy, xx, y, x = equations
     determinant = (yy * xx).addcmul_(xy, xy, value=-1).add_(1e-3 * winsize**4)
     flow = torch.stack([(yy * x).addcmul_(xy, y, value=-1), (xx * y).addcmul_(xy, x, value=-1)])
@@ -781,7 +791,7 @@ class FrameDataset(ClipDataset):
     """Stage 0: single frames with what is in them, from the toy rows' "objects" (positions per frame of the video), and
     the row's text without its video. Of the 2·T frames of a clip, `per_clip` are drawn: neighbours are alike."""
 
-    def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=24):
+    def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=12):
         if any("objects" not in row for row in rows):
             raise ValueError('stage 0 needs "objects" in each row of the index, which only the toy world has')
         super().__init__(rows, n_frames, image_size, seed, train, motion)

@@ -27,7 +27,20 @@ def one_thread():
 
 
 def make(path, *options, source="testsrc2=s=96x72:r=10", seconds=4, pixels="yuv420p"):
-    command = [*FFMPEG, "-y", "-f", "lavfi", "-i", source, "-t", str(seconds), "-pix_fmt", pixels, *options, f"file:{path}"]
+    command = [
+        *FFMPEG,
+        "-y",
+        "-f",
+        "lavfi",
+        "-i",
+        source,
+        "-t",
+        str(seconds),
+        "-pix_fmt",
+        pixels,
+        *options,
+        f"file:{path}",
+    ]
     subprocess.run(command, check=True)
     return str(path)
 
@@ -68,7 +81,7 @@ VIDEOS = {  # name: (make's options, other arguments)
     "short.mp4": ([], {"seconds": 0.7}),
     "one.mp4": (["-frames:v", "1"], {}),
     "-dash first.mp4": ([], {}),
-    "it's \"100%d\" : ünïcode.mp4": ([], {}),
+    'it\'s "100%d" : ünïcode.mp4': ([], {}),
     "rotated.mp4": (["-vf", "scale=96:48"], {}),
 }
 
@@ -86,28 +99,30 @@ def test_frames_are_those_of_a_plain_decode(tmp_path, monkeypatch, name):
     assert len(clip.indices) == min(expected, len(frames))
 
 
+X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-g", "30"]
+VARIABLE = ["-vf", "select='mod(n,7)',setpts='PTS+mod(N,4)/40/TB'", "-fps_mode", "vfr"]
+
+
 @pytest.mark.parametrize(
-    "options",
+    "ending, options, seeks",
     [
-        ["-c:v", "libx264", "-preset", "ultrafast", "-bf", "2", "-g", "30"],
-        ["-c:v", "libx264", "-preset", "veryfast", "-x264-params", "open-gop=1:keyint=30:bframes=3"],
-        ["-c:v", "libx264", "-preset", "veryfast", "-x264-params", "intra-refresh=1:keyint=40"],
-        ["-c:v", "libx264", "-preset", "ultrafast", "-vf", "select='mod(n,7)',setpts='PTS+mod(N,4)/40/TB'", "-fps_mode", "vfr"],
+        ("mp4", [*X264, "-bf", "2"], True),
+        ("mkv", [*X264], True),
+        ("mp4", [*X264, "-x264-params", "open-gop=1:bframes=3"], False),
+        ("mp4", [*X264, *VARIABLE], True),
+        ("mp4", [*X264, "-x264-params", "intra-refresh=1"], False),  # its keyframes are whole only some frames later
+        ("mp4", ["-c:v", "mpeg4", "-bf", "2", "-g", "30"], False),
+        ("ts", [*X264, "-bf", "2"], False),  # its keyframes are not to be relied on
     ],
-    ids=["closed", "open", "refresh", "variable"],
 )
-@pytest.mark.parametrize("ending", ["mp4", "ts"])
-def test_long_videos(tmp_path, monkeypatch, options, ending):
+def test_long_videos(tmp_path, monkeypatch, ending, options, seeks):
     """Longer than what is held: seeks where that is safe, else one decode that keeps only what was chosen."""
     monkeypatch.setattr(data, "HELD_BYTES", 100 * SIZE * SIZE * 3)
-    path = make(tmp_path / f"long.{ending}", *options, seconds=320, source="testsrc2=s=48x32:r=10")
+    path = make(tmp_path / f"long.{ending}", *options, seconds=400, source="testsrc2=s=48x32:r=10")
     through = []
     monkeypatch.setattr(data, "_decode_through", lambda *a, real=data._decode_through: through.append(1) or real(*a))
     check_frames(path)
-    if ending == "ts":
-        assert through  # keyframes of a transport stream are not to be relied on
-    elif "intra-refresh" not in str(options):
-        assert not through
+    assert seeks is not bool(through)
 
 
 def test_edit_list_and_false_packet_counts(tmp_path, monkeypatch):
@@ -121,11 +136,25 @@ def test_edit_list_and_false_packet_counts(tmp_path, monkeypatch):
     check_frames(path)
 
 
+def test_size_and_pixels_that_change_on_the_way(tmp_path, monkeypatch):
+    first = make(tmp_path / "first.ts", *X264, seconds=6)
+    second = make(tmp_path / "second.ts", *X264, source="testsrc=s=64x80:r=10", pixels="yuv444p", seconds=6)
+    path = tmp_path / "both.ts"
+    path.write_bytes(open(first, "rb").read() + open(second, "rb").read())
+    check_frames(path)
+    monkeypatch.setattr(data, "HELD_BYTES", 100 * SIZE * SIZE * 3)
+    check_frames(path)
+
+
 def test_times_and_message(tmp_path):
     path = make(tmp_path / "ntsc.mp4", source="testsrc2=s=48x32:r=30000/1001", seconds=10)
     clip = read_clip(path, 8, SIZE, motion="none")
     assert clip.seconds == [round(int(i) * 1001 / 30000, 1) for i in clip.indices]
-    times = "0.0, 1.2, 2.5, 3.8, 5.0, 6.2, 7.5, 8.8"
+    film = read_clip(
+        make(tmp_path / "film.mp4", source="testsrc2=s=48x32:r=24", seconds=3), image_size=SIZE, motion="none"
+    )
+    assert film.seconds == [round(int(i) / 24, 1) for i in film.indices] and 0.2 in film.seconds  # 0.25 is a tie
+    times = "0.0, 1.2, 2.5, 3.7, 5.0, 6.2, 7.5, 8.7"
     assert clip.message == f"The video contains 8 frames sampled at {times} seconds. "
 
 
@@ -148,7 +177,12 @@ def test_uniform_and_headtail(tmp_path):
 
 
 def opencv(previous, current):
-    return np.stack([cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 10, 3, 5, 1.2, 0) for a, b in zip(previous, current)])
+    return np.stack(
+        [
+            cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 10, 3, 5, 1.2, 0)
+            for a, b in zip(previous, current, strict=True)
+        ]
+    )
 
 
 def texture(height, width, seed=0):
@@ -157,7 +191,7 @@ def texture(height, width, seed=0):
     return cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
 
 
-@pytest.mark.parametrize("height, width", [(224, 224), (112, 112), (57, 33), (64, 181), (9, 7)])
+@pytest.mark.parametrize("height, width", [(224, 224), (112, 112), (57, 33), (64, 181)])
 def test_flow_of_moving_textures(height, width):
     image = texture(height, width)
     shifts = [(0, 0), (1, 0), (-2, 3), (6, -5), (0, 11)]
@@ -165,7 +199,7 @@ def test_flow_of_moving_textures(height, width):
     current = np.stack([image[20 - y : 20 - y + height, 20 - x : 20 - x + width] for x, y in shifts])
     flow = farneback(torch.from_numpy(previous), torch.from_numpy(current))
     assert flow.shape == (len(shifts), height, width, 2) and flow.dtype == torch.float32
-    assert np.abs(flow.numpy() - opencv(previous, current)).mean(axis=(1, 2, 3)).max() < 1e-3
+    assert np.abs(flow.numpy() - opencv(previous, current)).mean(axis=(1, 2, 3)).max() < 2e-4
     if height == 224:
         found = flow[:4, 60:-60, 60:-60].mean((1, 2)).numpy()
         np.testing.assert_allclose(found, shifts[:4], atol=0.1)
@@ -175,7 +209,8 @@ def test_flow_of_noise_and_of_still_images():
     noise = np.random.default_rng(0).integers(0, 256, (3, 224, 224), dtype=np.uint8)
     flow = farneback(noise[:2], noise[1:]).numpy()
     assert np.abs(flow - opencv(noise[:2], noise[1:])).mean() < 0.01
-    assert farneback(noise, noise).abs().max() < 1e-3
+    still = farneback(noise, noise).numpy()  # not all zero: at the right and lower borders OpenCV finds motion, too
+    assert np.abs(still - opencv(noise, noise)).mean() < 1e-3 and np.median(np.abs(still)) < 1e-6
     flat = torch.full((1, 224, 224), 77, dtype=torch.uint8)
     assert farneback(flat, flat).abs().max() == 0
 
@@ -200,7 +235,9 @@ def test_flow_shapes_types_and_threads():
 def test_gray_is_opencv_gray():
     values = np.arange(0, 256, 5, dtype=np.uint8)
     colours = np.stack(np.meshgrid(values, values, values), -1).reshape(1, -1, 3)
-    np.testing.assert_array_equal(rgb_to_gray(torch.from_numpy(colours)).numpy(), cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY))
+    np.testing.assert_array_equal(
+        rgb_to_gray(torch.from_numpy(colours)).numpy(), cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY)
+    )
 
 
 def released_motion(frames, indices):
@@ -213,7 +250,9 @@ def released_motion(frames, indices):
     return np.stack(result), np.hypot(*np.moveaxis(np.stack(flows), -1, 0))
 
 
-@pytest.mark.parametrize("source", ["testsrc2=s=160x120:r=10", "mandelbrot=s=128x96:r=10", "life=s=80x80:r=10:ratio=.2"])
+@pytest.mark.parametrize(
+    "source", ["testsrc2=s=160x120:r=10", "mandelbrot=s=128x96:r=10", "life=s=80x80:r=10:ratio=.2"]
+)
 def test_motion_is_the_released_motion(tmp_path, source):
     path = make(tmp_path / "clip.mp4", source=source)
     clip = read_clip(path, 6, 224)
@@ -256,7 +295,7 @@ def test_files_that_are_no_video(tmp_path):
     (tmp_path / "empty.mp4").touch()
     refused(tmp_path / "empty.mp4", "empty")
     (tmp_path / "text.mp4").write_text("This is no video.\n" * 50)
-    refused(tmp_path / "text.mp4", "Invalid data")
+    refused(tmp_path / "text.mp4", "cannot be read")
     (tmp_path / "noise.avi").write_bytes(np.random.default_rng(0).bytes(20000))
     refused(tmp_path / "noise.avi", "cannot be read")
     os.mkfifo(tmp_path / "pipe.mp4")
@@ -267,10 +306,12 @@ def test_files_that_are_no_video(tmp_path):
     refused(tmp_path / "sound.mp4", "no video stream")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(tmp_path):
+def test_a_file_without_permission(tmp_path, monkeypatch):
+    def deny(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
     make(tmp_path / "secret.mp4")
-    os.chmod(tmp_path / "secret.mp4", 0)
+    monkeypatch.setattr(data, "open", deny, raising=False)
     refused(tmp_path / "secret.mp4", "Permission denied")
 
 
@@ -295,4 +336,4 @@ def test_playlists_are_not_followed(tmp_path, kind):
     else:
         make(tmp_path / "picture1.png", "-frames:v", "1", pixels="rgb24")
         path = tmp_path / "picture%d.png"
-    refused(path, "Invalid data" if kind != "pattern" else "No such file")
+    refused(path, "cannot be read" if kind != "pattern" else "No such file")
