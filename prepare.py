@@ -14,24 +14,23 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
+import zipfile
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from hashlib import file_digest
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import sentencepiece
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ from data import (
     read_index,
     videos_digest,
 )  # fmt: skip
-from hawk import BRANCHES, Hawk, HawkConfig, replaced_folder
+from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, read_chain, replaced_folder, save_tensors
 
 
 def write(path, content):
@@ -599,7 +598,7 @@ def features(args):
     """Writes OUT/train and OUT/test: for each clip (and each of --crops variants of it) the frame features of both
     branches. Goes on where an interrupted run stopped; a folder made with other weights or settings is refused."""
     model = Hawk.from_pretrained(args.weights, device=args.device)
-    expected = {"weights": frozen_fingerprint(model), "choices": args.crops, "seed": args.seed}
+    expected = {"weights": frozen_fingerprint(model), "seed": args.seed, "bfloat16": args.bfloat16}
     for split in ("train", "test"):
         if not (args.data / f"{split}.jsonl").exists():
             continue
@@ -613,7 +612,8 @@ def features(args):
         loader = DataLoader(clips, args.batch_size, num_workers=args.workers, collate_fn=list)
         with record, tqdm(total=len(rows) * crops, initial=len(done), desc=split, unit="clip") as bar:
             for batch in loader:
-                write_features(model, [clip for clip in batch if "error" not in clip], streams)
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bfloat16):
+                    write_features(model, [clip for clip in batch if "error" not in clip], streams)
                 record.write("".join(json.dumps({k: v for k, v in clip.items() if k != "frames"}) + "\n" for clip in batch))
                 record.flush()
                 bar.update(len(batch))
@@ -678,284 +678,182 @@ def open_cache(folder, meta, shape, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. weights: the released files -> one folder of ours
 
-# Where each tensor of ours comes from: its name in the released .pth files | and in Hugging Face's BLIP-2. Read # as a
-# number, * as a word, ~ as "video_" or nothing, @ as "_motion" or nothing, [0] as the first third of a tensor.
+# Where each tensor of ours comes from: a pattern of our name (a dot is a dot), and its name in the released .pth files |
+# in Hugging Face's BLIP-2. {m} is "_motion" or nothing, [q] and [v] are thirds of a bias [queries, keys, values].
 NAMES = {
     "vit.cls_token": "cls_token | vision_model.embeddings.class_embedding",
     "vit.pos_embed": "pos_embed | vision_model.embeddings.position_embedding",
-    "vit.patch_embed.*": "patch_embed.proj.* | vision_model.embeddings.patch_embedding.*",
-    "vit.blocks.#.norm#.*": "blocks.#.norm#.* | vision_model.encoder.layers.#.layer_norm#.*",
-    "vit.blocks.#.attn.qkv.weight": "blocks.#.attn.qkv.weight | vision_model.encoder.layers.#.self_attn.qkv.weight",
-    "vit.blocks.#.attn.q_bias": "blocks.#.attn.q_bias | vision_model.encoder.layers.#.self_attn.qkv.bias[0]",
-    "vit.blocks.#.attn.v_bias": "blocks.#.attn.v_bias | vision_model.encoder.layers.#.self_attn.qkv.bias[2]",
-    "vit.blocks.#.attn.proj.*": "blocks.#.attn.proj.* | vision_model.encoder.layers.#.self_attn.projection.*",
-    "vit.blocks.#.mlp.*.*": "blocks.#.mlp.*.* | vision_model.encoder.layers.#.mlp.*.*",
-    "ln_vision.*": "ln_vision@.* | vision_model.post_layernorm.*",
-    "~queries": "~query_tokens@",
-    "~qformer.norm.*": "~Qformer@.bert.embeddings.LayerNorm.* | ~qformer.layernorm.*",
-    "~qformer.layers.#.*_attention.output.*": "LAYER.*attention.output.dense.*",
-    "~qformer.layers.#.*_attention.norm.*": "LAYER.*attention.output.LayerNorm.*",
-    "~qformer.layers.#.*_attention.*.*": "LAYER.*attention.self.*.*",
-    "~qformer.layers.#.mlp.fc1.*": "LAYER.intermediate_query.dense.*",
-    "~qformer.layers.#.mlp.fc2.*": "LAYER.output_query.dense.*",
-    "~qformer.layers.#.mlp.norm.*": "LAYER.output_query.LayerNorm.*",
-    "frame_position.weight": "video_frame_position_embedding@.weight",
-    "proj_0.*": "llama_proj@_0.*",
-    "encoder_#.*": "llama_proj@_last.encoder_#.*",
-    "decoder_2.*": "llama_proj@_last.decoder_2.*",
-    "llama.embed_tokens.weight": "model.embed_tokens.weight",
-    "llama.layers.#.*.weight": "model.layers.#.*.weight",
-    "llama.layers.#.*.*.weight": "model.layers.#.*.*.weight",
-    "llama.norm.weight": "model.norm.weight",
+    "vit.patch_embed.(.+)": "patch_embed.proj.{0} | vision_model.embeddings.patch_embedding.{0}",
+    "vit.blocks.(.+).norm(.+)": "blocks.{0}.norm{1} | vision_model.encoder.layers.{0}.layer_norm{1}",
+    "vit.blocks.(.+).attn.qkv.(.+)": "blocks.{0}.attn.qkv.{1} | vision_model.encoder.layers.{0}.self_attn.qkv.{1}",
+    "vit.blocks.(.+).attn.(.)_bias": "blocks.{0}.attn.{1}_bias | vision_model.encoder.layers.{0}.self_attn.qkv.bias[{1}]",
+    "vit.blocks.(.+).attn.proj.(.+)": "blocks.{0}.attn.proj.{1} | vision_model.encoder.layers.{0}.self_attn.projection.{1}",
+    "vit.blocks.(.+).mlp.(.+)": "blocks.{0}.mlp.{1} | vision_model.encoder.layers.{0}.mlp.{1}",
+    "ln_vision.(.+)": "ln_vision{m}.{0} | vision_model.post_layernorm.{0}",
+    "(video_|)queries": "{0}query_tokens{m}",
+    "(video_|)qformer.norm.(.+)": "{0}Qformer{m}.bert.embeddings.LayerNorm.{1} | {0}qformer.layernorm.{1}",
+    "LAYER.(?:self|(cross))_attention.output.(.+)": "LAYER.{2}attention.output.dense.{3}",
+    "LAYER.(?:self|(cross))_attention.norm.(.+)": "LAYER.{2}attention.output.LayerNorm.{3}",
+    "LAYER.(?:self|(cross))_attention.(.+)": "LAYER.{2}attention.self.{3}",
+    "LAYER.mlp.fc1.(.+)": "LAYER.intermediate_query.dense.{2}",
+    "LAYER.mlp.fc2.(.+)": "LAYER.output_query.dense.{2}",
+    "LAYER.mlp.norm.(.+)": "LAYER.output_query.LayerNorm.{2}",
+    "frame_position.weight": "video_frame_position_embedding{m}.weight",
+    "proj_0.(.+)": "llama_proj{m}_0.{0}",
+    "(encoder_.+|decoder_.+)": "llama_proj{m}_last.{0}",
     "llama.lm_head.weight": "lm_head.weight",
+    "llama.(.+)": "model.{0}",
 }
-
-# What a released file may hold beyond that, and why it is left out. Anything else is an error.
-LANGUAGE_MODEL = {r"(t5_proj|language_projection|language_model)\..+": "BLIP-2's own language model"}
-BUFFERS = {r".+\.(position_ids|inv_freq)": "a table of positions, computed here"}
-HEAD = {r"(norm|head)\..+": "the end of EVA's own classifier, behind the features"}
-IGNORED = {
-    "llama": BUFFERS,
-    "vit": LANGUAGE_MODEL | HEAD | {r"qformer\..+|query_tokens|vision_model\.post_layernorm\..+": "read as --qformer"},
-    "qformer": LANGUAGE_MODEL | BUFFERS | {r"vision_model\.(embeddings|encoder)\..+": "read as --vit"},
-    "hawk": BUFFERS,
-    "video_llama": BUFFERS | {r"llama_proj\..+": "Video-LLaMA's projection, of another shape than Hawk's"},
-}
+HEAD = r"(norm|head)\..+"
+LEFT_OUT = [  # (kinds of file, what they may hold beyond that, why it is left out); anything else is an error
+    ("vit", HEAD, "the end of EVA's own classifier, behind the features"),
+    ("vit", r"qformer\..+|query_tokens|vision_model\.post_layernorm\..+", "read as --qformer"),
+    ("qformer", r"vision_model\.(embeddings|encoder)\..+", "read as --vit"),
+    ("vit qformer", r"(t5_proj|language_projection|language_model)\..+", "BLIP-2's own language model"),
+    ("llama qformer hawk video_llama", r".+\.(position_ids|inv_freq)", "a table of positions, computed here"),
+    ("video_llama", r"llama_proj\..+", "Video-LLaMA's projection, of another shape than Hawk's"),
+]
 FROZEN = ("ln_vision", "queries", "qformer")  # the parts of a branch that the published training meant to freeze
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 2 * 10**9
 
 
 def released_names(part, suffix=""):
-    """The names that a tensor of ours may have in the released files. `part`: its name, without a branch in front."""
+    """What a tensor of ours may be called in the released files. `part`: its name, without a branch in front."""
     for ours, released in NAMES.items():
-        pattern = ours.replace(".", r"\.").replace("#", r"(\d+)").replace("*", r"(\w+)").replace("~", "(video_|)")
-        if found := re.fullmatch(pattern, part):
-            return expand(released, found.groups(), suffix)
-    raise KeyError(part)
+        if found := re.fullmatch(ours.replace("LAYER", r"(video_|)qformer.layers.(\d+)"), part):
+            released = released.replace("LAYER", "{0}Qformer{m}.bert.encoder.layer.{1}")
+            names = released.format(*found.groups(""), m=suffix).split(" | ")
+            other = names[0].replace("Qformer.bert", "qformer").replace("attention.self", "attention.attention")
+            return [*names, other]  # the last: Q-Former layers in Hugging Face's BLIP-2
 
 
-def expand(released, words, suffix):
-    names, words = [], [{"self": ""}.get(word, word) for word in words]  # BERT's "attention" is our self_attention
-    for template in released.replace("LAYER", "~Qformer@.bert.encoder.layer.#").split(" | "):
-        left = iter(words)
-        names.append(re.sub(r"[#*~]", lambda _, left=left: next(left), template).replace("@", suffix))
-    if "LAYER" in released:  # Hugging Face's BLIP-2 has the same layers under slightly other names
-        names.append(names[0].replace("Qformer.bert", "qformer").replace("attention.self", "attention.attention"))
-    return names
-
-
-class Released:
-    """The tensors of one released file, or of a Hugging Face folder whose shards are opened when they are needed; or
-    `tensors` made here, under their released names. Files are mapped, not read, and pickles may hold only tensors."""
-
-    def __init__(self, path, tensors=None):
-        self.path, self.made, self.opened, self.used = Path(path), tensors, {}, {}
-        self.files = self.index() if self.path.is_dir() else dict.fromkeys(self.open(self.path), self.path)
-
-    def index(self):
-        """{tensor: file} of a folder, from its index where it has one: no shard is opened for that."""
-        for stem in ("model.safetensors", "pytorch_model.bin"):
-            file, listing = self.path / stem, self.path / f"{stem}.index.json"
-            if listing.exists():
-                return {name: self.path / Path(shard).name for name, shard in read_json(listing)["weight_map"].items()}
-            if file.exists():
-                return dict.fromkeys(self.open(file), file)
-        raise ValueError(f"{self.path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
-
-    def open(self, file):
-        if file not in self.opened:
-            self.opened[file] = open_tensors(file) if self.made is None else self.made
-        return self.opened[file]
-
-    def close(self):
-        """Forgets the mapped files, so that what was read of them no longer counts as our memory."""
-        self.opened = {}
-
-    def get(self, name, third=None):
-        """A tensor, or a third of it (of a bias of [queries, keys, values] whose keys must be zero)."""
-        file = self.files[name]
-        if file not in self.opened and self.made is None and not file.is_file():
-            raise ValueError(f"{file}: is missing; the tensor {name} should be in it")
-        if name not in self.open(file):
-            raise ValueError(f"{file}: the tensor {name}, which the index places here, is missing")
-        tensor = self.open(file)[name]
-        self.used.setdefault(file, set()).add(name)
-        if third is None:
-            return tensor
-        if tensor.ndim != 1 or len(tensor) % 3 or tensor.chunk(3)[1].any():
-            raise ValueError(f"{file}: {name} {tuple(tensor.shape)} must be [queries, zeros, values] of equal length")
-        return tensor.chunk(3)[third]
-
-    def layers(self, pattern):
-        """Numbers of the layers whose tensors' names begin with `pattern`, sorted."""
-        return sorted({int(found[1]) for name in self.files if (found := re.match(pattern, name))})
-
-    def explain(self, ignored):
-        """{reason: [names]} of the tensors that are not used; ValueError for one that `ignored` has no reason for."""
-        used, reasons = set().union(*self.used.values()), {}
-        held = self.files | {name: file for file, tensors in self.opened.items() for name in tensors}
-        for name in sorted(held.keys() - used):
-            reason = next((why for pattern, why in ignored.items() if re.fullmatch(pattern, name)), None)
-            if reason is None:
-                shape = tuple(self.get(name).shape) if name in self.files else "that its index does not know"
-                raise ValueError(f"{held[name]}: unknown tensor {name} {shape}: the model has no place for it")
-            reasons.setdefault(reason, []).append(name)
-        return reasons
-
-
+@cache
 def open_tensors(file):
-    """{name: tensor} of one .pth, .bin or .safetensors file, mapped; {"model": …} checkpoints give their model."""
-    if not file.is_file():
-        raise ValueError(f"{file}: is missing")
+    """{name: tensor} of a .pth, .bin or .safetensors file, mapped, not read; {"model": …} checkpoints give their model."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        with file.open("rb") as f:
-            zipped = f.read(2) == b"PK"  # the format since torch 1.6; the older one cannot be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"{file}: refused: it is damaged or would run code (weights pickle only tensors)") from e
+        # files older than torch 1.6 are no zip files and cannot be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return {name: tensor.detach() for name, tensor in content.get("model", content).items()}
     except Exception as e:  # these readers raise almost anything at a damaged file
-        reason = re.split(r"\n|\. ", str(e))[0] or type(e).__name__
-        raise ValueError(f"{file}: cannot be read: it is cut short or not a weights file ({reason})") from e
-    content = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
-        raise ValueError(f"{file}: is not a table of tensors (a state dict)")
-    return content
+        reason = re.split(r"\n|\. ", str(e))[0]
+        raise ValueError(f"{file}: is missing, cut short, or holds other than tensors ({reason})") from e
 
 
-def read_json(file):
+def read_json(file, *needed):
     try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file}: is missing") from None
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{file}: cannot be read as JSON ({e})") from e
+        content = json.loads(file.read_text())
+        return content | {key: content[key] for key in needed}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{file}: is missing, or not the JSON that belongs here ({type(e).__name__}: {e})") from e
 
 
-class Plan:
-    """Which tensor of ours comes from where. `sources`: Released by role; `motion`: where the frozen part of the motion
-    branch comes from: "checkpoint", "replay" or "blip2"."""
+class Source:
+    """The tensors of a file, of a Hugging Face folder, or `made` here. `held`: {name: its file, or the tensor}."""
 
-    def __init__(self, sources, motion):
-        self.sources, self.motion = sources, motion
+    def __init__(self, path, made=None):
+        self.path, self.used, self.held = path, set(), {} if made is None else made
+        if made is None:
+            shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+            for listing in path.glob(f"*{shards[0].suffix}.index.json") if shards else ():  # knows of missing files, too
+                files = read_json(listing, "weight_map")["weight_map"]
+                self.held |= {name: path / Path(file).name for name, file in files.items()}
+            for file in shards if path.is_dir() else [path]:
+                self.held |= dict.fromkeys(open_tensors(file), file)
 
-    def role(self, name):
-        """The role of the source that must fill tensor `name` of ours, and the suffix that its released name has."""
-        tower, module = name.split(".")[:2]
-        suffix = "_motion" if tower == "motion" else ""
-        if tower not in BRANCHES:
-            return tower, ""
-        if module not in FROZEN:
-            if "video_llama" in self.sources and module.startswith(("video_", "frame_position")):
-                return "video_llama", ""  # starts both branches
-            return ("hawk" if "hawk" in self.sources else "fresh"), suffix
-        if tower == "motion" and module == "queries" and "hawk" in self.sources:
-            return "hawk", suffix  # the published training trained these too, by mistake
-        if tower == "appearance" or self.motion == "blip2":
-            return "qformer", ""
-        saved = self.motion == "checkpoint" and (
-            module != "ln_vision" or f"{module}_motion.bias" in self.sources["hawk"].files
-        )
-        return ("hawk" if saved else "replay"), suffix
+    def get(self, name):
+        """A tensor. "x[q]" and "x[v]" are thirds of a bias of [queries, keys, values], whose keys must be zero."""
+        name, _, third = name.partition("[")
+        tensor = file = self.held[name]
+        self.used.add(name)
+        if isinstance(file, Path):
+            try:
+                tensor = open_tensors(file)[name]
+            except (ValueError, KeyError) as e:
+                raise ValueError(f"{file}: the tensor {name}, which its index places here, is missing") from e
+        if not third:
+            return tensor
+        if tensor.ndim != 1 or len(tensor) % 3 or tensor.chunk(3)[1].any():
+            raise ValueError(f"{file}: {name} {tuple(tensor.shape)} must be [queries, zeros, values]")
+        return tensor.chunk(3)["qkv".index(third[0])]
 
-    def find(self, name):
-        """(source, released name, third or None) for tensor `name` of ours. Raises ValueError when it is not there."""
-        role, suffix = self.role(name)
-        source, names = self.sources[role], released_names(re.sub("^(appearance|motion)\\.", "", name), suffix)
-        for released in names:
-            released, _, third = released.partition("[")
-            if released in source.files:
-                return source, released, int(third[0]) if third else None
-        style = any(held.startswith(("vision_model.", "qformer.")) for held in source.files)  # Hugging Face's?
-        missing = names[-1 if style else 0].partition("[")[0]
-        raise ValueError(f"{source.path}: the tensor {missing} is missing (it becomes {name})")
-
-    def shape(self, name, dimensions):
-        """Shape of a tensor from which sizes of the model are read."""
-        source, released, third = self.find(name)
-        shape = source.get(released, third).shape
-        if len(shape) != dimensions:
-            raise ValueError(f"{source.files[released]}: {released} is {tuple(shape)}, not of {dimensions} dimensions")
-        return shape
-
-    def check(self, wanted):
-        """Finds every tensor of `wanted` {name: tensor on the meta device} and compares the shapes."""
-        for name, like in wanted.items():
-            source, released, third = self.find(name)
-            tensor = source.get(released, third)
-            if tensor.shape != like.shape or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{source.files[released]}: {released} is {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"but {name} needs {tuple(like.shape)} of floating point"
-                )
+    def unused(self, reasons):
+        """{tensor: why it is left out}; ValueError for one that `reasons` [(pattern, why)] does not know."""
+        unused = {}
+        for name in sorted(self.held.keys() - self.used):
+            unused[name] = next((why for pattern, why in reasons if re.fullmatch(pattern, name)), None)
+            if unused[name] is None:
+                raise ValueError(f"{self.held[name]}: unknown tensor {name} {tuple(self.get(name).shape)}: it has no place")
+        return unused
 
 
-# The sizes of the model, from the files
+def locate(name, sources, motion):
+    """(source, released name) of tensor `name` of ours; ValueError if it is missing. `motion`: which source has the frozen
+    part of the motion branch: "hawk", "made" or "qformer"."""
+    tower, _, part = name.partition(".")
+    role, frozen = "hawk" if "hawk" in sources else "made", part.startswith(FROZEN)
+    if tower not in BRANCHES:
+        role, part = tower, name
+    elif frozen and tower == "appearance":
+        role = "qformer"
+    elif frozen and (part != "queries" or role == "made"):  # the published training trained the queries too, by mistake
+        no_ln = motion == "hawk" and part.startswith("ln_") and "ln_vision_motion.bias" not in sources["hawk"].held
+        role = "made" if no_ln else motion
+    elif "video_llama" in sources and part.startswith(("video_", "frame_position")):
+        role = "video_llama"
+    suffix = "_motion" if tower == "motion" and role in ("hawk", "made") else ""  # the other files serve both branches
+    names = released_names(part, suffix)
+    for released in names:
+        if released.partition("[")[0] in sources[role].held:
+            return sources[role], released
+    raise ValueError(f"{sources[role].path}: the tensor {' or '.join(names)} is missing (it becomes {name})")
 
 
-def infer_config(plan, overrides):
+def infer_config(sources, overrides):
     """HawkConfig of the released files: LLaMA's sizes from its config.json, the others from shapes, head counts from
     the published widths of a head. `overrides` wins over all of them."""
-    shape, vit, published, sizes = plan.shape, plan.sources["vit"], HawkConfig(), {}
-    sizes |= llama_sizes(plan.sources["llama"].path / "config.json")
-    sizes["vit_dim"], _, sizes["patch_size"], _ = shape("vit.patch_embed.weight", 4)
-    sizes["image_size"] = math.isqrt(shape("vit.pos_embed", 3)[1] - 1) * sizes["patch_size"]
-    sizes["vit_mlp"] = shape("vit.blocks.0.mlp.fc1.weight", 2)[0]
-    sizes["vit_depth"] = 1 + max(vit.layers(r"(?:blocks|vision_model\.encoder\.layers)\.(\d+)\."), default=0)
-    if sizes["vit_dim"] == published.vit_dim:
-        sizes["vit_depth"] = published.vit_depth
-    elif any(re.fullmatch(pattern, name) for pattern in HEAD for name in vit.files):
-        sizes["vit_depth"] -= 1  # a whole EVA: BLIP-2 leaves out its last block and what is behind it
-    _, sizes["n_queries"], sizes["qformer_dim"] = shape("appearance.queries", 3)
-    sizes["qformer_mlp"] = shape("appearance.qformer.layers.0.mlp.fc1.weight", 2)[0]
-    layer = r"(?:Qformer\.bert|qformer)\.encoder\.layer\.(\d+)\."
-    sizes["qformer_layers"] = 1 + max(plan.sources["qformer"].layers(layer), default=0)
-    crossing = plan.sources["qformer"].layers(layer + "crossattention")
-    sizes["cross_every"] = crossing[1] - crossing[0] if len(crossing) > 1 else sizes["qformer_layers"]
-    sizes["tight_dim"] = sizes["llama_dim"] // 16
-    if trained := plan.sources.get("hawk", plan.sources.get("video_llama")):
-        sizes["n_frames"], _ = shape("appearance.frame_position.weight", 2)
-        _, sizes["n_video_queries"], _ = shape("appearance.video_queries", 3)
-        sizes["video_layers"] = 1 + max(trained.layers(r"video_Qformer\.bert\.encoder\.layer\.(\d+)\."), default=0)
-    if "hawk" in plan.sources:
-        sizes["tight_dim"] = shape("appearance.encoder_1.weight", 2)[0]
-    for tower in ("vit", "qformer"):  # head counts leave no trace in the shapes
-        dim, head = sizes[f"{tower}_dim"], getattr(published, f"{tower}_dim") // getattr(published, f"{tower}_heads")
-        if dim % head and f"{tower}_heads" not in overrides:
-            raise ValueError(f"{tower}: a width of {dim} is no multiple of {head}: give --set {tower}_heads=NUMBER")
-        sizes[f"{tower}_heads"] = dim // head
-    return HawkConfig.from_dict(sizes | overrides, "the sizes in the released files")
 
+    def size(name, axis):
+        source, released = locate(name, sources, "qformer")
+        if axis >= (tensor := source.get(released)).ndim:
+            raise ValueError(f"{source.path}: {released} has too few dimensions: {tuple(tensor.shape)}")
+        return tensor.shape[axis]
 
-def llama_sizes(file):
-    """The part of HawkConfig that LLaMA's config.json holds."""
-    config = read_json(file)
+    def layers(role, pattern):
+        numbers = [int(found[1]) for name in sources[role].held if (found := re.match(pattern, name))]
+        return 1 + max(numbers, default=0)
+
+    file = sources["llama"].path / "config.json"
     names = {"hidden_size": "llama_dim", "num_hidden_layers": "llama_layers", "num_attention_heads": "llama_heads"}
     names |= {"intermediate_size": "llama_mlp", "vocab_size": "vocab_size", "rms_norm_eps": "norm_eps"}
-    if missing := [key for key in names if key not in config]:
-        raise ValueError(f"{file}: {missing[0]} is missing")
-    if config.get("num_key_value_heads", config["num_attention_heads"]) != config["num_attention_heads"]:
-        raise ValueError(f"{file}: num_key_value_heads differs from num_attention_heads, which Hawk's LLaMA cannot do")
-    if config.get("rope_scaling"):
-        raise ValueError(f"{file}: rope_scaling is set; Hawk's LLaMA has plain rotary positions")
-    return {ours: config[theirs] for theirs, ours in names.items()} | {"rope_theta": config.get("rope_theta", 10000.0)}
+    llama = read_json(file, *names)
+    for key, value in ("num_key_value_heads", llama["num_attention_heads"]), ("rope_scaling", None):
+        if llama.get(key, value) != value:
+            raise ValueError(f"{file}: {key} is {llama[key]}; Hawk's LLaMA can only do {value}")
+    c = {ours: llama[theirs] for theirs, ours in names.items()} | {"rope_theta": llama.get("rope_theta", 10000.0)}
+    c["vit_dim"], c["patch_size"] = size("vit.patch_embed.weight", 0), size("vit.patch_embed.weight", 2)
+    c["image_size"] = math.isqrt(size("vit.pos_embed", 1) - 1) * c["patch_size"]
+    c["vit_mlp"] = size("vit.blocks.0.mlp.fc1.weight", 0)
+    whole = any(re.fullmatch(HEAD, name) for name in sources["vit"].held)  # a whole EVA: its last block is not used
+    c["vit_depth"] = layers("vit", r"(?:blocks|vision_model\.encoder\.layers)\.(\d+)\.") - whole
+    c["vit_depth"] = 39 if c["vit_dim"] == 1408 else c["vit_depth"]
+    c["n_queries"], c["qformer_dim"] = size("appearance.queries", 1), size("appearance.queries", 2)
+    c["qformer_mlp"] = size("appearance.qformer.layers.0.mlp.fc1.weight", 0)
+    c["qformer_layers"] = layers("qformer", r"(?:Qformer\.bert|qformer)\.encoder\.layer\.(\d+)\.")
+    for role in sources.keys() & {"hawk", "video_llama"}:
+        c["n_frames"] = size("appearance.frame_position.weight", 0)
+        c["n_video_queries"] = size("appearance.video_queries", 1)
+        c["video_layers"] = layers(role, r"video_Qformer\.bert\.encoder\.layer\.(\d+)\.")
+    c["tight_dim"] = size("appearance.encoder_1.weight", 0) if "hawk" in sources else c["llama_dim"] // 16
+    for tower, head in ("vit", 88), ("qformer", 64):  # head counts leave no trace in the shapes
+        dim = c[f"{tower}_dim"]
+        c[f"{tower}_heads"] = f"{dim} / {head}" if dim % head else dim // head  # a string is refused: it needs --set
+    return HawkConfig.from_dict(c | overrides, "the released files and --set")
 
 
-def parse_overrides(pairs):
-    """["vit_heads=4", …] -> {"vit_heads": 4, …}, typed like the fields of HawkConfig."""
-    types, values = {f.name: f.type for f in fields(HawkConfig)}, {}
-    for key, _, value in (pair.partition("=") for pair in pairs):
-        try:
-            values[key] = {"true": True, "false": False}[value] if types[key] is bool else types[key](value)
-        except (KeyError, ValueError):
-            kind = f"{key} is of type {types[key].__name__}" if key in types else f"the config has no {key!r}"
-            raise ValueError(f"--set {key}={value}: {kind}") from None
-    return values
-
-
-# What no file holds: the motion Q-Former of the published training, and fresh starting weights
+# What no file holds: the motion Q-Former of the published training
 
 BERT_WORDS, BERT_POSITIONS = 30522, 512  # bert-base-uncased, whose text half the released code builds and throws away
 
@@ -964,10 +862,9 @@ def vit_draws(config):
     """How many uniform numbers the released code draws for one ViT: torch's default initialisers of every layer (weight
     and bias), then a truncated normal (one uniform each) for positions, class token and all Linear weights again."""
     dim, mlp, patches = config.vit_dim, config.vit_mlp, (config.image_size // config.patch_size) ** 2
-    conv = dim * 3 * config.patch_size**2 + dim
-    weights = config.vit_depth * (3 * dim * dim + dim * dim + 2 * dim * mlp)  # qkv, proj, fc1 and fc2
+    weights = config.vit_depth * (4 * dim * dim + 2 * dim * mlp)  # qkv, proj, fc1 and fc2
     biases = config.vit_depth * (dim + mlp + dim)  # of proj, fc1 and fc2; q_bias and v_bias are zeros, not drawn
-    return conv + weights + biases + (patches + 1) * dim + dim + weights
+    return dim * 3 * config.patch_size**2 + dim + weights + biases + (patches + 1) * dim + dim + weights
 
 
 def bert_linears(config):
@@ -976,9 +873,10 @@ def bert_linears(config):
     for i in range(config.qformer_layers):
         for kind, width in (("attention", dim), ("crossattention", config.vit_dim)):
             if kind == "attention" or i % config.cross_every == 0:
-                inputs = {"self.query": dim, "self.key": width, "self.value": width, "output.dense": dim}
-                for name, n in inputs.items():
-                    yield f"encoder.layer.{i}.{kind}.{name}", dim, n
+                yield f"encoder.layer.{i}.{kind}.self.query", dim, dim
+                yield f"encoder.layer.{i}.{kind}.self.key", dim, width
+                yield f"encoder.layer.{i}.{kind}.self.value", dim, width
+                yield f"encoder.layer.{i}.{kind}.output.dense", dim, dim
         for half in ("", "_query"):  # the MLP for text, which is thrown away, and the one for queries
             yield f"encoder.layer.{i}.intermediate{half}.dense", mlp, dim
             yield f"encoder.layer.{i}.output{half}.dense", dim, mlp
@@ -993,217 +891,147 @@ def replay_motion_qformer(config, seed=42):
     can be thrown away in portions of any size; normal ones are drawn tensor by tensor, because torch draws 16 more for
     a tensor whose size is not a multiple of 16, and two at a time for one of fewer than 16."""
     generator, scratch = torch.Generator().manual_seed(seed), torch.empty(1 << 16)
+    dim, linears = config.qformer_dim, list(bert_linears(config))
 
     def skip_uniform(count):
         for start in range(0, count, len(scratch)):
             scratch[: count - start].uniform_(generator=generator)
 
-    def normal(*shape, std=0.02):
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
+    def normal(*shape):
+        return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
 
-    def norm(module, dim):
-        return {f"{module}.weight": torch.ones(dim), f"{module}.bias": torch.zeros(dim)}
-
-    def qformer(name):
-        dim, linears = config.qformer_dim, list(bert_linears(config))
-        made = norm(f"{name}.bert.embeddings.LayerNorm", dim)
-        # BertModel is built: torch's default initialisers
+    skip_uniform(2 * vit_draws(config))
+    for name in ("Qformer", "Qformer_motion"):
+        made, norms = {}, [f"{name}.bert.embeddings.LayerNorm"]
+        # BertModel is built (torch's default initialisers), then initialised: Embeddings and Linears normal, biases zero
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
         skip_uniform(sum(outputs * inputs + outputs for _, outputs, inputs in linears))
-        # ... and initialised again: every Embedding and Linear normal, biases zero
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
         for linear, outputs, inputs in linears:
             module, weight = f"{name}.bert.{linear}", normal(outputs, inputs)
             if not re.search(r"\d\.(intermediate|output)\.", linear):  # the text MLP is not kept
                 made |= {f"{module}.weight": weight, f"{module}.bias": torch.zeros(outputs)}
-                if "output" in linear:
-                    made |= norm(module.removesuffix("dense") + "LayerNorm", outputs)
+                norms += [module.replace("dense", "LayerNorm")] if "output" in linear else []
         # the head for words is built and initialised; what BertModel has initialised is skipped this time
         skip_uniform(dim * dim + dim + BERT_WORDS * dim)
         normal(dim, dim), normal(BERT_WORDS, dim)
-        return made | {name.replace("Qformer", "query_tokens"): normal(1, config.n_queries, dim)}
-
-    for _ in range(2):
-        skip_uniform(vit_draws(config))
-    qformer("Qformer")
-    return qformer("Qformer_motion")
-
-
-def fresh_weights(plan, wanted, seed=0):
-    """Starting weights, by released name, for what training from BLIP-2 (and Video-LLaMA) begins with at random. As in
-    the released code: normal(0.02) for a Q-Former and its queries, normal(1) for the frame positions, torch's uniform
-    for the weights of a projection. Biases are zero, norms one and zero."""
-    generator, made = torch.Generator().manual_seed(seed), {}
-    for name, like in wanted.items():
-        role, suffix = plan.role(name)
-        if role != "fresh":
-            continue
-        tensor, part = torch.zeros(like.shape), name.partition(".")[2]
-        if part.startswith("frame_position"):
-            tensor.normal_(generator=generator)
-        elif part.endswith("norm.weight"):
-            tensor.fill_(1.0)
-        elif part.startswith("video_") and not part.endswith("bias"):
-            tensor.normal_(0.0, 0.02, generator=generator)
-        elif part.endswith("weight"):
-            bound = like.shape[1] ** -0.5
-            tensor.uniform_(-bound, bound, generator=generator)
-        made[released_names(part, suffix)[0]] = tensor
+        made[name.replace("Qformer", "query_tokens")] = normal(1, config.n_queries, dim)
+        made |= {f"{norm}.weight": torch.ones(dim) for norm in norms}
+        made |= {f"{norm}.bias": torch.zeros(dim) for norm in norms}
     return made
 
-
-# The job itself
+def fresh_weight(name, like, generator):
+    """A start for what training from BLIP-2 (and Video-LLaMA) begins with at random, spread as in the released code."""
+    if like.ndim == 1:  # biases and norms
+        return torch.full(like.shape, float(name.endswith("norm.weight")))
+    std = 1.0 if "frame_position" in name else 0.02 if ".video_" in name else (3 * like.shape[1]) ** -0.5
+    return torch.empty(like.shape).normal_(0.0, std, generator=generator)
 
 
 def choose_motion(choice, hawk):
-    """(choice, one line that says it) for where the motion branch's Q-Former comes from. `hawk`: Released or None."""
-    held = hawk is not None and any(name.startswith("Qformer_motion.bert.encoder.") for name in hawk.files)
-    why = "as asked"
-    if choice == "auto" and hawk is None:
-        choice, why = "blip2", "a start for training"
-    elif choice == "auto":
-        choice, why = ("checkpoint", "it is there") if held else ("replay", f"{hawk.path} does not hold it")
+    """(source, one line that says it) of the motion branch's Q-Former. `hawk`: Source or None."""
+    held = hawk is not None and any(name.startswith("Qformer_motion.bert.encoder.") for name in hawk.held)
+    if choice == "auto":
+        choice = "blip2" if hawk is None else "checkpoint" if held else "replay"
     if choice == "checkpoint" and not held:
-        raise ValueError(f"{'--hawk' if hawk is None else hawk.path}: holds no Qformer_motion to take")
-    where = {"checkpoint": "from the checkpoint", "replay": "rebuilt from seed 42", "blip2": "a copy of BLIP-2's"}
-    return choice, f"{where[choice]} ({why})"
+        raise ValueError(f"{hawk.path if hawk else '--hawk'}: holds no Qformer_motion to take")
+    why = "" if held or hawk is None else f" ({hawk.path} does not hold it)"
+    lines = {"checkpoint": "from the checkpoint", "replay": f"rebuilt from seed 42{why}", "blip2": "a copy of BLIP-2's"}
+    return {"checkpoint": "hawk", "replay": "made", "blip2": "qformer"}[choice], lines[choice]
 
 
 def weights(args):
     """`prepare.py weights`: reads the released files, writes one folder that Hawk.from_pretrained opens."""
-    if os.path.lexists(args.out):
-        raise ValueError(f"{args.out}: exists already; choose another name, or delete it first")
-    tokenizer, overrides = args.llama / "tokenizer.model", parse_overrides(args.set)
-    if not tokenizer.is_file():
-        raise ValueError(f"{tokenizer}: is missing")
-    paths = {role: getattr(args, role) for role in IGNORED}
-    sources = {role: Released(path) for role, path in paths.items() if path is not None}
+    roles = [role for role in ("llama", "vit", "qformer", "hawk", "video_llama") if getattr(args, role)]
+    sources, entries, origin = {role: Source(getattr(args, role)) for role in roles}, [], {}
+    overrides = {key: value for key, _, value in (pair.partition("=") for pair in args.set)}
+    overrides = {k: json.loads(v) if re.match(r"-?\d|(true|false)$", v) else v for k, v in overrides.items()}
     motion, motion_line = choose_motion(args.motion_qformer, sources.get("hawk"))
-    plan = Plan(sources, motion)
-    config = infer_config(plan, overrides)
+    config = infer_config(sources, overrides)
     with torch.device("meta"):
         wanted = dict(Hawk(config).named_parameters())
     print("motion Q-Former:", motion_line, flush=True)
-    made = replay_motion_qformer(config) if motion == "replay" else {}
-    made |= {
-        f"ln_vision_motion.{name}": f(config.vit_dim) for name, f in (("weight", torch.ones), ("bias", torch.zeros))
-    }
-    sources["replay"] = Released("as the released training built it under seed 42", made)
-    sources["fresh"] = Released("a fresh start under seed 0", fresh_weights(plan, wanted))
-    plan.check(wanted)
-    ignored = {role: dict(IGNORED[role]) for role in paths if role in sources}
-    ignored["vit"][rf"blocks\.{config.vit_depth}\..+"] = "EVA's last block, which BLIP-2 leaves out"
-    if "hawk" in ignored and motion != "checkpoint":
-        ignored["hawk"][r"(Qformer|ln_vision)_motion\..+"] = "replaced, as --motion-qformer asks"
-    ignored = {role: sources[role].explain(kinds) for role, kinds in ignored.items()}
-    with replaced_folder(args.out) as folder:
-        write_shards(folder, read_entries(plan, wanted, args.dtype), sources.values())
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
-        record = {"motion_qformer": motion_line, "set": overrides, "ignored": ignored} | provenance(plan, wanted)
-        write(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
-        write(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    for role, kinds in ignored.items():
-        for reason, names in kinds.items():
-            print(f"left out of {paths[role].name}: {len(names)} tensors, {reason}")
-    print(f"wrote {args.out}: {sum(like.numel() for like in wanted.values()):,} weights")
-
-
-def read_entries(plan, wanted, dtype):
-    """(name, bytes, function that reads it) of each tensor. `dtype` is for the two big frozen towers, ViT and LLaMA:
-    "keep" leaves them as stored, "released" rounds LLaMA to bfloat16, as the released code does when it loads the
-    float16 files. Everything else stays in the precision it was trained in."""
+    made = {"ln_vision_motion.weight": torch.ones(config.vit_dim), "ln_vision_motion.bias": torch.zeros(config.vit_dim)}
+    made |= replay_motion_qformer(config) if motion == "made" else {}
+    sources["made"], generator = Source("made from a fixed seed", made), torch.Generator().manual_seed(0)
     for name, like in wanted.items():
-        source, released, third = plan.find(name)
-        target = source.get(released, third).dtype
-        if dtype == "released" and name.startswith("llama."):
-            target = torch.bfloat16
-        elif dtype in DTYPES and name.startswith(("vit.", "llama.")):
-            target = DTYPES[dtype]
-
-        def read(source=source, released=released, third=third, target=target):
-            return source.get(released, third).to(target, copy=True).contiguous()
-
-        yield name, like.numel() * target.itemsize, read
-
-
-def write_shards(folder, entries, sources):
-    """Writes tensors, given as (name, bytes, function that reads it), as sharded safetensors with an index. One shard
-    is in memory at a time; `sources` are closed before each."""
-    shards, size, entries = [[]], 0, list(entries)
-    for entry in entries:
-        if size and size + entry[1] > SHARD_BYTES:
-            shards, size = [*shards, []], 0
-        shards[-1].append(entry)
-        size += entry[1]
-    weight_map, total = {}, sum(entry[1] for entry in entries)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as bar:
-        for i, shard in enumerate(shards, 1):
-            tensors, file = {}, f"model-{i:05}-of-{len(shards):05}.safetensors"
-            for source in sources:
-                source.close()
-            for name, nbytes, read in shard:
-                tensors[name] = read()
-                bar.update(nbytes)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+        tower, _, part = name.partition(".")
+        if tower in BRANCHES and not args.hawk and not part.startswith(FROZEN):
+            made[released_names(part, "_motion" * (tower == "motion"))[0]] = fresh_weight(name, like, generator)
+        source, released = locate(name, sources, motion)
+        tensor, dtype = source.get(released), source.get(released).dtype
+        if tensor.shape != like.shape or not dtype.is_floating_point:
+            found = f"{source.path}: {released} is {tuple(tensor.shape)} {dtype}"
+            raise ValueError(f"{found}, but {name} needs {tuple(like.shape)} of floating point")
+        if name.startswith(("vit.", "llama.")):  # the big frozen towers; the rest stays as it was trained
+            llama = args.dtype == "released" and name.startswith("llama.")  # which the released code rounds
+            dtype = torch.bfloat16 if llama else DTYPES.get(args.dtype, dtype)
+        entries.append((name, like.numel(), dtype, partial(source.get, released)))
+        origin[name] = f"{source.path}: {released}"
+    known = [*LEFT_OUT, ("vit", rf"blocks\.{config.vit_depth}\..+", "EVA's last block, which BLIP-2 leaves out")]
+    if motion != "hawk":
+        known.append(("hawk", r"(Qformer|ln_vision)_motion\..+", "replaced, as --motion-qformer asks"))
+    left_out = {}
+    for role in roles:
+        left_out[role] = sources[role].unused([(names, why) for kinds, names, why in known if role in kinds.split()])
+    record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origin}
+    files = {file for source in sources.values() for name in source.used if isinstance(file := source.held[name], Path)}
+    write_folder(args.out, config, args.llama / "tokenizer.model", entries, record, sorted(files))
 
 
-def provenance(plan, wanted):
-    """Where everything came from: the files with their SHA-256, and file and released name of every tensor."""
-    digests, tensors = {}, {}
-    files = {file: role for role, source in plan.sources.items() if source.made is None for file in sorted(source.used)}
-    for file, role in tqdm(files.items(), desc="SHA-256", unit="file"):
-        with file.open("rb") as f:
-            digest = file_digest(f, "sha256").hexdigest()
-        digests[str(file)] = {"role": role, "bytes": file.stat().st_size, "sha256": digest}
-    for name in wanted:
-        source, released, third = plan.find(name)
-        tensors[name] = f"{source.files[released].name}: {released}" + ("" if third is None else f"[{third}]")
-    return {"sources": digests, "tensors": tensors}
+def write_folder(out, config, tokenizer, entries, record=None, files=()):
+    """Writes a folder of ours, whole or not at all. `entries`: (name, size, dtype, function that reads the tensor). One
+    shard is in memory at a time; before each, the mapped files are closed: what was read of them counts as our memory.
+    `record` becomes provenance.json, with the SHA-256 of `files`."""
+    shards, total, weight_map = defaultdict(dict), 0, {}
+    for name, size, dtype, read in entries:
+        shards[total // SHARD_BYTES][name] = dtype, read
+        total += size * dtype.itemsize
+    with replaced_folder(out) as folder, tqdm(total=len(entries), unit="tensor", desc="writing") as bar:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        write(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+        for i, shard in enumerate(shards.values(), 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            open_tensors.cache_clear()
+            tensors = {name: read().to(dtype, copy=True).contiguous() for name, (dtype, read) in shard.items()}
+            save_tensors(tensors, folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+            bar.update(len(shard))
+        open_tensors.cache_clear()
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+        if record:
+            record["sha256"] = {}
+            for file in tqdm(files, desc="SHA-256", unit="file"):
+                with file.open("rb") as f:
+                    record["sha256"][str(file)] = hashlib.file_digest(f, "sha256").hexdigest()
+            write(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+    print(f"wrote {out}: {total / 1e9:.2f} GB")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. merge: weights trained with LoRA and their base -> one folder without LoRA
+# 3. merge: trained weights, what they are based on and their LoRA -> one folder that stands alone
 
 
 def merge(args):
-    """Writes the base with every LoRA correction added to its weight. Those weights are written in float32, so that
-    merging rounds nothing away; everything else as it is stored."""
-    if os.path.lexists(args.out):
-        raise ValueError(f"{args.out}: exists already; choose another name, or delete it first")
-    values = read_json(args.weights / "config.json")
-    base = args.base or Path(values.get("base", args.weights))
-    config = HawkConfig.from_dict({k: v for k, v in values.items() if k != "base"}, args.weights / "config.json")
-    if not config.lora_rank:
-        raise ValueError(f"{args.weights}: these weights have no LoRA to merge")
-    tuned, start = Released(args.weights), Released(base)
-    with torch.device("meta"):
-        wanted = dict(Hawk(replace(config, lora_rank=0)).named_parameters())
-    if missing := wanted.keys() - tuned.files.keys() - start.files.keys():
-        raise ValueError(f"{args.weights}: the tensor {min(missing)} is missing, in its base {base} too")
-    with replaced_folder(args.out) as folder:
-        write_shards(folder, merged_entries(tuned, start, wanted, config), [tuned, start])
-        shutil.copyfile(base / "tokenizer.model", folder / "tokenizer.model")
-        write(folder / "config.json", json.dumps(asdict(replace(config, lora_rank=0)), indent=1) + "\n")
+    """Reads the weights with all that they are based on (mapped, as stored) and adds each LoRA correction to its weight.
+    Unless --dtype says otherwise the sum is written in float32, so that merging rounds nothing away."""
+    model, entries = Hawk.from_pretrained(args.weights, dtype=None), []
+    corrected = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
+    def merged(name, weight):
+        if m := corrected.get(name):
+            weight = weight.float() + m.scale * (m.lora_B.float() @ m.lora_A.float())
+        return weight.detach()
 
-def merged_entries(tuned, start, wanted, config):
-    """(name, bytes, function that reads it) of each tensor, from `tuned` where it holds it, else from `start`."""
-    for name, like in wanted.items():
-        stem = name.removesuffix("weight")
-        changed = f"{stem}lora_A" in tuned.files
-        source = tuned if name in tuned.files else start
-
-        def read(name=name, source=source, stem=stem, changed=changed):
-            weight = source.get(name)
-            if not changed:
-                return weight.clone()
-            correction = tuned.get(f"{stem}lora_B").float() @ tuned.get(f"{stem}lora_A").float()
-            return weight.float() + config.lora_alpha / config.lora_rank * correction
-
-        yield name, like.numel() * (4 if changed else source.get(name).itemsize), read
+    for name, weight in model.named_parameters():
+        dtype = DTYPES.get(args.dtype, torch.float32 if name in corrected else weight.dtype)
+        if "lora_" not in name:
+            entries.append((name, weight.numel(), dtype, partial(merged, name, weight)))
+    tokenizers = [folder / "tokenizer.model" for folder in reversed(read_chain(args.weights)[1])]
+    tokenizer = next(filter(Path.exists, tokenizers), tokenizers[0])
+    write_folder(args.out, replace(model.config, lora_rank=0), tokenizer, entries)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1219,6 +1047,8 @@ HUB = {  # repository on the Hugging Face hub, and which of its files
 }
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 URLS = {"vit": f"{LAVIS}/eva_vit_g.pth", "qformer": f"{LAVIS}/blip2_pretrained_flant5xxl.pth"}
+HINTS = {"GatedRepoError": "its licence must be accepted at https://huggingface.co/REPO, then run `hf auth login` here"}
+HINTS["RepositoryNotFoundError"] = "it is not on the hub (any more), or is private: try `hf auth login`"
 
 
 def download(args):
@@ -1234,75 +1064,54 @@ def download(args):
         return
     args.out.mkdir(parents=True, exist_ok=True)
     if total > (free := shutil.disk_usage(args.out).free):
-        raise ValueError(f"{args.out}: {total / 1e9:.1f} GB to download, but only {free / 1e9:.1f} GB are free")
+        raise ValueError(f"{args.out}: only {free / 1e9:.1f} GB are free")
     for file, size, fetch in missing:
-        file.parent.mkdir(exist_ok=True)
         fetch()
         if file.stat().st_size != size:
             raise ValueError(f"{file}: has {file.stat().st_size} bytes, not {size}; delete it and download it again")
 
 
+def ask(where, function, *arguments, **options):
+    """Calls huggingface-hub; its errors become one line."""
+    try:
+        return function(*arguments, **options)
+    except Exception as e:  # which HTTP client the library uses, and so its errors, change between versions
+        hint = HINTS.get(type(e).__name__, f"cannot be reached, or stopped: try again ({type(e).__name__})")
+        raise ValueError(f"{where}: {hint.replace('REPO', where)}") from e
+
+
 def hub_files(name, out):
     """[(file, bytes, function that fetches it)] of one repository on the hub, as it is today."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     repo, pattern = HUB[name]
-    folder = out / repo.split("/")[1]
-
-    def ask(function, *arguments, **options):
-        try:
-            return function(*arguments, **options)
-        except GatedRepoError as e:
-            page = f"https://huggingface.co/{repo}"
-            raise ValueError(f"{repo}: needs its licence accepted at {page}, and then `hf auth login` here") from e
-        except RepositoryNotFoundError as e:
-            raise ValueError(f"{repo}: is not on the hub (any more), or is private: try `hf auth login`") from e
-        except Exception as e:  # which HTTP client the library uses, and so its errors, change between versions
-            raise ValueError(f"{repo}: the hub cannot be reached or does not answer ({type(e).__name__})") from e
-
-    sizes = {s.rfilename: s.size for s in ask(HfApi().model_info, repo, files_metadata=True).siblings}
+    folder, listing = out / repo.split("/")[1], "model.safetensors.index.json"
+    sizes = {s.rfilename: s.size for s in ask(repo, HfApi().model_info, repo, files_metadata=True).siblings}
     wanted = [file for file in sizes if re.fullmatch(pattern, file)]
     if not wanted:
         raise ValueError(f"{repo}: has no file like {pattern}")
-    listing = "model.safetensors.index.json"
     if name == "blip2" and listing in wanted:  # leave out the shards that hold nothing but the language model
         with tempfile.TemporaryDirectory() as scratch:
-            index = read_json(Path(ask(hf_hub_download, repo, listing, local_dir=scratch)))["weight_map"]
-        wanted = [listing] + sorted({shard for held, shard in index.items() if not held.startswith("language_")})
-    return [(folder / f, sizes[f], partial(ask, hf_hub_download, repo, f, local_dir=folder)) for f in wanted]
+            file = Path(ask(repo, hf_hub_download, repo, listing, local_dir=scratch))
+            shards = read_json(file, "weight_map")["weight_map"].items()
+        wanted = [listing, *sorted({shard for held, shard in shards if not held.startswith("language_")})]
+    return [(folder / f, sizes[f], partial(ask, repo, hf_hub_download, repo, f, local_dir=folder)) for f in wanted]
 
 
 def url_files(name, out):
-    """[(file, bytes, function that fetches it)] of a file that lives on a plain web server."""
-    url = URLS[name]
-    file = out / url.rpartition("/")[2]
-    with open_url(urllib.request.Request(url, method="HEAD")) as answer:
-        size = int(answer.headers["Content-Length"])
-    return [(file, size, lambda: fetch_url(url, file, size))]
+    """The same for a file on a plain web server: downloaded into FILE.part, from where an earlier attempt stopped."""
+    from huggingface_hub.file_download import get_hf_file_metadata, http_get
 
+    url, file = URLS[name], out / URLS[name].rpartition("/")[2]
+    size, part = ask(url, get_hf_file_metadata, url, token=False).size, file.with_name(file.name + ".part")
 
-def fetch_url(url, file, size):
-    """Downloads into FILE.part, from where an earlier attempt stopped, and renames it when it is whole."""
-    part = file.with_name(file.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    if have < size:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with open_url(request) as answer, part.open("ab" if answer.status == 206 else "wb") as f:
-            with tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, desc=file.name) as bar:
-                while chunk := answer.read(1 << 20):
-                    f.write(chunk)
-                    bar.update(len(chunk))
-    if part.stat().st_size != size:
-        raise ValueError(f"{url}: stopped at {part.stat().st_size} of {size} bytes; run it again to go on from there")
-    part.rename(file)
+    def fetch():
+        with part.open("ab") as f:
+            ask(url, http_get, url, f, resume_size=f.tell(), expected_size=size)
+        part.rename(file)
 
+    return [(file, size, fetch)]
 
-def open_url(request):
-    try:
-        return urllib.request.urlopen(request, timeout=60)
-    except OSError as e:
-        raise ValueError(f"{request.full_url}: cannot be downloaded ({e})") from e
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1327,6 +1136,7 @@ def main():
     job.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run goes on there")
     job.add_argument("--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped")
     job.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="float16: half the size")
+    job.add_argument("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
     job.add_argument("--batch-size", type=int, default=8)
     job.add_argument("--workers", type=int, default=2)
     job.add_argument("--device", default="cpu")
@@ -1352,11 +1162,11 @@ def main():
         help="of ViT and LLaMA; released: LLaMA in bfloat16, as the released code loads it; keep: as stored",
     )  # fmt: skip
 
-    job = jobs.add_parser("merge", help="add a LoRA to the weights that it was trained on")
+    job = jobs.add_parser("merge", help="make one folder of trained weights, what they are based on and their LoRA")
     job.set_defaults(run=merge)
-    job.add_argument("--weights", type=Path, required=True, help="folder with the LoRA, as train.py writes it")
-    job.add_argument("--base", type=Path, help="folder it was trained on, if it has moved since")
+    job.add_argument("--weights", type=Path, required=True, help="folder that train.py wrote")
     job.add_argument("--out", type=Path, required=True, help="folder to write")
+    job.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
 
     job = jobs.add_parser("download", help="fetch the released files, about 16 GB")
     job.set_defaults(run=download)
@@ -1369,6 +1179,8 @@ def main():
 
     args = parser.parse_args()
     try:
+        if args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir()):
+            raise ValueError(f"{args.out}: is not empty; choose another name, or delete it first")
         args.run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

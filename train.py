@@ -125,7 +125,9 @@ class Pretraining(nn.Module):
         super().__init__()
         self.hawk, answers = hawk, 4 + len(COLOURS)  # presence, x, y, lying, colours
         self.query_head = nn.Linear(hawk.config.qformer_dim, answers)
+        self.query_presence = nn.Parameter(torch.zeros(len(SLOTS), hawk.config.qformer_dim))  # "is it my kind of thing?"
         self.patch_head = nn.Linear(hawk.config.vit_dim, answers)
+        self.patch_kind = nn.Linear(hawk.config.vit_dim, len(SLOTS))
 
     def forward(self, frames, targets, colours, input_ids, labels):
         """frames (N, 3, H, W), targets (N, slots, 4) = present, x, y, lying; colours (N, slots), -100 for none"""
@@ -133,9 +135,12 @@ class Pretraining(nn.Module):
         queries = eyes.frames(features)[:, : len(SLOTS)]  # (N, slots, C)
         patch = self.patch_of(features, targets)  # (N, slots)
         patches = eyes.ln_vision(features).gather(1, patch[..., None].expand(-1, -1, features.shape[-1]))
-        losses = answer_losses(self.query_head(queries).float(), targets, colours)
+        answers = self.query_head(queries).float()
+        answers[..., 0] += (queries * self.query_presence).sum(-1)
+        losses = answer_losses(answers, targets, colours)
         from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
-        losses["patches"] = sum(from_patch.values())
+        kind = torch.arange(len(SLOTS), device=patch.device).expand_as(patch)[patch > 0]
+        losses["patches"] = sum(from_patch.values()) + F.cross_entropy(self.patch_kind(patches[patch > 0]).float(), kind)
         losses["pointing"] = self.pointing_loss(features, patch)
         logits = self.hawk.llama.lm_head(self.hawk.llama(self.hawk.llama.embed_tokens(input_ids))[:, :-1]).float()
         losses["language"] = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -1,0 +1,145 @@
+"""prepare.py download, against a small server on this machine that speaks the part of the hub's protocol it needs.
+
+The real hub is not asked here, so this shows that the requests fit the installed huggingface-hub, not that
+the published repositories still hold these files."""
+
+import json
+import re
+import sys
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+import prepare
+
+INDEX = {"vision_model.a": "model-00001-of-00003.safetensors", "language_model.b": "model-00002-of-00003.safetensors"}
+INDEX |= {"language_model.c": "model-00003-of-00003.safetensors", "qformer.d": "model-00001-of-00003.safetensors"}
+REPOSITORIES = {
+    "meta-llama/Llama-2-7b-chat-hf": {
+        "config.json": b"{}",
+        "tokenizer.model": b"pieces",
+        "model-00001-of-00001.safetensors": b"weights" * 1000,
+        "model.safetensors.index.json": b"{}",
+        "pytorch_model-00001-of-00001.bin": b"the same again",
+        "README.md": b"read me",
+    },
+    "Jiaqi-hkust/hawk": {"finetune.pth": b"hawk" * 1000, "pretrained.pth": b"webvid" * 10},
+    "Salesforce/blip2-flan-t5-xxl": {shard: shard.encode() for shard in INDEX.values()}
+    | {"model.safetensors.index.json": json.dumps({"weight_map": INDEX}).encode()},
+}
+FILES = {"/eva_vit_g.pth": bytes(range(256)) * 40, "/blip2.pth": b"qformer" * 50}
+
+
+class Hub(BaseHTTPRequestHandler):
+    asked, gated = [], ()
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body=b"", **headers):
+        self.send_response(status)
+        for key, value in ({"Content-Length": len(body)} | headers).items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def answer(self):
+        path, wanted = self.path.partition("?")[0], self.headers.get("Range")
+        Hub.asked.append((self.command, path, wanted))
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(/revision/main)?", path):
+            if found[1] in Hub.gated:
+                return self.reply(403, X_Error_Code="GatedRepo")
+            if found[1] not in REPOSITORIES:
+                return self.reply(404, X_Error_Code="RepoNotFound")
+            siblings = [{"rfilename": n, "size": len(b), "blobId": "0"} for n, b in REPOSITORIES[found[1]].items()]
+            body = json.dumps({"id": found[1], "sha": "0" * 40, "siblings": siblings}).encode()
+            return self.reply(200, body, Content_Type="application/json")
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
+            body = REPOSITORIES[found[1]][found[2]]
+            return self.send(body, wanted, ETag=f'"{sha256(body).hexdigest()}"', X_Repo_Commit="0" * 40)
+        return self.send(FILES[path], wanted) if path in FILES else self.reply(404)
+
+    def send(self, body, wanted, **headers):
+        if start := int((wanted or "bytes=0-").removeprefix("bytes=").partition("-")[0]):
+            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            return self.reply(206, body[start:], **headers)
+        self.reply(200, body, Accept_Ranges="bytes", **headers)
+
+    do_GET = do_HEAD = answer
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server, asked by the library instead of the hub. Returns `run(*arguments)` for `prepare.py download`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    Hub.asked, Hub.gated = [], ()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(prepare, "URLS", {"vit": f"{address}/eva_vit_g.pth", "qformer": f"{address}/blip2.pth"})
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "download", *arguments])
+        prepare.main()
+
+    yield run
+    server.shutdown()
+    server.server_close()
+
+
+def gets():
+    return [path for command, path, _ in Hub.asked if command == "GET" and not path.startswith("/api/")]
+
+
+def test_dry_run_lists_and_fetches_nothing(hub, tmp_path, capsys):
+    hub("--dry-run")
+    listed = capsys.readouterr().out
+    assert "Llama-2-7b-chat-hf/model-00001-of-00001.safetensors" in listed and "to download" in listed
+    assert "README" not in listed and "pytorch_model" not in listed and "pretrained.pth" not in listed
+    assert gets() == [] and list(tmp_path.iterdir()) == []
+
+
+def test_everything_arrives_once(hub, tmp_path, capsys):
+    hub("--out", "d")
+    assert (tmp_path / "d/hawk/finetune.pth").read_bytes() == REPOSITORIES["Jiaqi-hkust/hawk"]["finetune.pth"]
+    assert (tmp_path / "d/Llama-2-7b-chat-hf/tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
+    before = len(gets())
+    hub("--out", "d")
+    assert len(gets()) == before and "there already" in capsys.readouterr().out
+
+
+def test_a_stopped_download_goes_on(hub, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/eva_vit_g.pth.part").write_bytes(FILES["/eva_vit_g.pth"][:5000])
+    hub("--out", "d", "--what", "vit")
+    assert ("GET", "/eva_vit_g.pth", "bytes=5000-") in Hub.asked
+    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
+    assert not (tmp_path / "d/eva_vit_g.pth.part").exists()
+
+
+def test_only_the_shards_that_are_needed(hub, tmp_path):
+    hub("--out", "d", "--what", "blip2")
+    names = sorted(p.name for p in (tmp_path / "d/blip2-flan-t5-xxl").iterdir() if p.is_file())
+    assert names == ["model-00001-of-00003.safetensors", "model.safetensors.index.json"]
+
+
+def test_clear_messages(hub, tmp_path, monkeypatch):
+    Hub.gated = ("meta-llama/Llama-2-7b-chat-hf",)
+    for what, words in (("llama", "licence accepted at https://"), ("video-llama", "is not on the hub")):
+        with pytest.raises(SystemExit, match=words) as stopped:
+            hub("--what", what)
+        assert "\n" not in stopped.value.code
+    monkeypatch.setitem(prepare.URLS, "vit", prepare.URLS["vit"] + ".gone")
+    with pytest.raises(SystemExit, match=r"eva_vit_g.pth.gone: cannot be downloaded"):
+        hub("--what", "vit")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        hub("--what", "hawk")

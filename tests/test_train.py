@@ -1,0 +1,139 @@
+"""The training loop, on toy clips: it learns, it goes on where it was killed, and processes do not matter."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data import DESCRIBE_QUESTIONS, Tokenizer, read_index
+from hawk import Hawk, HawkConfig
+from sample import ask, load
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(vit_depth=1, vit_dim=64, vit_mlp=128, n_queries=10, llama_layers=2, image_size=56, n_frames=4)
+
+
+def run(*command, check=True):
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Four clips to learn and two to hold out, random small weights, and the cache of their frame features."""
+    folder = tmp_path_factory.mktemp("world")
+    run("prepare.py", "toy", "--out", folder, "--n-train", 4, "--n-test", 2, "--seed", 5)
+    tokenizer = folder / "tokenizer.model"
+    torch.manual_seed(0)
+    config = HawkConfig(**{**vars(HawkConfig.preset("tiny")), **SMALL, "vocab_size": Tokenizer(tokenizer).vocab_size})
+    Hawk(config).save_pretrained(folder / "weights", tokenizer=tokenizer)
+    run("prepare.py", "features", "--weights", folder / "weights", "--data", folder, "--out", folder / "features",
+        "--workers", 0, "--dtype", "float32")  # fmt: skip
+    return folder
+
+
+def options(world, out, steps, *more):
+    """Command line of a short run from the cache."""
+    return ["--weights", world / "weights", "--data", world, "--features", world / "features", "--out", out, "--train", "all",
+            "--steps", steps, "--batch-size", 4, "--lr", 2e-3, "--warmup", 5, "--clip", 1, "--workers", 0, *more]  # fmt: skip
+
+
+def test_four_clips_are_learnt_word_for_word(world, tmp_path):
+    run("train.py", *options(world, tmp_path, 220, "--stage", 2, "--save-every", 500, "--eval-every", 220))
+    model, tokenizer = load(tmp_path / "last", "cpu")
+    for row in read_index(world / "train.jsonl"):
+        assert ask(model, tokenizer, row["video"], DESCRIBE_QUESTIONS[0]).answer == row["description"]
+        assert ask(model, tokenizer, row["video"], row["qa"][0]["q"]).answer == row["qa"][0]["a"]
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 221))
+    assert (
+        lines[-1]["total"] < 0.2 * lines[0]["total"]
+        and "held_out_total" in lines[-1]
+        and len(lines[-1]["answers"]) == 2
+    )
+
+
+def test_a_killed_run_ends_in_the_same_weights(world, tmp_path):
+    flags = ["--stage", 1, "--save-every", 3]
+    run("train.py", *options(world, tmp_path / "whole", 9, *flags))
+    command = [sys.executable, "train.py", *map(str, options(world, tmp_path / "killed", 9, *flags))]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    until = time.time() + 120
+    while not (tmp_path / "killed" / "last").exists() and time.time() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run("train.py", *options(world, tmp_path / "killed", 9, *flags, "--resume", "--workers", 2))
+    whole, killed = ((tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 10))
+
+
+def test_two_processes_compute_what_one_does(world, tmp_path):
+    flags = options(world, tmp_path / "one", 4, "--stage", 2)
+    run("train.py", *flags)
+    flags[flags.index("--out") + 1] = tmp_path / "two"
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *flags, "--accumulate", 2)
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for name in ("total", "video_language", "consistency", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=2e-3), (one["step"], name)
+
+
+def test_stage_0_shares_its_eyes(world, tmp_path):
+    run("train.py", "--preset", "tiny", "--stage", 0, "--data", world, "--out", tmp_path, "--steps", 2, "--batch-size", 2,
+        "--workers", 0, *(x for k, v in SMALL.items() for x in ("--set", f"{k}={v}")))  # fmt: skip
+    model = Hawk.from_pretrained(tmp_path / "last")
+    for name in ("ln_vision", "qformer"):
+        ours, other = (getattr(branch, name).state_dict() for branch in (model.appearance, model.motion))
+        assert all(torch.equal(ours[key], other[key]) for key in ours)
+    assert {"presence", "position", "colour", "pointing", "language", "held_out_total"} <= log_of(tmp_path)[-1].keys()
+
+
+def test_released_schedule_and_decay_groups():
+    args = train.parse_args(["--preset", "tiny", "--data", "x", "--out", "y"])
+    assert train.learning_rate(0, args) == 1e-6 and train.learning_rate(500, args) == pytest.approx(5.5e-6)
+    assert train.learning_rate(200_000, args) == pytest.approx(5.5e-6)  # half of the cosine from 1e-5 to 1e-6
+    assert train.learning_rate(400_000, args) == pytest.approx(1e-6)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    decayed, plain = train.make_optimizer(module, args).param_groups
+    assert (
+        [p.ndim for p in decayed["params"]] == [2]
+        and decayed["weight_decay"] == 0.05
+        and decayed["betas"] == (0.9, 0.999)
+    )
+    assert [p.ndim for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0.0
+
+
+def test_every_sample_comes_once_an_epoch():
+    args = train.parse_args(
+        ["--preset", "tiny", "--data", "x", "--out", "y", "--steps", "6", "--batch-size", "4", "--accumulate", "2"]
+    )
+    one = [sum(step, []) for step in zip(*[iter(train.StepBatches(8, args, 0, 0, 1))] * 2, strict=True)]
+    assert sorted(sum(one[:2], [])) == list(range(8)) and sorted(sum(one[2:4], [])) == list(range(8, 16))
+    ranks = [list(train.StepBatches(8, args, 3, rank, 2)) for rank in (0, 1)]
+    assert sorted(sum(ranks[0] + ranks[1], [])) == sorted(sum(one[3:], []))
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--weights", "nowhere", "--data", "x"], "nowhere"),
+        (["--preset", "tiny", "--data", "nowhere"], "nowhere"),
+        (["--preset", "tiny", "--data", "x", "--batch-size", "3", "--accumulate", "2"], "--batch-size 3"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, flags, word):
+    done = run("train.py", *flags, "--out", tmp_path, check=False)
+    assert done.returncode and done.stderr.startswith("error:") and word in done.stderr and done.stderr.count("\n") == 1
