@@ -744,6 +744,7 @@ class HawkDataset(ClipDataset):
         self.tokenizer, self.n_visual, self.stage, self.max_tokens = tokenizer, n_visual, stage, max_tokens
         self.augment = train if augment is None else augment
         self.features, self.motion_targets = features, motion_targets or stage == 1
+        self.facts = None  # long (rows, facts): what train.py may also ask of the soft tokens directly
         without = [row["video"] for row in rows if row.get("motion") is None] if self.motion_targets else []
         if without:
             raise ValueError(f'{len(without)} rows have no "motion" caption, the first is that of {without[0]}')
@@ -763,6 +764,8 @@ class HawkDataset(ClipDataset):
 
     def sample(self, i, generator):
         row, sample = self.rows[i], {"index": torch.tensor(i)}
+        if self.facts is not None:
+            sample["facts"] = self.facts[i]
         qa = self.conversation(row, generator)
         if self.features is not None:
             clip = self.features.load(i, int(generator.integers(self.features.choices)) if self.augment else 0)

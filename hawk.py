@@ -606,7 +606,12 @@ class Hawk(nn.Module):
     ):
         """The losses of a batch, by name (paper, Eq. 9: total is their weighted sum). Without a motion target,
         motion_language is video_language again, as in the released stage 2."""
-        c, encoding = self.config, self.encode(appearance, motion)
+        texts = (input_ids, labels, motion_input_ids, motion_labels)
+        return self.losses(self.encode(appearance, motion), *texts, per_sample=per_sample)
+
+    def losses(self, encoding, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False):
+        """What `forward` returns, for clips that are encoded already."""
+        c = self.config
         losses = {"video_language": self.language_loss(input_ids, labels, encoding.tokens, per_sample)}
         losses["motion_language"] = losses["video_language"]
         if motion_input_ids is not None:

@@ -76,6 +76,13 @@ def parse_args(argv=None):
         action="store_true",
         help="stage 2 with a motion caption as the motion branch's target (the paper's text)",
     )
+    g.add_argument(
+        "--ask-facts",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="toy world: also ask kind, object, colour and place of the soft tokens directly, as a loss of this weight",
+    )
     g.add_argument("--workers", type=int, default=2, help="loader processes")
     g = p.add_argument_group("recipe (the defaults are the released ones, but for --preset tiny)")
     g.add_argument("--steps", type=int, default=400_000)
@@ -125,7 +132,9 @@ class Pretraining(nn.Module):
         super().__init__()
         self.hawk, answers = hawk, 4 + len(COLOURS)  # presence, x, y, lying, colours
         self.query_head = nn.Linear(hawk.config.qformer_dim, answers)
-        self.query_presence = nn.Parameter(torch.zeros(len(SLOTS), hawk.config.qformer_dim))  # "is it my kind of thing?"
+        self.query_presence = nn.Parameter(
+            torch.zeros(len(SLOTS), hawk.config.qformer_dim)
+        )  # "is it my kind of thing?"
         self.patch_head = nn.Linear(hawk.config.vit_dim, answers)
         self.patch_kind = nn.Linear(hawk.config.vit_dim, len(SLOTS))
 
@@ -140,7 +149,9 @@ class Pretraining(nn.Module):
         losses = answer_losses(answers, targets, colours)
         from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
         kind = torch.arange(len(SLOTS), device=patch.device).expand_as(patch)[patch > 0]
-        losses["patches"] = sum(from_patch.values()) + F.cross_entropy(self.patch_kind(patches[patch > 0]).float(), kind)
+        losses["patches"] = sum(from_patch.values()) + F.cross_entropy(
+            self.patch_kind(patches[patch > 0]).float(), kind
+        )
         losses["pointing"] = self.pointing_loss(features, patch)
         logits = self.hawk.llama.lm_head(self.hawk.llama(self.hawk.llama.embed_tokens(input_ids))[:, :-1]).float()
         losses["language"] = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -176,6 +187,35 @@ class Pretraining(nn.Module):
         other.ln_vision.load_state_dict(own.ln_vision.state_dict())
         other.qformer.load_state_dict(own.qformer.state_dict())
         other.queries.data.copy_(own.queries.data)
+
+
+class ClipFacts(nn.Module):
+    """For small models that learn from nothing: kind, object, colour and place of the event (fields of the toy rows) are
+    also asked of the soft tokens directly, each of a quarter of every branch's tokens. Through LLaMA alone the video
+    Q-Formers take long to find out what is worth telling. The heads are thrown away afterwards."""
+
+    FIELDS = ("kind", "object", "colour", "place")
+
+    def __init__(self, hawk, train_set, held_out, weight):
+        super().__init__()
+        words = [sorted({row[field] for row in train_set.rows}) for field in self.FIELDS]
+        for dataset in (train_set, held_out):
+            rows = [
+                [w.index(row[f]) if row[f] in w else -100 for w, f in zip(words, self.FIELDS, strict=True)]
+                for row in dataset.rows
+            ]
+            dataset.facts = torch.tensor(rows)
+        self.hawk, self.weight = hawk, weight
+        self.heads = nn.ModuleList(nn.Linear(len(BRANCHES) * hawk.config.llama_dim, len(w)) for w in words)
+
+    def forward(self, appearance, motion, facts, **texts):
+        encoding = self.hawk.encode(appearance, motion)
+        losses, groups = self.hawk.losses(encoding, **texts), len(self.FIELDS)
+        tokens = encoding.tokens.unflatten(1, (len(BRANCHES), groups, -1)).mean(3)  # (B, branches, fields, D)
+        for i, (field, head) in enumerate(zip(self.FIELDS, self.heads, strict=True)):
+            losses[field] = F.cross_entropy(head(tokens[:, :, i].flatten(1)).float(), facts[:, i])
+            losses["total"] = losses["total"] + self.weight * losses[field]
+        return losses
 
 
 def answer_losses(answers, targets, colours):
@@ -388,7 +428,7 @@ def to_device(batch, device):
 
 
 def inputs(batch, stage):
-    names = ["appearance", "motion", "input_ids", "labels", "motion_input_ids", "motion_labels"]
+    names = ["appearance", "motion", "input_ids", "labels", "motion_input_ids", "motion_labels", "facts"]
     if stage == 0:
         names = ["frames", "targets", "colours", "input_ids", "labels"]
     batch = {name: batch[name] for name in names if name in batch}
@@ -418,10 +458,13 @@ def main():
         dist.barrier()
     args.resume = args.resume and last.exists()
     model, tokenizer_path, objective = build(args, last)
+    tokenizer = Tokenizer(tokenizer_path)
+    train_set, test_set = datasets(args, model, tokenizer)
+    if args.ask_facts:
+        objective = ClipFacts(model, train_set, test_set, args.ask_facts)
     objective.to(device).train()
     optimizer = make_optimizer(objective, args)
     start = load_state(last, objective, optimizer, device) if args.resume else 0
-    tokenizer, (train_set, test_set) = Tokenizer(tokenizer_path), datasets(args, model, Tokenizer(tokenizer_path))
     loading = dict(num_workers=args.workers, collate_fn=collate)
     batches = iter(
         DataLoader(train_set, batch_sampler=StepBatches(len(train_set), args, start, rank, world), **loading)
@@ -458,7 +501,7 @@ def main():
             if args.stage:
                 values["bias_cosine"] = model.bias_cosine()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
-                values |= evaluate(objective, held_out, args, device, precision, tokenizer)
+                values |= evaluate(objective, model, held_out, args, device, precision, tokenizer)
             log.write(step, values)
             bar.update()
             bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
@@ -499,7 +542,7 @@ def train_step(module, batches, optimizer, precision, scaler, args, device, worl
 
 
 @torch.no_grad()
-def evaluate(module, loader, args, device, precision, tokenizer):
+def evaluate(module, model, loader, args, device, precision, tokenizer):
     """Mean held-out losses as {"held_out_…": float}, and in stage 2 a few answers beside what they should be."""
     module.eval()
     sums, n, answers = {}, 0, []
@@ -513,7 +556,7 @@ def evaluate(module, loader, args, device, precision, tokenizer):
         n += size
         for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
             prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
-            ids = module.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], prompt)
+            ids = model.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], prompt)
             reference = x["labels"][i][x["labels"][i] >= 0].tolist()
             answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
     module.train()
@@ -548,7 +591,7 @@ def save(step, model, objective, optimizer, tokenizer_path, args, last):
         objective.share_eyes()
     n_trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     base = args.weights if n_trained * 2 < sum(p.numel() for p in model.parameters()) else None
-    heads = {k: v for k, v in objective.state_dict().items() if args.stage == 0 and not k.startswith("hawk.")}
+    heads = {k: v for k, v in objective.state_dict().items() if objective is not model and not k.startswith("hawk.")}
     model.save_pretrained(last.with_name("next"), tokenizer=tokenizer_path, base=base)
     with replaced_folder(last) as new:
         for file in last.with_name("next").iterdir():

@@ -133,12 +133,12 @@ def test_only_the_shards_that_are_needed(hub, tmp_path):
 
 def test_clear_messages(hub, tmp_path, monkeypatch):
     Hub.gated = ("meta-llama/Llama-2-7b-chat-hf",)
-    for what, words in (("llama", "licence accepted at https://"), ("video-llama", "is not on the hub")):
+    for what, words in (("llama", "licence must be accepted at https://"), ("video-llama", "not on the hub")):
         with pytest.raises(SystemExit, match=words) as stopped:
             hub("--what", what)
         assert "\n" not in stopped.value.code
     monkeypatch.setitem(prepare.URLS, "vit", prepare.URLS["vit"] + ".gone")
-    with pytest.raises(SystemExit, match=r"eva_vit_g.pth.gone: cannot be downloaded"):
+    with pytest.raises(SystemExit, match=r"eva_vit_g.pth.gone: cannot be reached"):
         hub("--what", "vit")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SystemExit, match="cannot be reached"):

@@ -367,11 +367,11 @@ def test_frame_targets_by_hand(monkeypatch):
     assert targets[:, person].tolist() == pytest.approx(np.array([[0] * 4, [1, 0.9, 0.8, 1]] * 2))
 
 
-def test_frame_dataset(monkeypatch):
+def test_frame_dataset(monkeypatch, tok):
     monkeypatch.setattr(data, "read_clip", fake_clip)
     with pytest.raises(ValueError, match='stage 0 needs "objects"'):
-        FrameDataset([{"video": "a", "description": "d"}], n_frames=4, image_size=16)
-    dataset = FrameDataset(ROWS, n_frames=4, image_size=16, train=True)
+        FrameDataset([{"video": "a", "description": "d"}], tok, n_frames=4, image_size=16)
+    dataset = FrameDataset(ROWS, tok, n_frames=4, image_size=16, train=True, per_clip=8)
     batch = collate([dataset[0], dataset[5]])
     assert batch["frames"].shape == (2, 8, 3, 16, 16) and batch["frames"].dtype == torch.uint8
     assert batch["targets"][:, :4, 0, 0].all() and not batch["targets"][:, 4:, 0, 0].any()
