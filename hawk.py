@@ -4,9 +4,8 @@
             ├─ one ViT ─┤                                                                                        ├ LLaMA → words
     motion ─┘           └ motion:     Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┘
 
-From leaf to whole: attention, ViT, Q-Former, Branch (one class, built twice), LLaMA, LoRA, Hawk, files. Unlike the
-released code it keeps one ViT for both branches instead of two equal ones, and reads only its own format from disk
-(`prepare.py weights` turns the released files into it).
+Unlike the released code it keeps one ViT for both branches instead of two equal ones, and reads only its own format from
+disk (`prepare.py weights` turns the released files into it).
 
     model = Hawk.from_pretrained("weights/tiny")
     soft = model.encode(appearance, motion)             # (B, T, 3, H, W) each, in [0, 1]  ->  .tokens (B, 64, D)
@@ -17,6 +16,7 @@ Letters: B batch, T frames, S sequence length, Q queries, C width of ViT or Q-Fo
 
 import json
 import math
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -75,21 +75,20 @@ class HawkConfig:
     def __post_init__(self):
         if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft"):
             raise ValueError(f"consistency {self.consistency!r}, motion {self.motion!r}: cosine|debiased, hard|soft")
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             if type(value) is int and value < (0 if name == "lora_rank" else 1):
                 raise ValueError(f"{name} is {value}")
-        for dim, heads in (("vit_dim", "vit_heads"), ("qformer_dim", "qformer_heads"), ("llama_dim", "llama_heads")):
-            if getattr(self, dim) % getattr(self, heads):
-                raise ValueError(f"{dim} {getattr(self, dim)} does not divide into {heads} {getattr(self, heads)}")
+        for tower in ("vit", "qformer", "llama"):
+            dim, heads = getattr(self, f"{tower}_dim"), getattr(self, f"{tower}_heads")
+            if dim % heads:
+                raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}")
 
     @property
-    def image_id(self):
-        """Token id of the placeholder that soft tokens replace."""
+    def image_id(self):  # token id of the placeholder that soft tokens replace
         return self.vocab_size
 
     @property
-    def n_visual(self):
-        """Soft tokens that a clip becomes, appearance first."""
+    def n_visual(self):  # soft tokens that a clip becomes, appearance first
         return len(BRANCHES) * self.n_video_queries
 
     @classmethod
@@ -100,17 +99,15 @@ class HawkConfig:
     def from_dict(cls, values, source="config"):
         """Refuses unknown keys and changed types: a typo must not silently become a default."""
         types = {f.name: f.type for f in fields(cls)}
-        values = {k: float(v) if types.get(k) is float and type(v) is int else v for k, v in values.items()}
-        wrong = [k for k, v in values.items() if type(v) is not types.get(k)]
-        if wrong:
-            key, kind = wrong[0], types.get(wrong[0])
-            problem = f"{key} must be {kind.__name__}, not {values[key]!r}" if kind else f"unknown key {key!r}"
-            raise ValueError(f"{source}: {problem}")
-        return cls(**values)
+        for key, value in values.items():
+            if key not in types:
+                raise ValueError(f"{source}: unknown key {key!r}")
+            if type(value) is not types[key] and (type(value), types[key]) != (int, float):
+                raise ValueError(f"{source}: {key} must be {types[key].__name__}, not {value!r}")
+        return cls(**{key: types[key](value) for key, value in values.items()})
 
 
 BRANCHES = ("appearance", "motion")  # the streams, in the order of their soft tokens
-
 PRESETS = {
     "7b": {},
     "tiny": dict(
@@ -121,20 +118,16 @@ PRESETS = {
 }  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Leaves: norms and attention
+# Leaves: norms, attention, MLP
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in float32 whatever the dtype of its input and weights."""
-
+class LayerNorm(nn.LayerNorm):  # computed in float32 whatever the dtype of its input and weights
     def forward(self, x):
-        x32, weight, bias = x.float(), self.weight.float(), self.bias.float()
-        return F.layer_norm(x32, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, computed in float32 (LLaMA's norm)."""
-
+class RMSNorm(nn.Module):  # LLaMA's norm: x / rms(x) · weight, computed in float32
     def __init__(self, dim, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
@@ -150,36 +143,6 @@ def attend(q, k, v, heads, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
-def run(layers, x, *args, save_memory=False):
-    """x through the layers; `save_memory` recomputes each layer in the backward pass instead of storing it."""
-    for layer in layers:
-        if save_memory and torch.is_grad_enabled():
-            x = checkpoint(layer, x, *args, use_reentrant=False)
-        else:
-            x = layer(x, *args)
-    return x
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ViT: EVA-CLIP-g, as in BLIP-2
-
-
-class ViTAttention(nn.Module):
-    """qkv is one weight; queries and values have a bias, keys have none (a bias on keys would cancel in the softmax)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.heads))
-
-
 class MLP(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
@@ -189,14 +152,36 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class ViTBlock(nn.Module):
-    """Pre-norm transformer block."""
+def run(layers, x, *args, save_memory=False):
+    """x through the layers; `save_memory` recomputes each layer in the backward pass instead of storing it."""
+    for layer in layers:
+        recompute = save_memory and torch.is_grad_enabled()
+        x = checkpoint(layer, x, *args, use_reentrant=False) if recompute else layer(x, *args)
+    return x
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ViT: EVA-CLIP-g, as in BLIP-2
+
+
+class ViTAttention(nn.Module):  # qkv is one weight; keys have no bias (it would cancel in the softmax)
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.heads))
+
+
+class ViTBlock(nn.Module):  # pre-norm
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.norm2 = LayerNorm(config.vit_dim, eps=1e-6), LayerNorm(config.vit_dim, eps=1e-6)
-        self.attn = ViTAttention(config.vit_dim, config.vit_heads)
-        self.mlp = MLP(config.vit_dim, config.vit_mlp)
+        C = config.vit_dim
+        self.norm1, self.norm2 = LayerNorm(C, eps=1e-6), LayerNorm(C, eps=1e-6)
+        self.attn, self.mlp = ViTAttention(C, config.vit_heads), MLP(C, config.vit_mlp)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -204,16 +189,14 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images to features of their patches. Equals `VisionTransformer.forward_features` of the released eva_vit.py:
-    no mean/std normalisation of the pixels before it and no norm after its last block."""
+    """Equals the released `VisionTransformer.forward_features`: pixels not normalised, and no norm after the last block."""
 
     def __init__(self, config):
         super().__init__()
-        self.save_memory = config.gradient_checkpointing
-        n_patches = (config.image_size // config.patch_size) ** 2
-        self.patch_embed = nn.Conv2d(3, config.vit_dim, kernel_size=config.patch_size, stride=config.patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.vit_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, n_patches + 1, config.vit_dim))
+        self.save_memory, C, patch = config.gradient_checkpointing, config.vit_dim, config.patch_size
+        self.patch_embed = nn.Conv2d(3, C, kernel_size=patch, stride=patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // patch) ** 2, C))
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.vit_depth))
 
     def forward(self, images):
@@ -233,10 +216,8 @@ class QFormerAttention(nn.Module):
     def __init__(self, dim, heads, context_dim, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(dim, dim)
-        self.key, self.value = nn.Linear(context_dim, dim), nn.Linear(context_dim, dim)
-        self.output = nn.Linear(dim, dim)
-        self.norm = LayerNorm(dim, eps=1e-12)
+        self.query, self.key, self.value = (nn.Linear(d, dim) for d in (dim, context_dim, context_dim))
+        self.output, self.norm = nn.Linear(dim, dim), LayerNorm(dim, eps=1e-12)
 
     def forward(self, x, context):
         p = self.dropout if self.training else 0.0
@@ -244,28 +225,20 @@ class QFormerAttention(nn.Module):
         return self.norm(x + F.dropout(self.output(y), p))
 
 
-class QFormerMLP(MLP):
-    def __init__(self, dim, hidden, dropout):
-        super().__init__(dim, hidden)
-        self.norm, self.dropout = LayerNorm(dim, eps=1e-12), dropout
-
-    def forward(self, x):
-        return self.norm(x + F.dropout(super().forward(x), self.dropout, self.training))
-
-
 class QFormerLayer(nn.Module):
     def __init__(self, config, context_dim, crosses):
         super().__init__()
-        dim, heads, dropout = config.qformer_dim, config.qformer_heads, config.dropout
-        self.self_attention = QFormerAttention(dim, heads, dim, dropout)
-        self.cross_attention = QFormerAttention(dim, heads, context_dim, dropout) if crosses else None
-        self.mlp = QFormerMLP(dim, config.qformer_mlp, dropout)
+        dim, heads, self.dropout = config.qformer_dim, config.qformer_heads, config.dropout
+        self.self_attention = QFormerAttention(dim, heads, dim, self.dropout)
+        self.cross_attention = QFormerAttention(dim, heads, context_dim, self.dropout) if crosses else None
+        self.mlp = MLP(dim, config.qformer_mlp)
+        self.mlp.norm = LayerNorm(dim, eps=1e-12)
 
     def forward(self, x, context):
         x = self.self_attention(x, x)
         if self.cross_attention is not None:
             x = self.cross_attention(x, context)
-        return self.mlp(x)
+        return self.mlp.norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
 
 
 class QFormer(nn.Module):
@@ -287,9 +260,7 @@ class QFormer(nn.Module):
 # Branch: from ViT features of T frames to 32 soft tokens. Built twice: appearance and motion
 
 
-class Branch(nn.Module):
-    """Paper, Sec. 3.2: f = P(E(X)), with the same architecture and separate weights for appearance and for motion."""
-
+class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its own for appearance and for motion
     def __init__(self, config):
         super().__init__()
         dim, D = config.qformer_dim, config.llama_dim
@@ -301,15 +272,8 @@ class Branch(nn.Module):
         self.frame_position = nn.Embedding(config.n_frames, dim)
         self.video_queries = nn.Parameter(torch.zeros(1, config.n_video_queries, dim))
         self.video_qformer = QFormer(config, config.video_layers, dim, cross_every=1)
-        self.proj_0 = nn.Linear(dim, D)
-        self.encoder_0 = nn.Linear(D, D)
-        self.encoder_1 = nn.Linear(D, config.tight_dim)
-        self.decoder_2 = nn.Linear(D, D)
-
-    def trained_parts(self):
-        """The modules and parameters after the frozen part (what `--train paper` trains)."""
-        linear = [self.proj_0, self.encoder_0, self.encoder_1, self.decoder_2]
-        return [self.frame_position, self.video_queries, self.video_qformer, *linear]
+        self.proj_0, self.encoder_0 = nn.Linear(dim, D), nn.Linear(D, D)
+        self.encoder_1, self.decoder_2 = nn.Linear(D, config.tight_dim), nn.Linear(D, D)
 
     def frames(self, features):
         """Each frame on its own: ViT features (N, 1 + patches, vit_dim) -> (N, Q, C). Frozen, so it can be cached."""
@@ -317,11 +281,11 @@ class Branch(nn.Module):
 
     def video(self, frames):
         """All frames together: (B, T, Q, C) -> soft tokens (B, 32, D) and tight features (B, 32, tight_dim)."""
-        B, T, _, _ = frames.shape
+        T = frames.shape[1]
         if T > self.frame_position.num_embeddings:
             raise ValueError(f"a clip of {T} frames; this model has positions for {self.frame_position.num_embeddings}")
         position = self.frame_position(torch.arange(T, device=frames.device))  # (T, C)
-        x = (frames + position[None, :, None]).flatten(1, 2)  # (B, T·Q, C)
+        x = (frames.to(position.dtype) + position[:, None]).flatten(1, 2)  # (B, T·Q, C)
         x = self.video_qformer(self.video_queries, x)  # (B, 32, C)
         x = self.encoder_0(self.proj_0(x))  # (B, 32, D); no activation anywhere in this chain
         return self.decoder_2(x), self.encoder_1(x)
@@ -331,28 +295,21 @@ class Branch(nn.Module):
 # LLaMA-2
 
 
-def rotary_tables(positions, head_dim, theta):
-    """cos and sin (…, S, head_dim) in float32 for positions (…, S); the halves repeat (the Hugging Face layout)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[..., None].float() * frequency
-    return torch.cat([angle, angle], dim=-1).cos(), torch.cat([angle, angle], dim=-1).sin()
-
-
 def rotate(x, cos, sin):
-    """Rotary position: turns the pairs (x_i, x_{i + d/2}) by their angle. x (B, h, S, d)."""
+    """Rotary position: turns the pairs (x_i, x_{i + d/2}) by their angle (Hugging Face's layout). x (B, h, S, d)."""
     x32 = x.float()
     a, b = x32.chunk(2, dim=-1)
     return (x32 * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of every layer for `size` positions, allocated once. `length` positions are filled; the first
-    `padding[b]` of row b are left padding, which is never attended to."""
+    """Keys and values of every layer, allocated once for `size` positions, of which `length` are filled. The first
+    `padding[b]` positions of row b are left padding, which is never attended to."""
 
-    def __init__(self, config, batch, size, like, padding=None):
+    def __init__(self, config, batch, size, like, padding=0):
         shape = (config.llama_layers, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
         self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
-        self.padding = padding if padding is not None and padding.any() else None
+        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
 
     def write(self, layer, k, v):
         """Stores k, v (B, h, S, d) behind what is there; returns all keys and values so far."""
@@ -360,24 +317,12 @@ class KVCache:
         self.k[layer, :, :, self.length : end], self.v[layer, :, :, self.length : end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def positions(self, S):
-        position = torch.arange(self.length, self.length + S, device=self.k.device)
-        return position if self.padding is None else (position - self.padding[:, None]).clamp_min(0)[:, None]  # (B,1,S)
-
-    def mask(self, S):
-        """None where a plain causal mask (or, for one token, no mask) says the same; else (B or 1, 1, S, length + S)."""
-        if self.padding is None and (S == 1 or self.length == 0):
-            return None
-        query = torch.arange(self.length, self.length + S, device=self.k.device)[:, None]
+    def positions_and_mask(self, S):
+        """For S more tokens: positions (B or 1, 1, S), and which of the keys each one sees (B or 1, 1, S, length + S)."""
         key = torch.arange(self.length + S, device=self.k.device)
-        mask = (key <= query)[None, None]
-        if self.padding is not None:  # a padding token sees itself, or its softmax would be 0 / 0
-            mask = mask & ((key >= self.padding[:, None, None, None]) | (key == query))
-        return mask
-
-    def reorder(self, rows):
-        """Beam search: row b continues what row rows[b] has said."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        query = key[self.length :, None]  # (S, 1)
+        mask = (self.padding <= key) & (key <= query) | (key == query)  # padding sees itself: its softmax is not 0 / 0
+        return (query[:, 0] - self.padding[..., 0]).clamp_min(0), mask
 
 
 class LlamaAttention(nn.Module):
@@ -387,23 +332,19 @@ class LlamaAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = (
-            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, h, S, d)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, h, S, d)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-class LlamaMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
-
+class LlamaMLP(nn.Module):  # SwiGLU: down(silu(gate(x)) · up(x))
     def __init__(self, dim, hidden):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
@@ -413,19 +354,16 @@ class LlamaMLP(nn.Module):
 class LlamaBlock(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.llama_dim, config.norm_eps)
-        self.self_attn = LlamaAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.llama_dim, config.norm_eps)
-        self.mlp = LlamaMLP(config.llama_dim, config.llama_mlp)
+        D, eps = config.llama_dim, config.norm_eps
+        self.input_layernorm, self.self_attn = RMSNorm(D, eps), LlamaAttention(config, layer)
+        self.post_attention_layernorm, self.mlp = RMSNorm(D, eps), LlamaMLP(D, config.llama_mlp)
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Llama(nn.Module):
-    """LLaMA-2 over embeddings: equals transformers' `LlamaForCausalLM` (names too), head not tied."""
-
+class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausalLM` (names too), head not tied
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -437,10 +375,13 @@ class Llama(nn.Module):
     def forward(self, x, cache=None):
         """Embeddings (B, S, D) -> hidden states (B, S, D) before the head. With a cache, x continues what is in it."""
         c, S = self.config, x.shape[1]
-        positions = torch.arange(S, device=x.device) if cache is None else cache.positions(S)
-        mask = None if cache is None else cache.mask(S)
-        cos, sin = rotary_tables(positions, c.llama_dim // c.llama_heads, c.rope_theta)
-        x = run(self.layers, x, cos, sin, mask, cache, save_memory=c.gradient_checkpointing and cache is None)
+        positions, mask = cache.positions_and_mask(S) if cache else (torch.arange(S, device=x.device), None)
+        d = c.llama_dim // c.llama_heads
+        frequency = c.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
+        angle = positions[..., None].float() * frequency
+        angle = torch.cat([angle, angle], dim=-1)  # (B or 1, 1, S, d) with a cache, else (S, d)
+        save_memory = c.gradient_checkpointing and cache is None
+        x = run(self.layers, x, angle.cos(), angle.sin(), mask, cache, save_memory=save_memory)
         if cache is not None:
             cache.length += S
         return self.norm(x)
@@ -457,7 +398,7 @@ class LoRALinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.scale, self.dropout = linear.weight, config.lora_alpha / config.lora_rank, config.lora_dropout
         A, B = torch.empty(config.lora_rank, self.in_features), torch.zeros(self.out_features, config.lora_rank)
-        self.lora_A, self.lora_B = (nn.Parameter(x.to(linear.weight.device)) for x in (A, B))
+        self.lora_A, self.lora_B = (nn.Parameter(x.to(self.weight.device)) for x in (A, B))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -478,23 +419,24 @@ class LoRALinear(nn.Linear):
 
 @dataclass
 class Encoding:
-    """What the two branches make of a batch of clips: soft tokens (B, 2·32, D), appearance first, and the tight
-    features (B, 32, tight_dim) that the consistency loss compares."""
+    """A batch of clips: soft tokens (B, 2·32, D), appearance first; tight features (B, 32, tight_dim) of each branch."""
 
     tokens: torch.Tensor
     appearance_tight: torch.Tensor
     motion_tight: torch.Tensor
 
 
-class Hawk(nn.Module):
-    """ViT, two branches and LLaMA."""
+PAPER = r"(appearance|motion)\.(frame_position|video_q|proj_0|encoder_|decoder_2)"  # after the frozen frame Q-Former
+TRAINED = {  # names of the parameters that learn in each mode; the released code forgets to freeze the motion queries
+    "paper": PAPER, "released": rf"{PAPER}|motion\.queries", "lora": rf"{PAPER}|.*\.lora_[AB]", "all": "",
+}  # fmt: skip
 
+
+class Hawk(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.vit = ViT(config)
-        self.appearance = Branch(config)
-        self.motion = Branch(config)
+        self.config, self.vit = config, ViT(config)
+        self.appearance, self.motion = Branch(config), Branch(config)
         self.llama = Llama(config)
         self.apply(init_weights)
         if config.lora_rank:
@@ -507,79 +449,59 @@ class Hawk(nn.Module):
     def set_trainable(self, mode):
         """Chooses what learns: "paper" everything after the frame Q-Formers but LLaMA; "released" the motion branch's
         frame queries too; "lora" a LoRA too; "all" everything. What is frozen stays in eval mode (no dropout)."""
-        if mode not in ("released", "paper", "lora", "all"):
-            raise ValueError(f"train mode {mode!r}: choose released, paper, lora or all")
-        if mode == "lora" and not any(isinstance(m, LoRALinear) for m in self.modules()):
-            self.config.lora_rank = self.config.lora_rank or 8
+        if mode not in TRAINED:
+            raise ValueError(f"train mode {mode!r}: choose {', '.join(TRAINED)}")
+        if mode == "lora" and not self.config.lora_rank:
+            self.config.lora_rank = 8
             self.add_lora()
-        self.requires_grad_(mode == "all")
-        for name in BRANCHES:
-            for part in getattr(self, name).trained_parts():
-                part.requires_grad_(True)
-        if mode == "released":  # the released code means to freeze these queries and forgets to
-            self.motion.queries.requires_grad_(True)
-        if mode == "lora":
-            for name, p in self.named_parameters():
-                p.requires_grad_(p.requires_grad or "lora_" in name)
+        for name, p in self.named_parameters():
+            p.requires_grad_(re.match(TRAINED[mode], name) is not None)
         return self.train(self.training)
 
     def train(self, mode=True):
-        super().train(mode)
         for module in self.modules():
-            if mode and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
+            module.training = mode and any(p.requires_grad for p in module.parameters())
         return self
 
     def add_lora(self):
-        c = self.config
-        for block in self.llama.layers:
-            for target in c.lora_targets.split(","):
-                linear = getattr(block.self_attn, target)
-                setattr(block.self_attn, target, LoRALinear(linear, c))
+        for attention in (block.self_attn for block in self.llama.layers):
+            for target in self.config.lora_targets.split(","):
+                setattr(attention, target, LoRALinear(getattr(attention, target), self.config))
 
     def merge_lora(self):
         """Adds every LoRA correction to its weight and removes it; the output stays the same."""
-        for block in self.llama.layers:
-            for name, module in list(block.self_attn.named_children()):
-                if isinstance(module, LoRALinear):
-                    setattr(block.self_attn, name, module.merged())
+        for attention in (block.self_attn for block in self.llama.layers if self.config.lora_rank):
+            for target in self.config.lora_targets.split(","):
+                setattr(attention, target, getattr(attention, target).merged())
         self.config.lora_rank = 0
         return self
 
     def frame_features(self, *streams):
-        """Frames (B, T, 3, H, W) in [0, 1], one tensor per branch -> a list of (B, T, Q, C). The frozen part: what
-        `prepare.py features` caches. All streams go through the ViT as one batch."""
+        """Frames (B, T, 3, H, W) in [0, 1] of each branch -> list of (B, T, Q, C): the frozen part, which can be cached."""
         B, T = streams[0].shape[:2]
         images = torch.cat([s.flatten(0, 1) for s in streams]).to(self.vit.patch_embed.weight.dtype)  # (2·B·T, 3, H, W)
-        features = self.vit(images).chunk(len(streams))
-        branches = (getattr(self, name) for name in BRANCHES)
-        return [b.frames(f).unflatten(0, (B, T)) for b, f in zip(branches, features, strict=True)]
+        features = zip(BRANCHES, self.vit(images).chunk(len(streams)), strict=True)
+        return [getattr(self, name).frames(x).unflatten(0, (B, T)) for name, x in features]
 
     def encode(self, appearance, motion):
-        """Clips -> Encoding. appearance, motion: frames (B, T, 3, H, W) in [0, 1], or cached features (B, T, Q, C)."""
-        streams = [appearance, motion]
-        if appearance.ndim == 5:
-            streams = self.frame_features(*streams)
-        dtype = self.appearance.proj_0.weight.dtype
-        seen = [getattr(self, name).video(x.to(dtype)) for name, x in zip(BRANCHES, streams, strict=True)]
-        return Encoding(torch.cat([tokens for tokens, _ in seen], dim=1), *(tight for _, tight in seen))
+        """Frames (B, T, 3, H, W) in [0, 1], or their cached features (B, T, Q, C), of the two streams -> Encoding."""
+        streams = self.frame_features(appearance, motion) if appearance.ndim == 5 else (appearance, motion)
+        tokens, tight = zip(self.appearance.video(streams[0]), self.motion.video(streams[1]), strict=True)
+        return Encoding(torch.cat(tokens, dim=1), *tight)
 
     def embed(self, input_ids, soft):
-        """Embeds ids (B, S) and puts the soft tokens (B, N, D) into the placeholder slots, in order: the one way in
-        which vision enters the sentence. Raises ValueError when the slots of a row are not N."""
+        """Embeds ids (B, S), with the soft tokens (B, N, D) in the placeholder slots, in order: the one way in which
+        vision enters the sentence. Raises ValueError when the slots of a row are not N."""
         slots = input_ids == self.config.image_id
         counts = slots.sum(1).tolist()
         if counts != [soft.shape[1]] * len(soft):
-            raise ValueError(
-                f"rows with {counts} placeholders, but {len(soft)} clips of {soft.shape[1]} soft tokens"
-            )
+            raise ValueError(f"rows with {counts} placeholders, but {len(soft)} clips of {soft.shape[1]} soft tokens")
         x = self.llama.embed_tokens(input_ids.masked_fill(slots, 0))  # (B, S, D)
         return x.masked_scatter(slots[..., None], soft.to(x.dtype))
 
     def language_loss(self, input_ids, labels, soft, per_sample=False):
-        """Mean cross-entropy of the next token over all tokens with a label (not -100), or, per_sample, over the tokens
-        of each row and then over the rows: what training at one clip a process computes. The head sees only those
-        positions: at 32,000 words its output is the largest tensor of a training step."""
+        """Mean cross-entropy of the next token over all tokens with a label (not -100), or, per_sample, over those of each
+        row and then over the rows. The head sees only those positions: its output would be the largest of all tensors."""
         hidden, target = self.llama(self.embed(input_ids, soft))[:, :-1], labels[:, 1:]
         kept = target != -100
         if not kept.any():
@@ -604,35 +526,31 @@ class Hawk(nn.Module):
     def forward(
         self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False
     ):
-        """The losses of a batch, by name (paper, Eq. 9: total is their weighted sum). Without a motion target,
-        motion_language is video_language again, as in the released stage 2."""
-        texts = (input_ids, labels, motion_input_ids, motion_labels)
-        return self.losses(self.encode(appearance, motion), *texts, per_sample=per_sample)
+        """The losses of a batch of clips (frames or features, as in `encode`): see `losses`."""
+        encoding = self.encode(appearance, motion)
+        return self.losses(encoding, input_ids, labels, motion_input_ids, motion_labels, per_sample)
 
     def losses(self, encoding, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False):
-        """What `forward` returns, for clips that are encoded already."""
+        """By name (paper, Eq. 9: total is their weighted sum). Without a motion target, motion_language is video_language
+        again, as in the released stage 2."""
         c = self.config
         losses = {"video_language": self.language_loss(input_ids, labels, encoding.tokens, per_sample)}
         losses["motion_language"] = losses["video_language"]
         if motion_input_ids is not None:
-            motion_tokens = encoding.tokens[:, c.n_video_queries :]
-            losses["motion_language"] = self.language_loss(motion_input_ids, motion_labels, motion_tokens, per_sample)
+            tokens = encoding.tokens[:, c.n_video_queries :]
+            losses["motion_language"] = self.language_loss(motion_input_ids, motion_labels, tokens, per_sample)
         losses["consistency"] = self.consistency_loss(encoding)
         losses["total"] = sum(getattr(c, f"{name}_weight") * loss for name, loss in losses.items())
         return losses
 
     @torch.no_grad()
-    def generate(
-        self, appearance, motion, input_ids, max_new_tokens=128, temperature=0.0, top_p=1.0, beams=1,
-        repetition_penalty=1.0, seed=0, eos_id=2, encoding=None, on_token=None,
-    ):  # fmt: skip
+    def generate(self, appearance, motion, input_ids, max_new_tokens=128, temperature=0.0, top_p=1.0, beams=1,
+                 repetition_penalty=1.0, seed=0, eos_id=2, encoding=None, on_token=None):  # fmt: skip
         """Continues each row of input_ids (a (B, S) tensor, or lists of unequal length) until `eos_id` (included) or
         max_new_tokens; returns lists of new ids. temperature 0 is greedy; `encoding` saves encoding a clip again;
         `on_token(list of B ids)` is called as tokens are made, and stops the generation by returning False."""
         if max_new_tokens < 1 or beams < 1 or not 0 < top_p <= 1 or (beams > 1 and temperature > 0):
-            raise ValueError(
-                "needs max_new_tokens and beams of 1 or more, top_p in (0, 1], and beams without temperature"
-            )
+            raise ValueError("needs max_new_tokens and beams of 1 or more, top_p in (0, 1], beams without temperature")
         encoding = encoding or self.encode(appearance, motion)
         ids, padding = left_pad(input_ids, self.device)
         x = self.embed(ids, encoding.tokens)
@@ -665,8 +583,8 @@ class Hawk(nn.Module):
         log-probability per token: a finished one, or at the limit perhaps the best of those still open."""
         cache = KVCache(self.config, beams, x.shape[1] + max_new_tokens, x)
         x, new = x.expand(beams, -1, -1), torch.empty(beams, 0, dtype=torch.long, device=x.device)
-        score = torch.full((beams,), -torch.inf, device=x.device)
-        score[0] = 0.0  # all beams start equal: let only one of them spread in the first step
+        # all beams start equal: let only one of them spread in the first step
+        score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)
         finished = []
         for step in range(1, max_new_tokens + 1):
             logits = self.llama.lm_head(self.llama(x, cache)[:, -1]).float()
@@ -680,15 +598,13 @@ class Hawk(nn.Module):
             new = torch.cat([new[rows], token[:, None]], dim=1)
             if len(finished) >= beams and sorted(finished)[-beams][0] >= score[0].item() / step:
                 break
-            cache.reorder(rows)
+            cache.k, cache.v = cache.k[:, rows], cache.v[:, rows]  # row b continues what row rows[b] has said
             x = self.llama.embed_tokens(token[:, None])
-        finished.append((score[0].item() / new.shape[1], new[0].tolist()))
-        return max(finished)[1]
+        return max([*finished, (score[0].item() / step, new[0].tolist())])[1]
 
     def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None):
-        """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`). With `base`
-        (the folder of the weights that training started from), only tensors that train are written, and the base is
-        named in config.json. The folder appears whole or not at all."""
+        """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`), or nothing. With
+        `base`, the folder that training started from, only what trains is written, and config.json names the base."""
         if base is not None and Path(base).resolve() == Path(folder).resolve():
             raise ValueError(f"{folder}: is the base of these weights; save them to another folder")
         keep = {name for name, p in self.named_parameters() if base is None or p.requires_grad}
@@ -702,37 +618,41 @@ class Hawk(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode. Built without memory
-        and filled tensor by tensor from the mapped files. Raises ValueError that names the file and the tensor."""
+        """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode; built without memory
+        and filled tensor by tensor. Raises ValueError that names the file and the tensor."""
         config, folders = read_chain(folder)
         with torch.device("meta"):
             model = cls(config)
-        missing = set(dict(model.named_parameters()))
-        for source in folders:
-            missing -= load_folder(model, source, device, dtype)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for file, name, tensor in (found for source in folders for found in read_tensors(source)):
+            shape, expected = tuple(tensor.shape), shapes.get(name, "no tensor of that name")
+            if shape != expected:
+                raise ValueError(f"{file}: {name} has shape {shape}, the model expects {expected}")
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+        missing = [name for name, p in model.named_parameters() if p.is_meta]
         if missing:
-            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)}")
+            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
         return model.eval()
 
 
 def init_weights(module):
     """For training from nothing (the tiny preset): unit-variance layers, so that depth does not shrink the signal."""
-    if module.__class__ in (nn.Linear, nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+    if type(module) in (nn.Linear, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.1)
-    elif isinstance(module, Branch | ViT):
+    if isinstance(module, Branch | ViT):
         for p in module.parameters(recurse=False):  # queries, class token, positions
             nn.init.normal_(p, std=0.2)
-        if isinstance(module, Branch):  # beside features of unit variance: when must not be drowned by what
-            nn.init.normal_(module.frame_position.weight, std=0.5)
+    if isinstance(module, Branch):  # beside features of unit variance: when must not be drowned by what
+        nn.init.normal_(module.frame_position.weight, std=0.5)
     if isinstance(module, QFormerLayer):  # queries that attend to each other at full strength soon are all the same
         module.self_attention.output.weight.data *= 0.1
     if isinstance(module, ViT):  # filters of zero mean: pixels are in [0, 1], and their mean would drown the rest
-        weight = module.patch_embed.weight
-        weight.data -= weight.mean(dim=(1, 2, 3), keepdim=True)
+        module.patch_embed.weight.data -= module.patch_embed.weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def left_pad(rows, device):
@@ -749,17 +669,13 @@ def cut(row, eos_id):
 
 
 def penalise(logits, new, penalty):
-    """Repetition penalty: the logits (B, vocabulary) of tokens already generated, new (B, n), divided by it if positive,
-    else multiplied."""
-    if penalty == 1.0 or not new.shape[1]:
-        return logits
+    """Repetition penalty: divides the logits (B, vocabulary) of tokens in new (B, n) if positive, else multiplies."""
     seen = logits.gather(1, new)
     return logits.scatter(1, new, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 def choose(logits, temperature, top_p, generator):
-    """The next token of each row: the best one at temperature 0, else a draw from the smallest set of tokens whose
-    probability reaches top_p. logits (B, vocabulary) -> (B,)"""
+    """Next token (B,) of logits (B, vocabulary): the best, or a draw from the fewest whose probability reaches top_p."""
     if temperature <= 0:
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
@@ -767,28 +683,21 @@ def choose(logits, temperature, top_p, generator):
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def read_config(folder):
-    """(HawkConfig, folder of the base or None) of a folder's config.json."""
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        base = values.pop("base", None)
-        return HawkConfig.from_dict(values), None if base is None else Path(base)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
-
-
 def read_chain(folder):
     """(HawkConfig, [folders]) of weights and what they are based on, the base first: a later folder's tensors replace an
     earlier one's (stage 2 continues stage 1, which continues the published model)."""
-    folders = [Path(folder)]
-    config, base = read_config(folders[0])
+    configs, folders, base = [], [], Path(folder)
     while base is not None and base not in folders:
-        folders.insert(0, base)
-        base = read_config(base)[1]
-    return config, folders
+        folders, file = [base, *folders], base / "config.json"
+        try:
+            values = json.loads(file.read_text())
+            if not isinstance(values, dict):
+                raise ValueError("not a JSON object")
+            base = Path(values.pop("base")) if "base" in values else None
+            configs.append(HawkConfig.from_dict(values))
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
+    return configs[0], folders
 
 
 def save_tensors(tensors, file):
@@ -797,33 +706,22 @@ def save_tensors(tensors, file):
     file.chmod(file.parent.stat().st_mode & 0o666)
 
 
-def load_folder(model, folder, device, dtype):
-    """Assigns every tensor of the folder's safetensors to the parameter of that name; returns the names it filled."""
-    wanted, filled = dict(model.named_parameters()), set()
+def read_tensors(folder):
+    """Yields (file, name, tensor) of a folder's safetensors, one tensor at a time from the mapped files."""
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
-                    tensor = tensors.get_tensor(name)
-                    if name not in wanted or tensor.shape != wanted[name].shape:
-                        expected = tuple(wanted[name].shape) if name in wanted else "no tensor of that name"
-                        raise ValueError(
-                            f"{file}: {name} has shape {tuple(tensor.shape)}, the model expects {expected}"
-                        )
-                    module, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
-                    filled.add(name)
+                    yield file, name, tensors.get_tensor(name)
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{file}: cannot be read as safetensors ({e})") from e
-    return filled
 
 
 @contextmanager
 def replaced_folder(folder):
     """Yields an empty folder beside `folder` to write into, which takes its name when the block ends well."""
-    folder = Path(folder)
-    recover_folder(folder)
-    new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    folder, old = recover_folder(folder)
+    new = folder.with_name(folder.name + ".tmp")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
@@ -839,8 +737,9 @@ def replaced_folder(folder):
 
 
 def recover_folder(folder):
-    """Undoes a replacement that was killed between its two renames."""
+    """Undoes a replacement that was killed between its two renames; returns (folder, where the old one waits)."""
     folder = Path(folder)
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
+    return folder, old
