@@ -3,7 +3,7 @@
     python prepare.py toy --out data/toy --n-train 5000 --n-test 200 --seed 0     # a small drawn world: mp4 clips and annotations
     python prepare.py download --dry-run                       # the released files: which, from where, how large
     python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b    # one folder of ours
-    python prepare.py merge --weights runs/lora/last --out weights/merged        # a LoRA added to what it was trained on
+    python prepare.py merge --weights runs/x/last --out weights/x         # trained weights, base and LoRA in one
 
 Each section below holds one job: its helpers and a function with the job's name, which main() calls with the parsed arguments.
 """
@@ -22,7 +22,7 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -57,136 +57,89 @@ def write(path, content):
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. toy: a small drawn world (clips, annotations in the Hawk format, a tokenizer)
 #
-# A fixed camera looks at a road. Two pavements and two lanes are four horizontal bands; in the far lane traffic goes left, in
-# the near lane right. plan() decides what happens, describe() puts it into words, render() draws it. All that is random about
-# a clip is a function of (seed, split, index): it depends neither on how many clips are made nor on the number of processes.
+# A fixed camera looks at a road: two pavements and two lanes. In the far lane traffic goes left, in the near one right.
+# plan() decides what happens, describe() puts it into words, render() draws it, all from (seed, split, index) alone.
 
 FPS, FRAMES, SIZE, LONG_FRAMES = 8, 32, 224, 320  # a clip lasts 4 s; time below is in clips, 0 to 1
+SPLITS = ["train", "test", "long"]
 BANDS = ["on the far pavement", "in the far lane", "in the near lane", "on the near pavement"]
-BAND_Y, BAND_SCALE, LANES = [0.34, 0.48, 0.64, 0.82], [0.88, 0.9, 1.05, 1.12], {1: -1, 2: 1}  # lane -> direction
+BAND_Y, BAND_SCALE, LANES = [0.34, 0.48, 0.64, 0.82], [0.88, 0.9, 1.05, 1.12], {1: -1, 2: 1}  # lane: direction
 SIDES = {"on the left": (0.16, 0.34), "in the middle": (0.43, 0.57), "on the right": (0.66, 0.84)}
 MOMENTS = {"near the start of the clip": 0.25, "halfway through the clip": 0.5, "near the end of the clip": 0.75}
-VEHICLES, WALKERS = ["car", "bus", "truck", "motorbike"], ["person", "cyclist", "dog"]
-# pixels at scale 1
-WIDTH = {"car": 42, "bus": 50, "truck": 46, "motorbike": 38, "person": 14, "cyclist": 30, "dog": 34}
+V, W, no, yes = ["car", "bus", "truck", "motorbike"], ["person", "cyclist", "dog"], False, True
+USERS = [W, V, V, W]  # of each band: vehicles or walkers
+WIDTH = {"car": 42, "bus": 50, "truck": 46, "motorbike": 38, "person": 14, "cyclist": 30, "dog": 34}  # pixels
 COLOURS = {"red": (205, 35, 35), "blue": (35, 85, 215), "green": (35, 150, 60), "yellow": (240, 205, 45)}
 COLOURS |= {"white": (243, 243, 243), "purple": (165, 50, 190)}
+# picture widths per clip, of walkers and of vehicles; walkers must be quick enough for a change to be seen
+SPEEDS = {kind: [(0.22, 0.3), (0.35, 0.5)] for kind in ("sudden_stop", "turn_back", "falling")}
+SPEEDS |= {"normal": [(0.15, 0.3), (0.35, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
+PACE = {"sudden_stop": 0, "fire": 0, "falling": 0, "collision": 0, "crossing": 0.02}  # after the event began
+EFFECTS = {"collision": ("crash", 0), "fire": ("fire", -0.06), "left_bag": ("bag", 0.045)}  # what, how far down
+# The phrase stands in every description of a kind and in no other's. point: it happens at one moment, which is named.
+# sided: left, middle or right is named. motion_only: each single frame of it could come from a normal clip.
+Kind = make_dataclass("Kind", ["phrase", "actors", "point", "sided", "motion_only", "reason", "consequences"])
+KINDS = {
+    "normal": Kind("nothing unusual happens", V + W, no, no, no, "all road users behave as they should",
+        "All traffic keeps flowing.|Everyone gets along safely.|The road stays calm."),
+    "wrong_way": Kind("drives the wrong way", V, no, no, yes, "traffic in this lane comes the other way",
+        "Oncoming traffic is in danger.|A head-on accident could follow.|Oncoming drivers have to get out of the way."),
+    "speeding": Kind("moves far too fast", V + W, no, no, yes, "nobody can stop in time at this speed",
+        "Nobody has time to react.|Others could be hit.|Others have to get out of the way."),
+    "sudden_stop": Kind("stops suddenly", V + W, yes, yes, yes, "those behind do not expect it",
+        "Those behind have to brake hard.|The way is blocked for others.|From then on the way is blocked."),
+    "turn_back": Kind("turns back", V + W, yes, yes, yes, "those behind are in the way",
+        "Those behind have to make room.|Those behind are surprised.|Others have to watch out."),
+    "loitering": Kind("loiters", W, no, yes, yes, "nobody knows the reason for it",
+        "Someone should keep an eye on this.|It looks suspicious.|There seems to be no goal."),
+    "swerving": Kind("swerves from side to side", V, no, no, yes, "the driver has lost control",
+        "The driver seems to have lost control.|Others have to keep their distance.|It could hit someone at any time."),
+    "falling": Kind("falls to the ground", W, yes, yes, no, "someone may be hurt",
+        "Help is needed.|Someone may be hurt.|An ambulance may be needed."),
+    "collision": Kind("crashes into", V, yes, yes, no, "people may be hurt",
+        "Both are damaged and block the lane.|People may be hurt.|Both stop and the lane is blocked."),
+    "fire": Kind("catches fire", V, yes, yes, no, "flames and smoke can hurt people",
+        "Flames and smoke rise.|The fire brigade is needed.|It stops and burns, and smoke rises."),
+    "left_bag": Kind("leaves a bag behind", W, yes, yes, no, "nobody knows what is in the bag",
+        "The bag stays there alone.|Someone should check the bag.|The owner goes on without it."),
+    "crossing": Kind("cuts across the road", W, no, yes, no, "traffic may not stop in time",
+        "Traffic has to brake.|An accident could follow.|Drivers have to watch out."),
+}  # fmt: skip
+# A thing over the frames: centre x, y in fractions of the picture (nan: not there), pose in degrees.
+Track = make_dataclass("Track", ["object", "colour", "scale", "x", "y", "pose"])
 
 
-@dataclass
-class Kind:
-    phrase: str  # stands in every description of this kind and in no other's
-    actors: list  # who can do it
-    point: bool  # it happens at one moment, which the description names
-    sided: bool  # the description names left, middle or right
-    motion_only: bool  # each single frame of it could come from a normal clip
-    reason: str
-    consequences: list
-
-
-# fmt: off
-V, W, no, yes = VEHICLES, WALKERS, False, True
-KINDS = {  #                   phrase                     actors point sided motion_only reason, consequences
-    "normal": Kind(            "nothing unusual happens", V + W, no, no, no, "all road users behave as they should",
-        ["All traffic keeps flowing.", "Everyone gets along safely.", "The road stays calm."]),
-    "wrong_way": Kind(         "drives the wrong way", V, no, no, yes, "traffic in this lane comes the other way",
-        ["Oncoming traffic is in danger.", "A head-on accident could follow.", "Oncoming drivers have to get out of the way."]),
-    "speeding": Kind(          "moves far too fast", V + W, no, no, yes, "nobody can stop in time at this speed",
-        ["Nobody has time to react.", "Others could be hit.", "Others have to get out of the way."]),
-    "sudden_stop": Kind(       "stops suddenly", V + W, yes, yes, yes, "those behind do not expect it",
-        ["Those behind have to brake hard.", "The way is blocked for others.", "From then on the way is blocked."]),
-    "turn_back": Kind(         "turns back", V + W, yes, yes, yes, "those behind are in the way",
-        ["Those behind have to make room.", "Those behind are surprised.", "Others have to watch out."]),
-    "loitering": Kind(         "loiters", W, no, yes, yes, "nobody knows the reason for it",
-        ["Someone should keep an eye on this.", "It looks suspicious.", "There seems to be no goal."]),
-    "swerving": Kind(          "swerves from side to side", V, no, no, yes, "the driver has lost control",
-        ["The driver seems to have lost control.", "Others have to keep their distance.", "It could hit someone at any time."]),
-    "falling": Kind(           "falls to the ground", W, yes, yes, no, "someone may be hurt",
-        ["Help is needed.", "Someone may be hurt.", "An ambulance may be needed."]),
-    "collision": Kind(         "crashes into", V, yes, yes, no, "people may be hurt",
-        ["Both are damaged and block the lane.", "People may be hurt.", "Both stop and the lane is blocked."]),
-    "fire": Kind(              "catches fire", V, yes, yes, no, "flames and smoke can hurt people",
-        ["Flames and smoke rise.", "The fire brigade is needed.", "It stops and burns, and smoke rises."]),
-    "left_bag": Kind(          "leaves a bag behind", W, yes, yes, no, "nobody knows what is in the bag",
-        ["The bag stays there alone.", "Someone should check the bag.", "The owner goes on without it."]),
-    "crossing": Kind(          "cuts across the road", W, no, yes, no, "traffic may not stop in time",
-        ["Traffic has to brake.", "An accident could follow.", "Drivers have to watch out."]),
-}
-# fmt: on
-
-
-@dataclass
-class Track:
-    """One thing over the frames: centre x, y in fractions of the picture (nan: not there), pose in degrees."""
-
-    object: str
-    colour: str | None
-    scale: float
-    x: np.ndarray
-    y: np.ndarray
-    pose: np.ndarray
-
-    @property
-    def half_width(self):
-        return WIDTH[self.object] * self.scale / 2 / SIZE
-
-    def clear_of(self, other):
-        near = np.abs(self.x - other.x) < self.half_width + other.half_width + 0.01
-        return not (near & (np.abs(self.y - other.y) < 0.07)).any()
+def half_width(track):
+    return WIDTH[track.object] * track.scale / 2 / SIZE
 
 
 def new_track(rng, band, names, x):
     """A road user of a random name and colour that follows x in a band."""
     y = BAND_Y[band] + (rng.uniform(-0.045, 0.045) if band in LANES else rng.uniform(-0.02, 0.02))
-    return Track(str(rng.choice(names)), str(rng.choice(list(COLOURS))), BAND_SCALE[band], x, y + 0 * x, 0 * x)
+    return Track(rng.choice(names), rng.choice([*COLOURS]), BAND_SCALE[band], x, y + 0 * x, 0 * x)
 
 
-def draw_speed(rng, kind, vehicle):
-    """Picture widths per clip."""
-    if kind == "speeding":
-        return rng.uniform(0.95, 1.2) if vehicle else rng.uniform(0.75, 0.95)
-    if kind in ("sudden_stop", "turn_back", "falling") and not vehicle:
-        return rng.uniform(0.22, 0.3)  # the quicker half of normal, so that the change can be seen
-    return rng.uniform(0.35, 0.5) if vehicle else rng.uniform(0.15, 0.3)
-
-
-def event_path(rng, kind, speed, s):
-    """Distance along the heading, s clips after the event began, relative to where the description says that it happens."""
-    if kind in ("sudden_stop", "fire", "falling", "collision"):
-        return 0 * s
-    if kind == "turn_back":
-        return -speed * s
-    if kind == "loitering":  # a triangle wave: to and fro at constant speed
-        return rng.uniform(0.05, 0.09) * (np.abs((rng.uniform(2, 3) * s + rng.uniform()) % 1 * 4 - 2) - 1)
-    if kind == "crossing":
-        return 0.02 * s
-    return speed * (s if KINDS[kind].point else s - 0.5)
-
-
-def plan(rng, kind, frames=FRAMES, start=0):
-    """Decides a clip: tracks (the actor first), effects, camera, and all that a description may name. A longer video is the same
-    with ordinary traffic before frame `start` and from one clip's time after the event began."""
-    spec, t = KINDS[kind], (np.arange(frames) - start) / FRAMES
-    bands = [b for b in range(4) if (V if b in LANES else W)[0] in spec.actors]
+def plan(rng, kind, t):
+    """Decides a clip with frames at times t: tracks (the actor first), effects, camera, what a description may name."""
+    spec, x = KINDS[kind], np.full(len(t), np.inf)
     # a normal clip tells of the nearest road user; more often a near one, because bystanders must then be farther away
+    bands = [b for b in range(4) if USERS[b][0] in spec.actors]
     band = int(rng.choice(bands, p=[0.15, 0.2, 0.3, 0.35] if kind == "normal" else None))
-    side = str(rng.choice(list(SIDES))) if spec.sided else None
-    when = str(rng.choice(list(MOMENTS))) if spec.point else "throughout the clip"
-    forward = LANES.get(band) or int(rng.choice([-1, 1]))
-    heading = -forward if kind == "wrong_way" else forward
-    longer = frames > FRAMES
-    leaves = kind in ("speeding", "collision") or (longer and kind == "turn_back")  # may be out of view for a while
-    room = -0.3 if leaves else 0.04
-    while True:
+    side = rng.choice([*SIDES]) if spec.sided else None
+    when = rng.choice([*MOMENTS]) if spec.point else "throughout the clip"
+    place = ("between the two pavements" if kind == "crossing" else BANDS[band]) + (f" {side}" if side else "")
+    forward = LANES.get(band) or rng.choice([-1, 1])
+    reach = 0.8 if kind in ("speeding", "collision") else 0.46  # from the middle; some may be out of view for a while
+    while np.abs(x - 0.5)[(t >= 0) & (t < 1)].max() > reach:
         begin = MOMENTS[when] + rng.uniform(-0.04, 0.04) if spec.point else 0
-        s = np.clip(t - begin, 0, 1)
+        s = np.clip(t - begin, 0, 1)  # an event lasts one clip; before and after it the actor behaves
         where = rng.uniform(*(SIDES[side] if side else (0.44, 0.56) if kind == "speeding" else (0.04, 0.96)))
-        speed = draw_speed(rng, kind, band in LANES)
-        x = where + heading * event_path(rng, kind, speed, s) + forward * speed * (t - begin - s)
-        clip_x = x[(t >= (begin if longer else 0)) & (t <= begin + 1)]
-        if room <= clip_x.min() and clip_x.max() <= 1 - room:
-            break
-    actor = new_track(rng, band, V if band in LANES else W, x)
+        speed = rng.uniform(*SPEEDS.get(kind, SPEEDS["normal"])[band in LANES])
+        path = PACE.get(kind, -speed if kind == "turn_back" else speed) * (s if spec.sided else s - 0.5)
+        if kind == "loitering":  # a triangle wave: to and fro at constant speed
+            path = rng.uniform(0.05, 0.09) * (np.abs((rng.uniform(2, 3) * s + rng.uniform()) % 1 * 4 - 2) - 1)
+        x = where + (-forward if kind == "wrong_way" else forward) * path + forward * speed * (t - begin - s)
+    actor = new_track(rng, band, USERS[band], x)
     during = (t >= begin) & (t < begin + 1)
     if kind == "swerving":
         actor.y = BAND_Y[band] + rng.uniform(0.035, 0.045) * np.sin(2 * np.pi * (rng.uniform(2, 4) * s + rng.uniform()))
@@ -194,195 +147,138 @@ def plan(rng, kind, frames=FRAMES, start=0):
         actor.y, actor.scale = actor.y + (BAND_Y[3 - band] - BAND_Y[band]) * np.clip(s / 0.8 - 0.125, 0, 1), 1.0
     if kind == "falling":  # lies after four frames: a dog on its back
         fallen = np.where(during, np.clip(s * FRAMES / 4, 0, 1), 0)
-        actor.y, actor.pose = actor.y + 0.03 * fallen, fallen * heading * (180 if actor.object == "dog" else 90)
-    place = ("between the two pavements" if kind == "crossing" else BANDS[band]) + (f" {side}" if side else "")
-    clip = {"kind": kind, "actor": actor, "tracks": [actor], "effects": [], "place": place, "when": when}
-    clip |= {"scene": str(rng.choice(list(LOOKS))), "camera": (rng.uniform(0.97, 1.04), rng.uniform(-3, 3) / SIZE)}
-    clip["begin"] = begin
-    if kind == "collision":
-        add_victim(rng, clip, where, forward, speed, t)
-    add_effect(clip, where, during)
-    if longer:
-        add_traffic(rng, clip, t)
-    else:
-        add_bystanders(rng, clip, band, t)
-    zoom, shift = clip["camera"]
+        actor.y, actor.pose = actor.y + 0.03 * fallen, fallen * forward * (180 if actor.object == "dog" else 90)
+    clip = {"kind": kind, "tracks": [actor], "effects": [], "place": place, "moment": when, "begin": begin - t[0]}
+    clip |= {"scene": rng.choice([*LOOKS]), "camera": (rng.uniform(0.97, 1.04), rng.uniform(-3, 3) / SIZE)}
+    if kind == "collision":  # with one that stands or is slow; they touch at `where` when the event begins
+        other = new_track(rng, band, [name for name in V if name != actor.object], x)
+        way = rng.choice([0, rng.uniform(0.08, 0.16)]) * np.clip(t - begin, -1, 0)
+        other.x, other.y = where + forward * (half_width(other) * 0.9 + way), actor.y
+        actor.x = x - forward * half_width(actor) * 0.9
+        clip["tracks"].append(other)
+    if kind in EFFECTS:
+        name, down = EFFECTS[kind]
+        x, y = (np.where(during, v, np.nan) for v in (where, actor.y + down * actor.scale))
+        clip["effects"].append(Track(name, None, actor.scale, x, y, np.arange(len(t)) % 4))
+    for shift in range(int(t[0]), int(t[-1]) + 1):  # clip after clip
+        add_bystanders(rng, clip, band, t - shift)
+    zoom, down = clip["camera"]
     for track in clip["tracks"] + clip["effects"]:  # x is planned in the picture, y in the world
-        track.y, track.scale = 0.5 + zoom * (track.y - 0.5) + shift, zoom * track.scale
+        track.y, track.scale = 0.5 + zoom * (track.y - 0.5) + down, zoom * track.scale
     return clip
 
 
-def add_victim(rng, clip, where, forward, speed, t):
-    """The vehicle that is hit, standing or slow; the two touch at `where` when the event begins."""
-    actor, after = clip["actor"], t - clip["begin"]
-    other = new_track(rng, 1, [name for name in V if name != actor.object], actor.x)
-    other.scale, other.y = actor.scale, actor.y
-    way = rng.choice([0, rng.uniform(0.08, 0.16)]) * np.clip(after, -1, 0)
-    way += speed * (np.minimum(after + 1, 0) + np.maximum(after - 1, 0))  # long before and after it moves as others do
-    other.x = where + forward * (other.half_width * 0.9 + way)
-    actor.x = actor.x - forward * actor.half_width * 0.9
-    clip["tracks"].append(other)
-
-
-def add_effect(clip, where, during):
-    """What an event leaves to be seen: a burst, flames, a bag."""
-    name = {"collision": "crash", "fire": "fire", "left_bag": "bag"}.get(clip["kind"])
-    if name:
-        actor = clip["actor"]
-        y = actor.y + {"bag": 0.045, "fire": -0.06, "crash": 0}[name] * actor.scale
-        x, y = np.where(during, where, np.nan), np.where(during, y, np.nan)
-        clip["effects"].append(Track(name, None, actor.scale, x, y, np.arange(len(x)) % 4))
-
-
 def add_bystanders(rng, clip, band, t):
-    """Up to three road users that behave; each type and each band at most once."""
-    free = [b for b in range(4) if b != band and (clip["kind"] != "normal" or b < band)]
+    """Up to three road users that behave; each band at most once, and each type too, while there are others."""
+    tracks, free = clip["tracks"], [b for b in range(4) if b != band and (clip["kind"] != "normal" or b < band)]
     count = int(rng.choice(4, p=[0.2, 0.35, 0.3, 0.15])) - (clip["kind"] == "collision")
     for b in sorted(rng.permutation(free)[: max(count, 0)].tolist()):
-        names = [name for name in (V if b in LANES else W) if name not in [track.object for track in clip["tracks"]]]
-        direction = LANES.get(b) or int(rng.choice([-1, 1]))
-        speed = 0.0 if b in LANES and rng.uniform() < 0.15 else draw_speed(rng, "normal", b in LANES)
+        names = [name for name in USERS[b] if name not in [track.object for track in tracks]] or USERS[b]
+        direction = LANES.get(b) or rng.choice([-1, 1])
+        speed = 0.0 if b in LANES and rng.uniform() < 0.15 else rng.uniform(*SPEEDS["normal"][b in LANES])
         for _ in range(30):
             x = rng.uniform(0.06 + speed / 2, 0.94 - speed / 2) + direction * speed * (t - 0.5)
-            track = new_track(rng, b, names, x)
-            if all(track.clear_of(other) for other in clip["tracks"]):
-                clip["tracks"].append(track)
+            new = new_track(rng, b, names, x)
+            near = [(abs(x - o.x) < half_width(new) + half_width(o) + 0.01) & (abs(new.y - o.y) < 0.07) for o in tracks]
+            if not np.any(near):
+                tracks.append(new)
                 break
 
 
-def add_traffic(rng, clip, t):
-    """For long videos: road users that pass through, at one speed per lane."""
-    for b in range(4):
-        speed = draw_speed(rng, "normal", b in LANES)
-        at = t[0] - rng.uniform(0, 1.5) / speed
-        while at < t[-1]:
-            direction = LANES.get(b) or int(rng.choice([-1, 1]))
-            track = new_track(rng, b, V if b in LANES else W, 0.5 + direction * (speed * (t - at) - 0.65))
-            if all(track.clear_of(other) for other in clip["tracks"]):
-                clip["tracks"].append(track)
-            at += rng.uniform(0.8, 2.2) / speed
-
-
-# Words. Every description starts "A red car ", goes on with the phrase, and varies after that.
-
-
-def moves(track):
-    dx = track.x[-1] - track.x[0]
-    return "stands still" if abs(dx) < 0.01 else "moves right" if dx > 0 else "moves left"
-
-
 def describe(clip, rng):
-    """Returns (description, QA rounds, motion caption) of a planned clip."""
-
-    def pick(*options):
-        return options[rng.integers(len(options))]
-
-    kind, spec, place, when = clip["kind"], KINDS[clip["kind"]], clip["place"], clip["when"]
-    who, *others = [f"{track.colour} {track.object}" for track in clip["tracks"]]
-    victim, bystanders = others[: kind == "collision"], clip["tracks"][1 + (kind == "collision") :]
-    clause = " a ".join([spec.phrase, *victim])
-    if kind == "normal":
-        first = pick(
-            f"moves along {place} and {clause}",
-            f"moves along {place} as it should, and {clause}",
-            f"moves along and {clause} {place}",
-        )
-    else:
-        first = pick(f"{clause} {place}, {when}", f"{clause} {when}, {place}", f"{clause}. It happens {place}, {when}")
-    more = [pick(f"The scene is {clip['scene']}.", f"The camera looks at {clip['scene']}.")]
-    more += [f"A {track.colour} {track.object} {moves(track)}." for track in bystanders[:1]] or ["Nobody else is near."]
-    description = f"A {who} {first}. {pick(*spec.consequences)} {pick(*more)}"
+    """The texts of a planned clip, as in the index. A description starts "A red car", then has the phrase."""
+    spec, place, when, tracks = KINDS[clip["kind"]], clip["place"], clip["moment"], clip["tracks"]
+    normal, hit = clip["kind"] == "normal", clip["kind"] == "collision"
+    who, *others = [f"{track.colour} {track.object}" for track in tracks]
+    steps = [track.x[-1] - track.x[0] for track in tracks]
+    moves = ["stands still" if abs(dx) < 0.01 else "moves right" if dx > 0 else "moves left" for dx in steps]
+    clause = f"{spec.phrase} a {others[0]}" if hit else spec.phrase
+    does = f"moves along and {clause}" if normal else clause
+    first = [f"{clause} {place}, {when}", f"{clause} {when}, {place}", f"{clause}. It happens {place}, {when}"]
+    if normal:
+        first = [f"moves along {place} {link} {clause}" for link in ("and", "as it should, and")] + [f"{does} {place}"]
+    first = rng.choice(first)
+    more = [rng.choice([f"The scene is {clip['scene']}.", f"The camera looks at {clip['scene']}."])]
+    more.append(f"A {others[hit]} {moves[1 + hit]}." if others[hit:] else "Nobody else is near.")
+    description = f"A {who} {first}. {rng.choice(spec.consequences.split('|'))} {rng.choice(more)}"
     count = ["is one road user", "are two road users", "are three road users", "are four road users"][len(others)]
-    qa = {
-        pick("Who is involved?", "Who is it about?"): " and a ".join([f"A {who}", *victim]) + ".",
-        pick("What happens?", "What does the video show?", "What is going on?"): (
-            f"The {who} {'moves along and ' if kind == 'normal' else ''}{clause}."
-        ),
-        pick("Where does it happen?", "Where is it?"): f"It happens {place}.",
-        pick("When does it happen?", "At what time does it happen?"): f"It happens {when}.",
-        pick("How many road users are there?", "How many road users can be seen?"): f"There {count}.",
-        pick("Why is it dangerous?", "Why is it a problem?"): (
-            f"{'It is not, because' if kind == 'normal' else 'Because'} {spec.reason}."
-        ),
+    rounds = {
+        "Who is involved?|Who is it about?": f"A {who} and a {others[0]}" if hit else f"A {who}",
+        "What happens?|What does the video show?|What is going on?": f"The {who} {does}",
+        "Where does it happen?|Where is it?": f"It happens {place}",
+        "When does it happen?|At what time does it happen?": f"It happens {when}",
+        "How many road users are there?|How many road users can be seen?": f"There {count}",
+        "Why is it dangerous?|Why is it a problem?": f"{'It is not, because' if normal else 'Because'} {spec.reason}",
     }
-    motion = " ".join([who, moves(clip["actor"]) if kind == "normal" else spec.phrase, *victim])
-    motion += "".join(f", {track.object} {moves(track)}" for track in bystanders[:1])
-    return description, [{"q": q, "a": a} for q, a in qa.items()], motion
+    qa = [{"q": rng.choice(questions.split("|")), "a": answer + "."} for questions, answer in rounds.items()]
+    motion = " ".join([who, moves[0] if normal else spec.phrase, *others[:hit]])
+    motion += f", {tracks[1 + hit].object} {moves[1 + hit]}" if others[hit:] else ""
+    return {"description": description, "qa": qa, "motion": motion}
 
 
-# Pictures. A shape is (form, centre u, v, half width, half height, slope, fill): pixels at scale 1, v points down, and a slope
-# widens a box downwards. Every sprite is its own mirror image: a single frame must not tell which way it goes.
+def wheels(v, r, *centres, hub=0.45):
+    return [("disc", u, v, k, k, 0, fill) for u in centres for k, fill in ((r, DARK), (r * hub, METAL))]
 
-# fmt: off
+
+# A shape is (form, centre u, v, half width, half height, slope, fill): pixels, v points down, and a slope widens a box
+# downwards. Every sprite is its own mirror image: a single frame must not tell which way it goes.
 DARK, GLASS, SKIN, METAL, BODY = (38, 38, 42), (150, 185, 205), (222, 180, 150), (120, 122, 128), "body"
-LOOKS = {  # sky, ground behind, pavement, road, pavement, foreground, what stands behind
-    "a town street": ((150, 180, 215), (150, 132, 120), (168, 163, 156), (86, 86, 90), (118, 118, 124), ("house", "house")),
-    "a park road": ((160, 195, 220), (92, 140, 74), (186, 168, 132), (98, 96, 92), (82, 128, 62), ("tree", "tree")),
-    "a seaside road": ((165, 205, 230), (62, 122, 168), (204, 188, 150), (106, 102, 98), (214, 194, 146), ("boat", "tree")),
-    "a factory road": ((172, 170, 164), (128, 118, 106), (136, 130, 124), (74, 74, 78), (112, 96, 80), ("hall", "hall")),
-    "a snowy village": ((196, 205, 216), (222, 228, 234), (200, 206, 214), (112, 115, 122), (226, 230, 235), ("cabin", "pine")),
+LOOKS = {  # from top to bottom: sky, ground, pavement, road, pavement, foreground; what stands behind
+    "a town street": "96b4d7 968478 a8a39c 56565a a8a39c 76767c house house",
+    "a park road": "a0c3dc 5c8c4a baa884 62605c baa884 52803e tree tree",
+    "a seaside road": "a5cde6 3e7aa8 ccbc96 6a6662 ccbc96 d6c292 boat tree",
+    "a factory road": "acaaa4 80766a 88827c 4a4a4e 88827c 706050 hall hall",
+    "a snowy village": "c4cdd8 dee4ea c8ced6 70737a c8ced6 e2e6eb cabin pine",
 }
-
-
-def wheels(*centres, v, r, hub=METAL, hub_size=0.45):
-    return [("disc", u, v, k, k, 0, fill) for u in centres for k, fill in ((r, DARK), (r * hub_size, hub))]
-
-
 SPRITES = {
-    "car": [*wheels(-12, 12, v=6, r=4.8), ("box", 0, 0.5, 21, 5, 0, BODY), ("box", 0, -7, 10.5, 4.5, 0.6, BODY),
-            *[("box", u, -6, 3.6, 2.6, 0.3, GLASS) for u in (-4.8, 4.8)]],
-    "bus": [*wheels(-15, 15, v=10, r=4.8), ("box", 0, -2, 25, 11, 0, BODY),
+    "car": [*wheels(6, 4.8, -12, 12), ("box", 0, 0.5, 21, 5, 0, BODY), ("box", 0, -7, 10.5, 4.5, 0.6, BODY),
+            ("box", -4.8, -6, 3.6, 2.6, 0.3, GLASS), ("box", 4.8, -6, 3.6, 2.6, 0.3, GLASS)],
+    "bus": [*wheels(10, 4.8, -15, 15), ("box", 0, -2, 25, 11, 0, BODY),
             *[("box", u, -6, 4, 3.6, 0, GLASS) for u in (-18.5, -6.2, 6.2, 18.5)]],
-    "truck": [*wheels(-16, -6, 6, 16, v=8.5, r=4.5), ("box", 0, 4.5, 22, 2, 0, DARK), ("box", 0, -5, 18, 8, -0.6, BODY)],
-    "motorbike": [*wheels(-13, 13, v=6, r=6), ("box", 0, 2, 11, 3.4, 0.5, BODY), ("box", 0, -5, 4.5, 5, 0.2, BODY),
+    "truck": [*wheels(8.5, 4.5, -16, -6, 6, 16), ("box", 0, 4.5, 22, 2, 0, DARK), ("box", 0, -5, 18, 8, -0.6, BODY)],
+    "motorbike": [*wheels(6, 6, -13, 13), ("box", 0, 2, 11, 3.4, 0.5, BODY), ("box", 0, -5, 4.5, 5, 0.2, BODY),
                   ("disc", 0, -12, 3.8, 3.8, 0, DARK)],
-    "person": [*[("box", u, 10, 2, 5.5, 0, DARK) for u in (-2.6, 2.6)], ("box", 0, -1, 6.3, 7, -0.15, BODY),
-               ("disc", 0, -11.5, 3.7, 3.7, 0, SKIN)],
-    "cyclist": [*wheels(-9, 9, v=8.5, r=6.3, hub_size=0.73), ("box", 0, 7, 9, 1.2, 0, DARK), ("box", 0, -3, 5.2, 7.5, -0.1, BODY),
-                ("disc", 0, -13, 3.4, 3.4, 0, SKIN)],
+    "person": [("box", -2.6, 10, 2, 5.5, 0, DARK), ("box", 2.6, 10, 2, 5.5, 0, DARK),
+               ("box", 0, -1, 6.3, 7, -0.15, BODY), ("disc", 0, -11.5, 3.7, 3.7, 0, SKIN)],
+    "cyclist": [*wheels(8.5, 6.3, -9, 9, hub=0.73), ("box", 0, 7, 9, 1.2, 0, DARK),
+                ("box", 0, -3, 5.2, 7.5, -0.1, BODY), ("disc", 0, -13, 3.4, 3.4, 0, SKIN)],
     "dog": [*[("box", u, 7, 1.6, 5, 0, DARK) for u in (-9, -5, 5, 9)], ("disc", 0, 0, 12, 5.5, 0, BODY),
-            *[("disc", u, -4.5, 4.6, 4.2, 0, BODY) for u in (-12.5, 12.5)]],
-    "bag": [("disc", 0, -4, 4, 4, 0, DARK), ("box", 0, 1.5, 7.5, 5, 0, (95, 60, 35)), ("box", 0, 0, 7.5, 1, 0, (225, 200, 150))],
+            ("disc", -12.5, -4.5, 4.6, 4.2, 0, BODY), ("disc", 12.5, -4.5, 4.6, 4.2, 0, BODY)],
+    "bag": [("disc", 0, -4, 4, 4, 0, DARK), ("box", 0, 1.5, 7.5, 5, 0, (95, 60, 35)),
+            ("box", 0, 0, 7.5, 1, 0, (225, 200, 150))],
     "crash": [("star", 0, 0, 17, 17, 9, (250, 150, 30)), ("star", 0, 0, 11, 11, 7, (255, 245, 170)),
               *[("box", u, 13, 2.2, 1.4, 0, DARK) for u in (-17, -9, 9, 17)]],
-}
-# fmt: on
-
-
-def flames(rng):
-    """Flames and smoke of one moment."""
-    smoke = [("disc", rng.normal(0, 4), -15 - 7 * k, 7 + k, 6 + k, 0, (75 + 12 * k,) * 3) for k in range(4)]
-    fire = [("disc", u, rng.uniform(-6, 1), 4.5, rng.uniform(7, 11), 0, (235, 90, 20)) for u in (-11, -4, 4, 11)]
-    return smoke + fire + [("disc", u, rng.uniform(0, 4), 3, rng.uniform(4, 7), 0, (255, 215, 70)) for u in (-8, 0, 8)]
+    "arrow": [("box", 0, 4, 1.1, 7, 0, (200, 200, 192)), ("box", 0, -6, 3, 4, 0.75, (200, 200, 192))],
+    "boat": [("box", 0, -12, 4, 6, 0.6, (238, 234, 224)), ("box", 0, -3, 9, 2.5, -1, (130, 86, 60))],
+    "pine": [("box", 0, -7 - 7 * k, 5, 5, 0.9, (60 + 2 * k, 100 + 8 * k, 80 + 4 * k)) for k in range(3)],
+}  # fmt: skip
 
 
 def draw(shapes, scale, body=None, degrees=0.0):
-    """Shapes as a premultiplied RGBA picture with smooth edges, (h, w, 4) float32 with odd h and w, turned about its centre."""
+    """Shapes as a premultiplied RGBA picture, smooth edges, (h, w, 4) float32, h and w odd, turned about its centre."""
     reach = int(max(max(abs(s[1]) + s[3] + abs(s[5]) * s[4], abs(s[2]) + s[4]) for s in shapes) * scale) + 4
     ys, xs = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32) / np.float32(scale)
-    cos, sin = np.float32(np.cos(np.radians(degrees))), np.float32(np.sin(np.radians(degrees)))
+    cos, sin = np.float32([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
     u, v = cos * xs + sin * ys, cos * ys - sin * xs
     picture = np.zeros((*u.shape, 4), np.float32)
-    for outline in (1.3, 0.0):  # first a dark outline around body and skin, then everything
-        for form, cu, cv, hw, hh, slope, fill in shapes:
-            if outline and fill not in (BODY, SKIN):
-                continue
-            du, dv = np.abs(u - cu), v - cv
-            if form == "box":
-                distance = np.maximum(du - hw - slope * dv, np.abs(dv) - hh)
-            elif form == "disc":
-                distance = (np.hypot(du / hw, dv / hh) - 1) * min(hw, hh)
-            else:  # a star of `slope` points
-                distance = np.hypot(du, dv) - hw * (0.7 + 0.3 * np.cos(slope * np.arctan2(du, -dv)))
-            alpha = np.clip(0.5 - (distance - outline) * np.float32(scale), 0, 1)[..., None]
-            colour = DARK if outline else body if fill == BODY else fill
-            picture += alpha * (np.float32([*colour, 1]) - picture)
-    ends = [np.abs(np.flatnonzero(picture[..., 3].any(axis)) - reach).max() + 1 for axis in (1, 0)]  # keep an empty rim
-    return picture[reach - ends[0] : reach + ends[0] + 1, reach - ends[1] : reach + ends[1] + 1]
+    outlines = [(1.3, DARK, shape) for shape in shapes if shape[-1] in (BODY, SKIN)]  # they come first, around the rest
+    layers = outlines + [(0, body if shape[-1] == BODY else shape[-1], shape) for shape in shapes]
+    for outline, colour, (form, cu, cv, hw, hh, slope, _) in layers:
+        du, dv = np.abs(u - cu), v - cv
+        if form == "box":
+            distance = np.maximum(du - hw - slope * dv, np.abs(dv) - hh)
+        elif form == "disc":
+            distance = (np.hypot(du / hw, dv / hh) - 1) * min(hw, hh)
+        else:  # a star of `slope` points
+            distance = np.hypot(du, dv) - hw * (0.7 + 0.3 * np.cos(slope * np.arctan2(du, -dv)))
+        alpha = np.clip(0.5 - (distance - outline) * np.float32(scale), 0, 1)[..., None]
+        picture += alpha * (np.float32([*colour, 1]) - picture)
+    h, w = (np.abs(np.flatnonzero(picture[..., 3].any(axis)) - reach).max() + 1 for axis in (1, 0))  # keep an empty rim
+    return picture[reach - h : reach + h + 1, reach - w : reach + w + 1]
 
 
 def blend(image, sprite, x, y):
-    """Puts a sprite onto image (SIZE, SIZE, 3) in place, centred at pixel (x, y), bilinear between pixels, cut at the edges."""
+    """Puts a sprite onto image (SIZE, SIZE, 3) in place, centred at pixel (x, y), bilinear between pixels."""
     left, top = x - sprite.shape[1] // 2 + 1, y - sprite.shape[0] // 2 + 1
     column, row = int(np.floor(left)), int(np.floor(top))
     fx, fy = np.float32(left - column), np.float32(top - row)
@@ -398,7 +294,7 @@ def blend(image, sprite, x, y):
 def scenery(name, variant):
     """The picture of one thing at the back, its foot at the centre."""
     rng = np.random.default_rng((variant, len(name)))
-    w, h, shade = rng.uniform(11, 17), rng.uniform(8, 13), rng.uniform(0.8, 1.15)
+    shapes, w, h, shade = SPRITES.get(name), rng.uniform(11, 17), rng.uniform(8, 13), rng.uniform(0.8, 1.15)
     if name in ("house", "cabin"):
         wall = tuple(rng.uniform((150, 120, 90), (205, 170, 145))) if name == "house" else (125, 88, 62)
         roof = ("box", 0, -2 * h - 5, w / 2 + 1, 5, w / 10 + 0.2, (130, 62, 50) if name == "house" else (236, 240, 244))
@@ -406,165 +302,118 @@ def scenery(name, variant):
     elif name == "hall":
         shapes = [("box", rng.uniform(-8, 8), -2 * h - 6, 2.6, 10, 0.08, (122, 76, 62))]
         shapes += [("box", 0, -h, w + 4, h, 0, (118 * shade, 126 * shade, 134 * shade)), ("box", 0, -h, w, 2, 0, DARK)]
-    elif name == "boat":
-        shapes = [("box", 0, -12, 4, 6, 0.6, (238, 234, 224)), ("box", 0, -3, 9, 2.5, -1, (130, 86, 60))]
-    elif name == "pine":
-        shapes = [("box", 0, v, 5, 5, 0.9, (60 + 2 * k, 100 + 8 * k, 80 + 4 * k)) for k, v in enumerate((-7, -14, -21))]
-    else:  # a tree
-        greens = [(55 * shade, 110 * shade + 10 * k, 50 * shade) for k in range(3)]
-        shapes = [("box", 0, -6, 2, 7, 0, (92, 66, 46))]
-        shapes += [("disc", *rng.normal((0, -19), 3), 8, 7, 0, green) for green in greens]
+    elif name == "tree":
+        green, shapes = np.multiply((55, 110, 50), shade), [("box", 0, -6, 2, 7, 0, (92, 66, 46))]
+        shapes += [("disc", *rng.normal((0, -19), 3), 8, 7, 0, tuple(green + (0, 10 * k, 0))) for k in range(3)]
     return draw(shapes, rng.uniform(0.9, 1.3))
-
-
-@cache
-def arrow(sign):
-    shapes = [("box", 0, 4, 1.1, 7, 0, (200, 200, 192)), ("box", 0, -6, 3, 4, 0.75, (200, 200, 192))]
-    return draw(shapes, 0.8, degrees=90 * sign)
-
-
-def enlarge(values):
-    """Values (n, n) as (SIZE, SIZE), linearly between them."""
-    at = np.linspace(0, len(values) - 1.001, SIZE, dtype=np.float32)
-    low, part = at.astype(int), at % 1
-    for _ in range(2):  # each round enlarges one axis and swaps the two
-        values = values[low].T * (1 - part) + values[low + 1].T * part
-    return values
-
-
-def background(scene, camera, rng):
-    """The empty scene as the camera sees it, (SIZE, SIZE, 3) float32."""
-    sky, behind, pavement, road, foreground, things = LOOKS[scene]
-    image = np.zeros((SIZE, SIZE, 3), np.float32)
-
-    def row(y):
-        return int(round((0.5 + camera[0] * (y - 0.5) + camera[1]) * SIZE))
-
-    tops = [-1, rng.uniform(0.15, 0.24), 0.28, 0.4, 0.73, 0.91]
-    for y, colour in zip(tops, [sky, behind, pavement, road, pavement, foreground], strict=True):
-        image[max(row(y), 0) :] = np.float32(colour) * np.float32(rng.uniform(0.93, 1.06))
-    x = rng.uniform(-0.05, 0.05)
-    while x < 1.05:
-        blend(image, scenery(things[rng.integers(2)], int(rng.integers(12))), x * SIZE, row(0.28))
-        x += rng.uniform(0.11, 0.22)
-    for y0, y1 in ((0.28, 0.4), (0.73, 0.91)):  # paving stones and kerb
-        image[row(y0) : row(y1), rng.integers(16) :: 16] *= 0.88
-        image[row((y0 + y1) / 2)] *= 0.9
-    for y in (0.4, 0.73):
-        image[row(y) - 1 : row(y) + 1] *= 0.7
-    image[row(0.56) - 1 : row(0.56) + 1, (np.arange(SIZE) + rng.integers(28)) % 28 < 16] = (215, 215, 205)
-    for lane, sign in LANES.items():
-        for x in (np.arange(3) + rng.uniform()) / 3:
-            blend(image, arrow(sign), x * SIZE, row(BAND_Y[lane]))
-    for cells, strength in ((9, 7), (45, 5), (112, 6)):  # texture, coarse to fine
-        image += strength * enlarge(rng.normal(0, 1, (cells, cells)).astype(np.float32))[..., None]
-    return image
-
-
-@cache
-def noise_pool():
-    return np.random.default_rng(0).normal(0, 1, (16, SIZE, SIZE, 1)).astype(np.float32)
 
 
 def render(clip, rng):
     """The frames of a planned clip, (n, SIZE, SIZE, 3) uint8. Light, tint, texture and noise come from rng."""
+
+    def row(y):
+        return int(round((0.5 + clip["camera"][0] * (y - 0.5) + clip["camera"][1]) * SIZE))
+
     gain = (rng.uniform(0.8, 1.15) * rng.uniform(0.95, 1.05, 3)).astype(np.float32)
-    scene = background(clip["scene"], clip["camera"], rng) * gain
+    scene, look = np.zeros((SIZE, SIZE, 3), np.float32), LOOKS[clip["scene"]].split()
+    for y, colour in zip([-1, rng.uniform(0.15, 0.24), 0.28, 0.4, 0.73, 0.91], look[:6], strict=True):
+        scene[max(row(y), 0) :] = np.float32([*bytes.fromhex(colour)]) * np.float32(rng.uniform(0.93, 1.06))
+    x = rng.uniform(-0.05, 0.05)
+    while x < 1.05:
+        blend(scene, scenery(rng.choice(look[6:]), int(rng.integers(12))), x * SIZE, row(0.28))
+        x += rng.uniform(0.11, 0.22)
+    for top, bottom, kerb in ((0.28, 0.4, 0.4), (0.73, 0.91, 0.73)):  # paving stones
+        scene[row(top) : row(bottom), rng.integers(16) :: 16] *= 0.88
+        scene[row((top + bottom) / 2)] *= 0.9
+        scene[row(kerb) - 1 : row(kerb) + 1] *= 0.7
+    scene[row(0.56) - 1 : row(0.56) + 1, (np.arange(SIZE) + rng.integers(28)) % 28 < 16] = (215, 215, 205)
+    for lane, sign in LANES.items():
+        for x in (np.arange(3) + rng.uniform()) / 3:
+            blend(scene, draw(SPRITES["arrow"], 0.8, degrees=90 * sign), x * SIZE, row(BAND_Y[lane]))
+    for cells, strength in ((9, 7), (45, 5), (112, 6)):  # texture, coarse to fine: random values, linearly between them
+        values = rng.normal(0, 1, (cells, cells)).astype(np.float32)
+        at = np.linspace(0, cells - 1.001, SIZE, dtype=np.float32)
+        low, part = at.astype(int), at % 1
+        for _ in range(2):  # each round enlarges one axis and swaps the two
+            values = values[low].T * (1 - part) + values[low + 1].T * part
+        scene += strength * values[..., None]
+    scene *= gain
     body = {name: np.minimum(np.multiply(rgb, rng.uniform(0.92, 1.06)), 255) for name, rgb in COLOURS.items()}
-    fires, level, sprites = [flames(rng) for _ in range(4)], np.float32(rng.uniform(0.8, 1.6)), {}
-    frames, image = np.empty((len(clip["actor"].x), SIZE, SIZE, 3), np.uint8), np.empty_like(scene)
+    fires, sprites = [], {}
+    for _ in range(4):  # smoke, flames and their bright cores
+        fire = [("disc", rng.normal(0, 4), -15 - 7 * k, 7 + k, 6 + k, 0, (75 + 12 * k,) * 3) for k in range(4)]
+        fire += [("disc", u, rng.uniform(-6, 1), 4.5, rng.uniform(7, 11), 0, (235, 90, 20)) for u in (-11, -4, 4, 11)]
+        fire += [("disc", u, rng.uniform(0, 4), 3, rng.uniform(4, 7), 0, (255, 215, 70)) for u in (-8, 0, 8)]
+        fires.append(fire)
+    noise = np.random.default_rng(0).standard_normal((16, SIZE, SIZE, 1)).astype(np.float32) * rng.uniform(0.8, 1.6)
+    frames = np.empty((len(clip["tracks"][0].x), SIZE, SIZE, 3), np.uint8)
     for i, frame in enumerate(frames):
-        image[:] = scene
-        tracks = sorted(clip["tracks"], key=lambda track: track.y[i]) + clip["effects"]  # near ones cover far ones
-        for track in tracks:
-            if not -0.2 < track.x[i] < 1.2:  # out of view, or nan: not there yet
-                continue
-            pose = track.pose[i]
-            if (id(track), pose) not in sprites:
-                shapes = fires[pose] if track.object == "fire" else SPRITES[track.object]
-                sprite = draw(shapes, track.scale, body.get(track.colour), 0 if track in clip["effects"] else pose)
-                sprites[id(track), pose] = sprite * np.append(gain, np.float32(1))
-            blend(image, sprites[id(track), pose], track.x[i] * SIZE - 0.5, track.y[i] * SIZE - 0.5)
-        image += noise_pool()[rng.integers(16)] * level
-        frame[:] = np.clip(image, 0, 255, out=image)
+        image = scene.copy()
+        for track in sorted(clip["tracks"], key=lambda track: track.y[i]) + clip["effects"]:  # near ones cover far ones
+            x, y, pose = track.x[i], track.y[i], track.pose[i]
+            if -0.2 < x < 1.2:  # else out of view, or nan: not there yet
+                if (id(track), pose) not in sprites:
+                    shapes = fires[pose] if track.object == "fire" else SPRITES[track.object]
+                    sprite = draw(shapes, track.scale, body.get(track.colour), pose if track.colour else 0)
+                    sprites[id(track), pose] = sprite * np.append(gain, np.float32(1))
+                blend(image, sprites[id(track), pose], x * SIZE - 0.5, y * SIZE - 0.5)
+        frame[:] = np.clip(image + noise[rng.integers(16)], 0, 255)
     return frames
 
 
-def encode(frames, path):
-    """Writes frames as H.264; the bytes depend on nothing but the frames."""
-    temporary = path.with_name(path.name + ".tmp")
-    source = f"-f rawvideo -pix_fmt rgb24 -s {SIZE}x{SIZE} -r {FPS} -i -"
-    target = "-c:v libx264 -preset veryfast -crf 20 -pix_fmt yuv420p -threads 1 -flags bitexact -fflags bitexact -f mp4"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *f"-loglevel error -y {source} {target}".split(), f"file:{temporary}"]
-    done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
-    if done.returncode:
-        raise OSError(f"{path}: ffmpeg could not write it: {done.stderr.decode(errors='replace').strip()[-200:]}")
-    os.replace(temporary, path)
-
-
-# Files.
-
-SPLITS = ["train", "test", "long"]
-
-
-def kind_of(seed, split, index):
-    """Kinds come in shuffled rounds (normal twice in each, but never in long videos), so that small sets hold all of them."""
-    kinds = [*KINDS][1:] if split == "long" else ["normal", *KINDS]
-    turn, place = divmod(index, len(kinds))
-    return kinds[np.random.default_rng((seed, SPLITS.index(split), turn, 1)).permutation(len(kinds))[place]]
-
-
 def toy_clip(seed, split, index):
-    """Plans one clip and returns (clip, texts, rng to render it with). Nothing is drawn yet."""
-    streams = np.random.SeedSequence((seed, SPLITS.index(split), index)).spawn(3)
+    """(plan, texts, rng to render it with) of one clip. Kinds come in shuffled rounds: small sets have them all."""
+    kinds, number = [*KINDS][1:] if split == "long" else ["normal", *KINDS], SPLITS.index(split)
+    turn, place = divmod(index, len(kinds))
+    kind = kinds[np.random.default_rng((seed, number, turn, 1)).permutation(len(kinds))[place]]
+    streams = np.random.SeedSequence((seed, number, index)).spawn(3)
     plan_rng, text_rng, render_rng = map(np.random.default_rng, streams)
-    longer = {"frames": LONG_FRAMES, "start": int(plan_rng.integers(64, 224))} if split == "long" else {}
-    clip = plan(plan_rng, kind_of(seed, split, index), **longer)
-    if longer:
-        begin = longer["start"] / FPS + clip["begin"] * FRAMES / FPS
-        clip["abnormal"] = [round(begin, 2), round(begin + FRAMES / FPS, 2)]
-        return clip, None, render_rng
+    if split == "long":  # a clip's plan, with ordinary traffic before and after
+        return plan(plan_rng, kind, (np.arange(LONG_FRAMES) - plan_rng.integers(64, 224)) / FRAMES), None, render_rng
+    clip = plan(plan_rng, kind, np.arange(FRAMES) / FRAMES)
     return clip, describe(clip, text_rng), render_rng
 
 
-def positions(track):
-    """One entry of "objects": centres as fractions of the picture, null where they are out of view."""
-    inside = (track.x >= 0) & (track.x <= 1)  # false for nan
-    x = [round(float(v), 3) if here else None for v, here in zip(track.x, inside, strict=True)]
-    y = [round(float(v), 3) if here else None for v, here in zip(track.y, inside, strict=True)]
-    lying = {"lying": (np.abs(track.pose) > 45).tolist()} if np.abs(track.pose).max() > 45 else {}
-    return {"object": track.object, "colour": track.colour, "x": x, "y": y} | lying
-
-
-def make_toy_clip(job):
-    """Renders one clip into folder/videos and returns its index line."""
-    folder, seed, split, index = job
+def make_toy_clip(folder, seed, split, index):
+    """Writes one clip as H.264, whose bytes depend on the frames alone, and returns its index line."""
     clip, texts, rng = toy_clip(seed, split, index)
-    line, actor = {"video": f"videos/{split}_{index:06d}.mp4", "source": "toy"}, clip["actor"]
-    encode(render(clip, rng), folder / line["video"])
+    line, actor = {"video": f"videos/{split}_{index:06d}.mp4", "source": "toy"}, clip["tracks"][0]
+    path, temporary = folder / line["video"], folder / (line["video"] + ".tmp")
+    source = f"-f rawvideo -pix_fmt rgb24 -s {SIZE}x{SIZE} -r {FPS} -i -"
+    target = "-c:v libx264 -preset veryfast -crf 20 -pix_fmt yuv420p -threads 1 -flags bitexact -fflags bitexact -f mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *f"-loglevel error -y {source} {target}".split(), f"file:{temporary}"]
+    done = subprocess.run(command, input=render(clip, rng).tobytes(), capture_output=True)
+    if done.returncode:
+        raise OSError(f"{path}: ffmpeg could not write it: {done.stderr.decode(errors='replace').strip()[-200:]}")
+    os.replace(temporary, path)
     facts = {"kind": clip["kind"], "object": actor.object, "colour": actor.colour, "place": clip["place"]}
     if split == "long":
-        return line | facts | {"abnormal": clip["abnormal"], "scene": clip["scene"]}
-    line |= dict(zip(("description", "qa", "motion"), texts, strict=True)) | {"flags": []}
-    objects = [positions(track) for track in clip["tracks"] + clip["effects"]]
-    return line | facts | {"moment": clip["when"], "scene": clip["scene"], "objects": objects}
+        return line | facts | {"abnormal": [round((clip["begin"] + clips) * FRAMES / FPS, 2) for clips in (0, 1)]}
+    facts |= {"moment": clip["moment"], "scene": clip["scene"], "objects": []}
+    for track in clip["tracks"] + clip["effects"]:
+        inside, lying = (track.x >= 0) & (track.x <= 1), np.abs(track.pose) > 45  # nan is not inside
+        x, y = (np.where(inside, v.round(3), None).tolist() for v in (track.x, track.y))
+        entry = {"object": track.object, "colour": track.colour, "x": x, "y": y}
+        facts["objects"].append(entry | ({"lying": lying.tolist()} if lying.any() else {}))
+    return line | texts | {"flags": []} | facts
 
 
 def toy_tokenizer():
-    """A SentencePiece model of the toy language, the same bytes every time; ids 0, 1, 2 are <unk>, <s>, </s> as LLaMA's."""
+    """A SentencePiece model of the toy language, always the same; ids 0, 1, 2 are <unk>, <s>, </s> as LLaMA's."""
     texts = ["[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>", "</Video> ", " [/INST] ", *DESCRIBE_QUESTIONS] * 20
     texts += [chr(code) for code in range(32, 127)]
     for index in range(1500):
-        description, qa, motion = toy_clip(2024, "train", index)[1]
-        texts += [description, motion + "\n"] + [text for one in qa for text in one.values()]
+        clip = toy_clip(2024, "train", index)[1]
+        texts += [clip["description"], clip["motion"] + "\n", *(text for qa in clip["qa"] for text in qa.values())]
     for n in [8, 16, 32] * 100:
         times = ", ".join(str(round(i / FPS, 1)) for i in range(0, FRAMES, FRAMES // n))
         texts.append(f"</Video> The video contains {n} frames sampled at {times} seconds. ")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=1024, hard_vocab_limit=False,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, split_by_number=False, num_threads=1, minloglevel=2, character_coverage=1.0,
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=1024, character_coverage=1.0,
+        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
+        remove_extra_whitespaces=False, split_by_number=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
+        minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
 
@@ -578,12 +427,9 @@ def toy(args):
     write(args.out / "kinds.json", json.dumps({name: kind.phrase for name, kind in KINDS.items()}, indent=2))
     write(args.out / "tokenizer.model", toy_tokenizer())
     with ProcessPoolExecutor(args.workers) as pool:
-        for split, n in zip(SPLITS, counts, strict=True):
-            jobs = [(args.out, args.seed, split, index) for index in range(n)]
-            if not jobs:
-                continue
-            chunk = 1 if split == "long" else 8
-            lines = list(tqdm(pool.map(make_toy_clip, jobs, chunksize=chunk), total=n, desc=split, unit="clip"))
+        for split, n in [(split, n) for split, n in zip(SPLITS, counts, strict=True) if n]:
+            make = partial(make_toy_clip, args.out, args.seed, split)
+            lines = list(tqdm(pool.map(make, range(n)), total=n, desc=split, unit="clip"))
             write(args.out / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             if split != "long":
                 rows = [{"video": row["video"], "QA": row["qa"], "description": row["description"]} for row in lines]
@@ -678,17 +524,17 @@ def open_cache(folder, meta, shape, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. weights: the released files -> one folder of ours
 
-# Where each tensor of ours comes from: a pattern of our name (a dot is a dot), and its name in the released .pth files |
-# in Hugging Face's BLIP-2. {m} is "_motion" or nothing, [q] and [v] are thirds of a bias [queries, keys, values].
+# Where each tensor of ours comes from: a pattern of our name, and its name in the released .pth files | in
+# Hugging Face's BLIP-2. {m} is "_motion" or nothing, [q] and [v] are thirds of a bias [queries, keys, values].
 NAMES = {
     "vit.cls_token": "cls_token | vision_model.embeddings.class_embedding",
     "vit.pos_embed": "pos_embed | vision_model.embeddings.position_embedding",
     "vit.patch_embed.(.+)": "patch_embed.proj.{0} | vision_model.embeddings.patch_embedding.{0}",
-    "vit.blocks.(.+).norm(.+)": "blocks.{0}.norm{1} | vision_model.encoder.layers.{0}.layer_norm{1}",
-    "vit.blocks.(.+).attn.qkv.(.+)": "blocks.{0}.attn.qkv.{1} | vision_model.encoder.layers.{0}.self_attn.qkv.{1}",
-    "vit.blocks.(.+).attn.(.)_bias": "blocks.{0}.attn.{1}_bias | vision_model.encoder.layers.{0}.self_attn.qkv.bias[{1}]",
-    "vit.blocks.(.+).attn.proj.(.+)": "blocks.{0}.attn.proj.{1} | vision_model.encoder.layers.{0}.self_attn.projection.{1}",
-    "vit.blocks.(.+).mlp.(.+)": "blocks.{0}.mlp.{1} | vision_model.encoder.layers.{0}.mlp.{1}",
+    "vit.blocks.(.+).norm(.+)": "blocks.{0}.norm{1} | ENCODER.{0}.layer_norm{1}",
+    "vit.blocks.(.+).attn.qkv.(.+)": "blocks.{0}.attn.qkv.{1} | ENCODER.{0}.self_attn.qkv.{1}",
+    "vit.blocks.(.+).attn.(.)_bias": "blocks.{0}.attn.{1}_bias | ENCODER.{0}.self_attn.qkv.bias[{1}]",
+    "vit.blocks.(.+).attn.proj.(.+)": "blocks.{0}.attn.proj.{1} | ENCODER.{0}.self_attn.projection.{1}",
+    "vit.blocks.(.+).mlp.(.+)": "blocks.{0}.mlp.{1} | ENCODER.{0}.mlp.{1}",
     "ln_vision.(.+)": "ln_vision{m}.{0} | vision_model.post_layernorm.{0}",
     "(video_|)queries": "{0}query_tokens{m}",
     "(video_|)qformer.norm.(.+)": "{0}Qformer{m}.bert.embeddings.LayerNorm.{1} | {0}qformer.layernorm.{1}",
@@ -723,6 +569,7 @@ def released_names(part, suffix=""):
     for ours, released in NAMES.items():
         if found := re.fullmatch(ours.replace("LAYER", r"(video_|)qformer.layers.(\d+)"), part):
             released = released.replace("LAYER", "{0}Qformer{m}.bert.encoder.layer.{1}")
+            released = released.replace("ENCODER", "vision_model.encoder.layers")
             names = released.format(*found.groups(""), m=suffix).split(" | ")
             other = names[0].replace("Qformer.bert", "qformer").replace("attention.self", "attention.attention")
             return [*names, other]  # the last: Q-Former layers in Hugging Face's BLIP-2
@@ -730,7 +577,7 @@ def released_names(part, suffix=""):
 
 @cache
 def open_tensors(file):
-    """{name: tensor} of a .pth, .bin or .safetensors file, mapped, not read; {"model": …} checkpoints give their model."""
+    """{name: tensor} of a .pth, .bin or .safetensors file, mapped, not read; of a checkpoint, its "model"."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -757,8 +604,8 @@ class Source:
         self.path, self.used, self.held = path, set(), {} if made is None else made
         if made is None:
             shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-            for listing in path.glob(f"*{shards[0].suffix}.index.json") if shards else ():  # knows of missing files, too
-                files = read_json(listing, "weight_map")["weight_map"]
+            for listing in path.glob(f"*{shards[0].suffix}.index.json") if shards else ():
+                files = read_json(listing, "weight_map")["weight_map"]  # knows of missing files, too
                 self.held |= {name: path / Path(file).name for name, file in files.items()}
             for file in shards if path.is_dir() else [path]:
                 self.held |= dict.fromkeys(open_tensors(file), file)
@@ -779,19 +626,24 @@ class Source:
             raise ValueError(f"{file}: {name} {tuple(tensor.shape)} must be [queries, zeros, values]")
         return tensor.chunk(3)["qkv".index(third[0])]
 
+    def file(self, name):
+        file = self.held[name.partition("[")[0]]
+        return file if isinstance(file, Path) else self.path
+
     def unused(self, reasons):
         """{tensor: why it is left out}; ValueError for one that `reasons` [(pattern, why)] does not know."""
         unused = {}
         for name in sorted(self.held.keys() - self.used):
             unused[name] = next((why for pattern, why in reasons if re.fullmatch(pattern, name)), None)
             if unused[name] is None:
-                raise ValueError(f"{self.held[name]}: unknown tensor {name} {tuple(self.get(name).shape)}: it has no place")
+                shape = tuple(self.get(name).shape)
+                raise ValueError(f"{self.file(name)}: unknown tensor {name} {shape}: the model has no place for it")
         return unused
 
 
 def locate(name, sources, motion):
-    """(source, released name) of tensor `name` of ours; ValueError if it is missing. `motion`: which source has the frozen
-    part of the motion branch: "hawk", "made" or "qformer"."""
+    """(source, released name) of tensor `name` of ours; ValueError if it is missing. `motion`: which source has the
+    frozen part of the motion branch: "hawk", "made" or "qformer"."""
     tower, _, part = name.partition(".")
     role, frozen = "hawk" if "hawk" in sources else "made", part.startswith(FROZEN)
     if tower not in BRANCHES:
@@ -818,7 +670,7 @@ def infer_config(sources, overrides):
     def size(name, axis):
         source, released = locate(name, sources, "qformer")
         if axis >= (tensor := source.get(released)).ndim:
-            raise ValueError(f"{source.path}: {released} has too few dimensions: {tuple(tensor.shape)}")
+            raise ValueError(f"{source.file(released)}: {released} has too few dimensions: {tuple(tensor.shape)}")
         return tensor.shape[axis]
 
     def layers(role, pattern):
@@ -858,15 +710,6 @@ def infer_config(sources, overrides):
 BERT_WORDS, BERT_POSITIONS = 30522, 512  # bert-base-uncased, whose text half the released code builds and throws away
 
 
-def vit_draws(config):
-    """How many uniform numbers the released code draws for one ViT: torch's default initialisers of every layer (weight
-    and bias), then a truncated normal (one uniform each) for positions, class token and all Linear weights again."""
-    dim, mlp, patches = config.vit_dim, config.vit_mlp, (config.image_size // config.patch_size) ** 2
-    weights = config.vit_depth * (4 * dim * dim + 2 * dim * mlp)  # qkv, proj, fc1 and fc2
-    biases = config.vit_depth * (dim + mlp + dim)  # of proj, fc1 and fc2; q_bias and v_bias are zeros, not drawn
-    return dim * 3 * config.patch_size**2 + dim + weights + biases + (patches + 1) * dim + dim + weights
-
-
 def bert_linears(config):
     """(name, outputs, inputs) of the Linears in the released Q-Former's layers, in the order of their construction."""
     dim, mlp = config.qformer_dim, config.qformer_mlp
@@ -900,10 +743,15 @@ def replay_motion_qformer(config, seed=42):
     def normal(*shape):
         return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
 
-    skip_uniform(2 * vit_draws(config))
+    # A ViT draws torch's default initialisers of every layer (weight and bias; q_bias and v_bias are zeros), and then a
+    # truncated normal (one uniform number each) for positions, class token and all weights of its Linears again.
+    vit, mlp, patches = config.vit_dim, config.vit_mlp, (config.image_size // config.patch_size) ** 2
+    weights, biases = config.vit_depth * (4 * vit * vit + 2 * vit * mlp), config.vit_depth * (vit + mlp + vit)
+    for _ in range(2):
+        skip_uniform(vit * 3 * config.patch_size**2 + vit + weights + biases + (patches + 1) * vit + vit + weights)
     for name in ("Qformer", "Qformer_motion"):
         made, norms = {}, [f"{name}.bert.embeddings.LayerNorm"]
-        # BertModel is built (torch's default initialisers), then initialised: Embeddings and Linears normal, biases zero
+        # BertModel is built (torch's default initialisers), and initialised: Embeddings and Linears normal, biases zero
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
         skip_uniform(sum(outputs * inputs + outputs for _, outputs, inputs in linears))
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
@@ -919,6 +767,7 @@ def replay_motion_qformer(config, seed=42):
         made |= {f"{norm}.weight": torch.ones(dim) for norm in norms}
         made |= {f"{norm}.bias": torch.zeros(dim) for norm in norms}
     return made
+
 
 def fresh_weight(name, like, generator):
     """A start for what training from BLIP-2 (and Video-LLaMA) begins with at random, spread as in the released code."""
@@ -942,6 +791,7 @@ def choose_motion(choice, hawk):
 
 def weights(args):
     """`prepare.py weights`: reads the released files, writes one folder that Hawk.from_pretrained opens."""
+    open_tensors.cache_clear()
     roles = [role for role in ("llama", "vit", "qformer", "hawk", "video_llama") if getattr(args, role)]
     sources, entries, origin = {role: Source(getattr(args, role)) for role in roles}, [], {}
     overrides = {key: value for key, _, value in (pair.partition("=") for pair in args.set)}
@@ -961,13 +811,13 @@ def weights(args):
         source, released = locate(name, sources, motion)
         tensor, dtype = source.get(released), source.get(released).dtype
         if tensor.shape != like.shape or not dtype.is_floating_point:
-            found = f"{source.path}: {released} is {tuple(tensor.shape)} {dtype}"
+            found = f"{source.file(released)}: {released} is {tuple(tensor.shape)} {dtype}"
             raise ValueError(f"{found}, but {name} needs {tuple(like.shape)} of floating point")
         if name.startswith(("vit.", "llama.")):  # the big frozen towers; the rest stays as it was trained
             llama = args.dtype == "released" and name.startswith("llama.")  # which the released code rounds
             dtype = torch.bfloat16 if llama else DTYPES.get(args.dtype, dtype)
         entries.append((name, like.numel(), dtype, partial(source.get, released)))
-        origin[name] = f"{source.path}: {released}"
+        origin[name] = f"{source.file(released)}: {released}"
     known = [*LEFT_OUT, ("vit", rf"blocks\.{config.vit_depth}\..+", "EVA's last block, which BLIP-2 leaves out")]
     if motion != "hawk":
         known.append(("hawk", r"(Qformer|ln_vision)_motion\..+", "replaced, as --motion-qformer asks"))
@@ -975,8 +825,8 @@ def weights(args):
     for role in roles:
         left_out[role] = sources[role].unused([(names, why) for kinds, names, why in known if role in kinds.split()])
     record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origin}
-    files = {file for source in sources.values() for name in source.used if isinstance(file := source.held[name], Path)}
-    write_folder(args.out, config, args.llama / "tokenizer.model", entries, record, sorted(files))
+    files = sorted({source.file(name) for role in roles if (source := sources[role]) for name in source.used})
+    write_folder(args.out, config, args.llama / "tokenizer.model", entries, record, files)
 
 
 def write_folder(out, config, tokenizer, entries, record=None, files=()):
@@ -1015,8 +865,8 @@ def write_folder(out, config, tokenizer, entries, record=None, files=()):
 
 
 def merge(args):
-    """Reads the weights with all that they are based on (mapped, as stored) and adds each LoRA correction to its weight.
-    Unless --dtype says otherwise the sum is written in float32, so that merging rounds nothing away."""
+    """Reads the weights with all that they are based on (mapped, as stored), and adds each LoRA correction to its
+    weight. Unless --dtype says otherwise the sum is written in float32, so that merging rounds nothing away."""
     model, entries = Hawk.from_pretrained(args.weights, dtype=None), []
     corrected = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
@@ -1065,10 +915,8 @@ def download(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if total > (free := shutil.disk_usage(args.out).free):
         raise ValueError(f"{args.out}: only {free / 1e9:.1f} GB are free")
-    for file, size, fetch in missing:
+    for _, _, fetch in missing:
         fetch()
-        if file.stat().st_size != size:
-            raise ValueError(f"{file}: has {file.stat().st_size} bytes, not {size}; delete it and download it again")
 
 
 def ask(where, function, *arguments, **options):
@@ -1087,8 +935,7 @@ def hub_files(name, out):
     repo, pattern = HUB[name]
     folder, listing = out / repo.split("/")[1], "model.safetensors.index.json"
     sizes = {s.rfilename: s.size for s in ask(repo, HfApi().model_info, repo, files_metadata=True).siblings}
-    wanted = [file for file in sizes if re.fullmatch(pattern, file)]
-    if not wanted:
+    if not (wanted := [file for file in sizes if re.fullmatch(pattern, file)]):
         raise ValueError(f"{repo}: has no file like {pattern}")
     if name == "blip2" and listing in wanted:  # leave out the shards that hold nothing but the language model
         with tempfile.TemporaryDirectory() as scratch:

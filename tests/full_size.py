@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,16 +46,18 @@ def tokenizer_model(size):
     return model.getvalue()
 
 
-def make(folder):
-    """Writes the released files, full size, into `folder`."""
-    from hawk import Hawk, HawkConfig
+def released_shapes(config):
+    """{"vit" | "qformer" | "hawk" | "llama": {released name: tensor without memory}}, with what a reader must leave out."""
+    from hawk import Hawk
     from prepare import released_names
 
-    torch.manual_seed(0)
-    config, shapes = HawkConfig(), {"llama": {}, "vit": {}, "qformer": {}, "hawk": {}}
+    shapes = {"llama": {}, "vit": {}, "qformer": {}, "hawk": {}}
     with torch.device("meta"):
-        parameters = dict(Hawk(config).named_parameters())
-        extra = Hawk(HawkConfig(vit_depth=config.vit_depth + 1, llama_layers=0)).vit.blocks[config.vit_depth]
+        parameters = dict(Hawk(replace(config, vit_depth=config.vit_depth + 1)).named_parameters())
+        shapes["qformer"]["t5_proj.weight"] = torch.empty(4096, config.qformer_dim)
+        for i in range(config.llama_layers):
+            inv_freq = torch.empty(config.llama_dim // config.llama_heads // 2)
+            shapes["llama"][f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = inv_freq
     for name, like in parameters.items():
         tower, _, part = name.partition(".")
         if tower in ("llama", "vit"):
@@ -64,11 +67,16 @@ def make(folder):
         elif tower == "appearance":
             shapes["qformer"][released_names(part)[0]] = like
     shapes["hawk"]["query_tokens_motion"] = parameters["motion.queries"]
-    shapes["qformer"]["t5_proj.weight"] = torch.empty(4096, config.qformer_dim, device="meta")
-    shapes["vit"] |= {f"blocks.{config.vit_depth}.{name}": p for name, p in extra.named_parameters()}
-    for i in range(config.llama_layers):
-        inv_freq = torch.empty(config.llama_dim // config.llama_heads // 2, device="meta")
-        shapes["llama"][f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = inv_freq
+    return shapes
+
+
+def make(folder):
+    """Writes the released files, full size, into `folder`."""
+    from hawk import HawkConfig
+
+    torch.manual_seed(0)
+    config = HawkConfig()
+    shapes = released_shapes(config)
     for role, dtype in (("vit", torch.float16), ("qformer", torch.float32), ("hawk", torch.float32)):
         tensors = {name: random_like(name, like, dtype) for name, like in shapes[role].items()}
         torch.save(tensors if role == "vit" else {"model": tensors}, folder / f"{role}.pth")
