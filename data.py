@@ -804,11 +804,19 @@ class FrameDataset(ClipDataset):
         row = self.rows[i]
         appearance, motion, clip = self.read(i, "uniform", generator)
         targets, colours = frame_targets(row["objects"], clip.indices, self.image_size)
-        drawn = torch.from_numpy(np.sort(generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False)))
+        drawn = torch.from_numpy(
+            np.sort(generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False))
+        )
         described = [{"q": DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))], "a": row["description"]}]
-        ids, labels = self.tokenizer.encode_conversation(described if generator.random() < 0.5 else row["qa"], clip.message, 0)
+        ids, labels = self.tokenizer.encode_conversation(
+            described if generator.random() < 0.5 else row["qa"], clip.message, 0
+        )
         sample = {"index": torch.tensor(i), "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        return sample | {"frames": torch.cat([appearance, motion])[drawn], "targets": targets[drawn], "colours": colours[drawn]}
+        return sample | {
+            "frames": torch.cat([appearance, motion])[drawn],
+            "targets": targets[drawn],
+            "colours": colours[drawn],
+        }
 
 
 def frame_targets(objects, indices, image_size):
@@ -875,7 +883,9 @@ class CachedFeatures:
                 meta = json.load(file)
             with open(os.path.join(folder, "clips.jsonl")) as file:
                 clips = [json.loads(line) for line in file]
-            self.streams = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in ("appearance", "motion")]
+            self.streams = [
+                np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in ("appearance", "motion")
+            ]
         except (OSError, ValueError) as e:
             raise ValueError(f"{folder}: not a feature cache ({e}); make it with `python prepare.py features`") from e
         for key, value in {**expected, "videos": videos_digest(rows)}.items():
@@ -884,7 +894,9 @@ class CachedFeatures:
         self.choices = meta["choices"]
         self.clips = {(clip["row"], clip["choice"]): clip for clip in clips}
         if len(self.clips) < len(rows) * self.choices:
-            raise ValueError(f"{folder}: only {len(self.clips)} of {len(rows) * self.choices} clips are done; run it again")
+            raise ValueError(
+                f"{folder}: only {len(self.clips)} of {len(rows) * self.choices} clips are done; run it again"
+            )
 
     def load(self, i, choice):
         """Row i, variant `choice` -> CachedClip; VideoError if that video could not be read when the cache was made."""

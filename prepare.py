@@ -460,7 +460,9 @@ def features(args):
             for batch in loader:
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bfloat16):
                     write_features(model, [clip for clip in batch if "error" not in clip], streams)
-                record.write("".join(json.dumps({k: v for k, v in clip.items() if k != "frames"}) + "\n" for clip in batch))
+                record.write(
+                    "".join(json.dumps({k: v for k, v in clip.items() if k != "frames"}) + "\n" for clip in batch)
+                )
                 record.flush()
                 bar.update(len(batch))
 
@@ -493,7 +495,9 @@ def write_features(model, clips, streams):
     """Encodes the clips of equal length together and puts their features into the two arrays."""
     for T in {clip["frames"].shape[1] for clip in clips}:
         same = [clip for clip in clips if clip["frames"].shape[1] == T]
-        frames = torch.stack([clip["frames"] for clip in same], dim=1).to(model.device).float() / 255  # (2, B, T, 3, H, W)
+        frames = (
+            torch.stack([clip["frames"] for clip in same], dim=1).to(model.device).float() / 255
+        )  # (2, B, T, 3, H, W)
         for array, seen in zip(streams, model.frame_features(*frames), strict=True):
             for clip, x in zip(same, seen.float().cpu().numpy(), strict=True):
                 array[clip["row"], clip["choice"], :T] = x
@@ -978,10 +982,14 @@ def main():
 
     job = jobs.add_parser("features", help="compute the frozen part once for all clips, for training without videos")
     job.set_defaults(run=features)
-    job.add_argument("--weights", type=Path, required=True, help="folder of weights whose ViT and Q-Formers look at the clips")
+    job.add_argument(
+        "--weights", type=Path, required=True, help="folder of weights whose ViT and Q-Formers look at the clips"
+    )
     job.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
     job.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run goes on there")
-    job.add_argument("--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped")
+    job.add_argument(
+        "--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped"
+    )
     job.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="float16: half the size")
     job.add_argument("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
     job.add_argument("--batch-size", type=int, default=8)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import hawk
-from hawk import Encoding, Hawk, HawkConfig, LoRALinear, left_pad, penalise, recover_folder, replaced_folder, choose
+from hawk import Encoding, Hawk, HawkConfig, LoRALinear, choose, left_pad, penalise, recover_folder, replaced_folder
 
 SMALL = dict(
     n_frames=4, image_size=28, patch_size=14, vit_dim=32, vit_depth=2, vit_heads=2, vit_mlp=48, qformer_dim=24,
