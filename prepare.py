@@ -1,8 +1,9 @@
 """Jobs that run once, one sub-command each, before anything is trained or asked.
 
     python prepare.py toy --out data/toy --n-train 5000 --n-test 200 --seed 0     # a small drawn world: mp4 clips and annotations
-    python prepare.py download --dry-run                       # the released files: which, from where, how large
+    python prepare.py download --dry-run --out downloads                     # the released files: which, from where, how large
     python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b    # one folder of ours
+    python prepare.py features --weights DIR --data data/toy --out FOLDER    # the frozen part, computed once for all clips
     python prepare.py merge --weights runs/x/last --out weights/x         # trained weights, base and LoRA in one
 
 Each section below holds one job: its helpers and a function with the job's name, which main() calls with the parsed arguments.

@@ -1,6 +1,6 @@
 """Ask a trained model about a video.
 
-    python sample.py --video examples/collision.mp4                              # "Can you describe the anomaly in the video?"
+    python sample.py --video examples/falling.mp4                                # "Can you describe the anomaly in the video?"
     python sample.py --video a.mp4 b.mp4 --question "Who is involved?"           # one answer a line, "PATH: answer"
     python sample.py --video a.mp4 b.mp4 --json                                  # one object a line, with times and memory
     python sample.py --video a.mp4 --temperature 0.7 --top-p 0.9 --seed 1        # other words for each seed

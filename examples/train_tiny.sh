@@ -8,6 +8,6 @@ python train.py --preset tiny --stage 0 --data data/toy --out "$out/stage0" \
 python prepare.py features --weights "$out/stage0/last" --data data/toy --out "$out/features" --bfloat16
 python train.py --weights "$out/stage0/last" --stage 1 --train all --ask-facts 0.5 --data data/toy --features "$out/features" \
     --out "$out/stage1" --steps 1400 --batch-size 32 --lr 1e-3 --min-lr 1e-5 --warmup 100 --clip 1 --dtype bfloat16
-python train.py --weights "$out/stage1/last" --stage 2 --train all --data data/toy --features "$out/features" \
-    --out "$out/stage2" --steps 250 --batch-size 32 --lr 5e-4 --min-lr 1e-5 --warmup 50 --clip 1 --dtype bfloat16
+python train.py --weights "$out/stage1/last" --stage 2 --train all --ask-facts 0.5 --data data/toy --features "$out/features" \
+    --out "$out/stage2" --steps 300 --batch-size 32 --lr 1e-3 --min-lr 1e-5 --warmup 30 --clip 1 --dtype bfloat16
 python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16
