@@ -19,9 +19,12 @@ ROOT = Path(__file__).parents[1]
 SMALL = dict(vit_depth=1, vit_dim=64, vit_mlp=128, n_queries=10, llama_layers=2, image_size=56, n_frames=4)
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number of threads sums in another order
+
+
 def run(*command, check=True):
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert not check or done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -69,7 +72,7 @@ def test_a_killed_run_ends_in_the_same_weights(world, tmp_path):
     flags = ["--stage", 1, "--save-every", 3]
     run("train.py", *options(world, tmp_path / "whole", 9, *flags))
     command = [sys.executable, "train.py", *map(str, options(world, tmp_path / "killed", 9, *flags))]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     until = time.time() + 120
     while not (tmp_path / "killed" / "last").exists() and time.time() < until:
         time.sleep(0.01)
