@@ -2,7 +2,7 @@
 
     python train.py --preset tiny --stage 0 --data data/toy --out runs/stage0          # the small towers and the toy language
     python train.py --weights runs/stage0/last --stage 2 --train all --data data/toy --out runs/tiny
-    torchrun --standalone --nproc_per_node=4 train.py --weights weights/hawk-7b --stage 1 --data data/webvid --out runs/stage1
+    torchrun --standalone --nproc_per_node=4 train.py --weights weights/start --stage 1 --data data/captions --out runs/stage1
     python train.py ... --resume                                                       # goes on where the run stopped
 
 Stage 0 gives the tiny preset what EVA-CLIP, BLIP-2 and LLaMA-2 bring to the real one: eyes (what, which colour and where,
@@ -84,7 +84,9 @@ def parse_args(argv=None):
         help="toy world: also ask kind, object, colour and place of the soft tokens directly, as a loss of this weight",
     )
     g.add_argument("--workers", type=int, default=2, help="loader processes")
-    g = p.add_argument_group("recipe (the defaults are the released ones, but for --preset tiny)")
+    g = p.add_argument_group(
+        "recipe (the defaults are the released ones; examples/train_tiny.sh has those of the tiny preset)"
+    )
     g.add_argument("--steps", type=int, default=400_000)
     g.add_argument("--batch-size", type=int, default=4, help="global: over all processes and accumulation steps")
     g.add_argument(
@@ -114,6 +116,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.preset) == bool(args.weights):
         p.error("say where to start: either --preset tiny|7b or --weights FOLDER")
+    if args.ask_facts and args.stage == 0:
+        p.error("--ask-facts is for stages 1 and 2; stage 0 makes no soft tokens")
     args.train = args.train or ("all" if args.preset else "paper")
     return args
 
@@ -198,6 +202,10 @@ class ClipFacts(nn.Module):
 
     def __init__(self, hawk, train_set, held_out, weight):
         super().__init__()
+        if any(field not in row for dataset in (train_set, held_out) for row in dataset.rows for field in self.FIELDS):
+            raise ValueError(
+                f"--ask-facts needs {', '.join(self.FIELDS)} in each row of the index, as toy rows have them"
+            )
         words = [sorted({row[field] for row in train_set.rows}) for field in self.FIELDS]
         for dataset in (train_set, held_out):
             rows = [
@@ -485,7 +493,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-        losses, norm, errors = train_step(module, batches, optimizer, precision, scaler, args, device, world)
+        losses, norm, errors = train_step(module, batches, train_set, optimizer, precision, scaler, args, device, world)
         skipped = 0 if math.isfinite(norm) else skipped + 1
         if skipped == 5:
             raise ValueError(f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1")
@@ -515,22 +523,26 @@ def main():
         dist.destroy_process_group()
 
 
-def train_step(module, batches, optimizer, precision, scaler, args, device, world):
+def train_step(module, batches, train_set, optimizer, precision, scaler, args, device, world):
     """One optimizer step over this process's share of a batch -> (losses by name, gradient norm, unreadable clips).
-    The processes' gradients are averaged once, in the last pass. A step whose gradient is not finite changes nothing."""
+    The processes' gradients are averaged once, in the last pass. A step whose gradient is not finite changes nothing.
+    A pass counts by its readable clips; one that has none still runs, with weight 0, as the other processes wait for it."""
     sums, errors = {}, []
     for k in range(args.accumulate):
         batch = next(batches)
         errors += batch["errors"]
+        readable = len(batch.get("input_ids", ()))
+        weight = readable / (readable + len(batch["errors"])) / args.accumulate
+        batch = batch if readable else collate([any_readable(train_set)])
         together = nullcontext() if world == 1 or k == args.accumulate - 1 else module.no_sync()
         # on the CPU plain matrix products beat the fused attention, whose backward pass is slow there
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
         with together, attention:
             with precision():
                 losses = module(**inputs(to_device(batch, device), args.stage))
-            scaler.scale(losses["total"] / args.accumulate).backward()
+            scaler.scale(losses["total"] * weight).backward()
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.detach() / args.accumulate
+            sums[name] = sums.get(name, 0.0) + loss.detach() * weight
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, args.clip or math.inf).item()
@@ -539,6 +551,14 @@ def train_step(module, batches, optimizer, precision, scaler, args, device, worl
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return sums, norm, errors
+
+
+def any_readable(dataset):
+    """The first sample whose video can be read."""
+    for i in range(len(dataset)):
+        if "error" not in (sample := dataset[i]):
+            return sample
+    raise ValueError("not one video of train.jsonl can be read")
 
 
 @torch.no_grad()

@@ -94,6 +94,19 @@ def test_two_processes_compute_what_one_does(world, tmp_path):
             assert two[name] == pytest.approx(one[name], rel=2e-3), (one["step"], name)
 
 
+def test_an_unreadable_video_is_listed_and_does_not_stop_the_run(world, tmp_path):
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rows = [row | {"video": str(world / row["video"])} for row in rows] + [rows[0] | {"video": "gone.mp4"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = options(world, tmp_path / "run", 5, "--stage", 2, "--data", tmp_path)
+    features = flags.index("--features")
+    run("train.py", *flags[:features], *flags[features + 2 :], "--batch-size", 1)  # each clip once, from the videos
+    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_videos.jsonl").read_text().splitlines()]
+    assert len(bad) == 1 and bad[0]["video"].endswith("gone.mp4") and "no such file" in bad[0]["error"].lower()
+    totals = [line["total"] for line in log_of(tmp_path / "run")]
+    assert len(totals) == 5 and totals.count(0.0) == 1  # that clip adds nothing
+
+
 def test_stage_0_shares_its_eyes(world, tmp_path):
     run("train.py", "--preset", "tiny", "--stage", 0, "--data", world, "--out", tmp_path, "--steps", 2, "--batch-size", 2,
         "--workers", 0, *(x for k, v in SMALL.items() for x in ("--set", f"{k}={v}")))  # fmt: skip
