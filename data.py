@@ -794,7 +794,7 @@ class FrameDataset(ClipDataset):
     """Stage 0: single frames with what is in them, from the toy rows' "objects" (positions per frame of the video), and
     the row's text without its video. Of the 2·T frames of a clip, `per_clip` are drawn: neighbours are alike."""
 
-    def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=12):
+    def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=16):
         if any("objects" not in row for row in rows):
             raise ValueError('stage 0 needs "objects" in each row of the index, which only the toy world has')
         super().__init__(rows, n_frames, image_size, seed, train, motion)

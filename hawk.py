@@ -111,7 +111,7 @@ BRANCHES = ("appearance", "motion")  # the streams, in the order of their soft t
 PRESETS = {
     "7b": {},
     "tiny": dict(
-        n_frames=16, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
+        n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
         qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32,
         llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
     ),

@@ -73,8 +73,8 @@ WIDTH = {"car": 42, "bus": 50, "truck": 46, "motorbike": 38, "person": 14, "cycl
 COLOURS = {"red": (205, 35, 35), "blue": (35, 85, 215), "green": (35, 150, 60), "yellow": (240, 205, 45)}
 COLOURS |= {"white": (243, 243, 243), "purple": (165, 50, 190)}
 # picture widths per clip, of walkers and of vehicles; walkers must be quick enough for a change to be seen
-SPEEDS = {kind: [(0.22, 0.3), (0.35, 0.5)] for kind in ("sudden_stop", "turn_back", "falling")}
-SPEEDS |= {"normal": [(0.15, 0.3), (0.35, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
+SPEEDS = {kind: [(0.28, 0.4), (0.38, 0.5)] for kind in ("sudden_stop", "turn_back", "falling")}
+SPEEDS |= {"normal": [(0.28, 0.4), (0.38, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
 PACE = {"sudden_stop": 0, "fire": 0, "falling": 0, "collision": 0, "crossing": 0.02}  # after the event began
 EFFECTS = {"collision": ("crash", 0), "fire": ("fire", -0.06), "left_bag": ("bag", 0.045)}  # what, how far down
 # The phrase stands in every description of a kind and in no other's. point: it happens at one moment, which is named.
@@ -85,11 +85,11 @@ KINDS = {
         "All traffic keeps flowing.|Everyone gets along safely.|The road stays calm."),
     "wrong_way": Kind("drives the wrong way", V, no, no, yes, "traffic in this lane comes the other way",
         "Oncoming traffic is in danger.|A head-on accident could follow.|Oncoming drivers have to get out of the way."),
-    "speeding": Kind("moves far too fast", V + W, no, no, yes, "nobody can stop in time at this speed",
+    "speeding": Kind("moves far too fast", V, no, no, yes, "nobody can stop in time at this speed",
         "Nobody has time to react.|Others could be hit.|Others have to get out of the way."),
-    "sudden_stop": Kind("stops suddenly", V + W, yes, yes, yes, "those behind do not expect it",
+    "sudden_stop": Kind("stops suddenly", V, yes, yes, yes, "those behind do not expect it",
         "Those behind have to brake hard.|The way is blocked for others.|From then on the way is blocked."),
-    "turn_back": Kind("turns back", V + W, yes, yes, yes, "those behind are in the way",
+    "turn_back": Kind("turns back", V, yes, yes, yes, "those behind are in the way",
         "Those behind have to make room.|Those behind are surprised.|Others have to watch out."),
     "loitering": Kind("loiters", W, no, yes, yes, "nobody knows the reason for it",
         "Someone should keep an eye on this.|It looks suspicious.|There seems to be no goal."),
@@ -138,12 +138,14 @@ def plan(rng, kind, t):
         speed = rng.uniform(*SPEEDS.get(kind, SPEEDS["normal"])[band in LANES])
         path = PACE.get(kind, -speed if kind == "turn_back" else speed) * (s if spec.sided else s - 0.5)
         if kind == "loitering":  # a triangle wave: to and fro at constant speed
-            path = rng.uniform(0.05, 0.09) * (np.abs((rng.uniform(2, 3) * s + rng.uniform()) % 1 * 4 - 2) - 1)
+            path = rng.uniform(0.05, 0.07) * (np.abs((rng.uniform(1.6, 2.2) * s + rng.uniform()) % 1 * 4 - 2) - 1)
         x = where + (-forward if kind == "wrong_way" else forward) * path + forward * speed * (t - begin - s)
     actor = new_track(rng, band, USERS[band], x)
     during = (t >= begin) & (t < begin + 1)
     if kind == "swerving":
-        actor.y = BAND_Y[band] + rng.uniform(0.035, 0.045) * np.sin(2 * np.pi * (rng.uniform(2, 4) * s + rng.uniform()))
+        actor.y = BAND_Y[band] + rng.uniform(0.065, 0.08) * np.sin(
+            2 * np.pi * (rng.uniform(1.5, 2.5) * s + rng.uniform())
+        )
     if kind == "crossing":
         actor.y, actor.scale = actor.y + (BAND_Y[3 - band] - BAND_Y[band]) * np.clip(s / 0.8 - 0.125, 0, 1), 1.0
     if kind == "falling":  # lies after four frames: a dog on its back
@@ -172,11 +174,11 @@ def plan(rng, kind, t):
 def add_bystanders(rng, clip, band, t):
     """Up to three road users that behave; each band at most once, and each type too, while there are others."""
     tracks, free = clip["tracks"], [b for b in range(4) if b != band and (clip["kind"] != "normal" or b < band)]
-    count = int(rng.choice(4, p=[0.2, 0.35, 0.3, 0.15])) - (clip["kind"] == "collision")
+    count = int(rng.choice(3, p=[0.3, 0.4, 0.3])) - (clip["kind"] == "collision")
     for b in sorted(rng.permutation(free)[: max(count, 0)].tolist()):
         names = [name for name in USERS[b] if name not in [track.object for track in tracks]] or USERS[b]
         direction = LANES.get(b) or rng.choice([-1, 1])
-        speed = 0.0 if b in LANES and rng.uniform() < 0.15 else rng.uniform(*SPEEDS["normal"][b in LANES])
+        speed = rng.uniform(*SPEEDS["normal"][b in LANES])
         for _ in range(30):
             x = rng.uniform(0.06 + speed / 2, 0.94 - speed / 2) + direction * speed * (t - 0.5)
             new = new_track(rng, b, names, x)
@@ -211,7 +213,8 @@ def describe(clip, rng):
         "How many road users are there?|How many road users can be seen?": f"There {count}",
         "Why is it dangerous?|Why is it a problem?": f"{'It is not, because' if normal else 'Because'} {spec.reason}",
     }
-    qa = [{"q": rng.choice(questions.split("|")), "a": answer + "."} for questions, answer in rounds.items()]
+    rounds = [[*rounds.items()][i] for i in rng.permutation(len(rounds))]  # any of them may be asked first
+    qa = [{"q": rng.choice(questions.split("|")), "a": answer + "."} for questions, answer in rounds]
     motion = " ".join([who, moves[0] if normal else spec.phrase, *others[:hit]])
     motion += f", {tracks[1 + hit].object} {moves[1 + hit]}" if others[hit:] else ""
     return {"description": description, "qa": qa, "motion": motion}
@@ -566,7 +569,7 @@ LEFT_OUT = [  # (kinds of file, what they may hold beyond that, why it is left o
 ]
 FROZEN = ("ln_vision", "queries", "qformer")  # the parts of a branch that the published training meant to freeze
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SHARD_BYTES = 2 * 10**9
+SHARD_BYTES = 10**9
 
 
 def released_names(part, suffix=""):

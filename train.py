@@ -134,7 +134,7 @@ class Pretraining(nn.Module):
 
     def __init__(self, hawk):
         super().__init__()
-        self.hawk, answers = hawk, 4 + len(COLOURS)  # presence, x, y, lying, colours
+        self.hawk, answers = hawk, 2 + sum(PLACE_CELLS) + len(COLOURS)  # presence, lying, place cells, colours
         self.query_head = nn.Linear(hawk.config.qformer_dim, answers)
         self.query_presence = nn.Parameter(
             torch.zeros(len(SLOTS), hawk.config.qformer_dim)
@@ -226,14 +226,32 @@ class ClipFacts(nn.Module):
         return losses
 
 
+PLACE_CELLS = (12, 24)  # columns and rows of the picture
+
+
+def place_cells(xy):
+    """Positions (…, 2) in 0 to 1 -> (…, 36): how near each of 12 columns and 24 rows is, 1 where the thing is.
+
+    Asked for x and y themselves a query learns a code in which the average over the frames is the mean position, and
+    all movement is lost in it. The average of place cells is a histogram: how far a thing went, and how it swayed."""
+    cells = []
+    for i, n in enumerate(PLACE_CELLS):
+        distance = (xy[..., i : i + 1] - torch.linspace(0, 1, n, device=xy.device)) * (n - 1)  # in cells
+        cells.append(torch.exp(-((distance / 0.7) ** 2)))
+    return torch.cat(cells, dim=-1)
+
+
 def answer_losses(answers, targets, colours):
-    """Losses of the answers (N, slots, 4 + colours); all but presence only where a thing is present."""
-    present = targets[..., 0] > 0
+    """Losses of the answers (N, slots, 2 + cells + colours); all but presence only where a thing is present."""
+    present, (presence, lying, places, colour) = (
+        targets[..., 0] > 0,
+        answers.split([1, 1, sum(PLACE_CELLS), len(COLOURS)], -1),
+    )
     return {
-        "presence": F.binary_cross_entropy_with_logits(answers[..., 0], targets[..., 0]),
-        "position": 5 * (answers[..., 1:3] - targets[..., 1:3])[present].abs().mean(),
-        "lying": F.binary_cross_entropy_with_logits(answers[..., 3][present], targets[..., 3][present]),
-        "colour": F.cross_entropy(answers[..., 4:].flatten(0, 1), colours.flatten(), ignore_index=-100),
+        "presence": F.binary_cross_entropy_with_logits(presence[..., 0], targets[..., 0]),
+        "position": (places - place_cells(targets[..., 1:3]))[present].square().sum(-1).mean(),
+        "lying": F.binary_cross_entropy_with_logits(lying[present][:, 0], targets[..., 3][present]),
+        "colour": F.cross_entropy(colour.flatten(0, 1), colours.flatten(), ignore_index=-100),
     }
 
 

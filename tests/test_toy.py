@@ -113,7 +113,7 @@ def test_tracks_do_what_the_text_says(planned):
             "speeding": abs(dx.sum()) > 0.7,
             "turn_back": np.sign(dx[0]) == -np.sign(dx[-1]),
             "loitering": np.ptp(actor.x) < 0.2 and (np.diff(np.sign(dx)) != 0).sum() >= 3,
-            "swerving": 0.06 < dy < 0.1,
+            "swerving": 0.12 < dy < 0.17,
             "crossing": 0.4 < dy < 0.55,
         }
         stops = abs(dx[: max(at - 1, 0)]).min(initial=1) > 0.004 and abs(dx[at:]).max() < 1e-9
