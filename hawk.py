@@ -451,8 +451,8 @@ class Hawk(nn.Module):
         frame queries too; "lora" a LoRA too; "all" everything. What is frozen stays in eval mode (no dropout)."""
         if mode not in TRAINED:
             raise ValueError(f"train mode {mode!r}: choose {', '.join(TRAINED)}")
-        if mode == "lora" and not self.config.lora_rank:
-            self.config.lora_rank = 8
+        if mode == "lora" and not any(isinstance(module, LoRALinear) for module in self.modules()):
+            self.config.lora_rank = self.config.lora_rank or 8
             self.add_lora()
         for name, p in self.named_parameters():
             p.requires_grad_(re.match(TRAINED[mode], name) is not None)
@@ -617,12 +617,12 @@ class Hawk(nn.Module):
                 shutil.copyfile(tokenizer, new / "tokenizer.model")
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, config=None):
         """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode; built without memory
-        and filled tensor by tensor. Raises ValueError that names the file and the tensor."""
-        config, folders = read_chain(folder)
+        and filled tensor by tensor; `config` replaces the folder's. Raises ValueError that names file and tensor."""
+        stored, folders = read_chain(folder)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config or stored)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for file, name, tensor in (found for source in folders for found in read_tensors(source)):
             shape, expected = tuple(tensor.shape), shapes.get(name, "no tensor of that name")

@@ -43,7 +43,7 @@ from data import (
     frozen_fingerprint,
     read_index,
 )
-from hawk import BRANCHES, Hawk, HawkConfig, recover_folder, replaced_folder
+from hawk import BRANCHES, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -414,8 +414,11 @@ def build(args, last):
         model = Hawk(override(config, args.set))
     else:
         tokenizer = folder / "tokenizer.model"
-        model = Hawk.from_pretrained(folder)
-        override(model.config, args.set)
+        stored, config = (read_chain(folder)[0] for _ in range(2))
+        override(config, args.set)
+        rank, config.lora_rank = config.lora_rank, stored.lora_rank or 0
+        model = Hawk.from_pretrained(folder, config=config)
+        config.lora_rank = stored.lora_rank or rank  # which set_trainable adds
     if args.stage == 0:
         objective = Pretraining(model)
         objective.set_trainable()
@@ -495,7 +498,9 @@ def main():
     objective.to(device).train()
     optimizer = make_optimizer(objective, args)
     start = load_state(last, objective, optimizer, device) if args.resume else 0
-    loading = dict(num_workers=args.workers, collate_fn=collate)
+    stop = []  # SIGTERM: finish the step, save, end
+    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+    loading = dict(num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_sigterm)
     batches = iter(
         DataLoader(train_set, batch_sampler=StepBatches(len(train_set), args, start, rank, world), **loading)
     )
@@ -505,8 +510,6 @@ def main():
         devices = [device] if device.type == "cuda" else None
         module = DistributedDataParallel(objective, devices, find_unused_parameters=args.facts_only)
     precision, scaler = choose_precision(args, device)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))  # finishes the step, saves, and ends
 
     log = Log(out, start) if rank == 0 else None
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
@@ -525,7 +528,9 @@ def main():
             raise ValueError(
                 f"step {step}: {bad} videos could not be read, more than 5%; see {out / 'bad_videos.jsonl'}"
             )
+        losses["stop"] = torch.tensor(float(len(stop)), device=device)  # all processes end after the same step
         values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
+        stopping = values.pop("stop") > 0
         if rank == 0:
             rate = (step - start) * args.batch_size / (time.time() - began)
             values |= {"samples_per_s": round(rate, 2), "memory_mb": peak_memory_mb(device)}
@@ -536,14 +541,19 @@ def main():
             log.write(step, values)
             bar.update()
             bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
-            if step % args.save_every == 0 or step == args.steps or stop:
+            if step % args.save_every == 0 or step == args.steps or stopping:
                 save(step, model, objective, optimizer, tokenizer_path, args, last)
                 log.plot()
-        if stop:
+        if stopping:
             break
     bar.close()
     if world > 1:
         dist.destroy_process_group()
+
+
+def ignore_sigterm(_):
+    """For the loader's processes: schedulers send SIGTERM to all, but it is the loop that must end, and in order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train_step(module, batches, train_set, optimizer, precision, scaler, args, device, world):

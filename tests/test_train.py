@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -68,20 +70,47 @@ def test_four_clips_are_learnt_word_for_word(world, tmp_path):
     )
 
 
-def test_a_killed_run_ends_in_the_same_weights(world, tmp_path):
-    flags = ["--stage", 1, "--save-every", 3]
-    run("train.py", *options(world, tmp_path / "whole", 9, *flags))
-    command = [sys.executable, "train.py", *map(str, options(world, tmp_path / "killed", 9, *flags))]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    until = time.time() + 120
-    while not (tmp_path / "killed" / "last").exists() and time.time() < until:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    run("train.py", *options(world, tmp_path / "killed", 9, *flags, "--resume", "--workers", 2))
-    whole, killed = ((tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert whole == killed
-    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 10))
+def stop_and_go(command, out, stops, steps):
+    """Runs the command again and again; each time a signal of `stops` ends it and all its processes a random moment after
+    a few steps. Then lets it finish."""
+    moments = random.Random(0)
+    for number in stops:
+        done = len(log_of(out)) if (out / "log.jsonl").exists() else 0
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
+        until, wanted = time.time() + 120, min(done + moments.randint(1, 5), steps - 1)
+        while time.time() < until and not ((out / "log.jsonl").exists() and len(log_of(out)) >= wanted):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
+        os.killpg(process.pid, number)
+        assert process.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    run(*command[1:])
+
+
+def same_weights(*folders):
+    return len({(folder / "last" / "model.safetensors").read_bytes() for folder in folders}) == 1
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, tmp_path):
+    """Eight SIGKILLs and one SIGTERM, with processes of the loader, dropout and LoRA."""
+    more = ["--stage", 2, "--save-every", 2, "--resume", "--workers", 1, "--train", "lora", "--set", "lora_rank=2"]
+    more += ["--set", "dropout=0.1"]
+    run("train.py", *options(world, tmp_path / "whole", 60, *more))
+    command = [sys.executable, "train.py", *map(str, options(world, tmp_path / "stopped", 60, *more))]
+    stop_and_go(command, tmp_path / "stopped", [signal.SIGKILL] * 4 + [signal.SIGTERM] + [signal.SIGKILL] * 4, 60)
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert [line["step"] for line in log_of(tmp_path / "stopped")] == list(range(1, 61))
+    losses = [[line["total"] for line in log_of(tmp_path / name)] for name in ("whole", "stopped")]
+    assert losses[0] == losses[1]
+
+
+def test_a_killed_run_of_two_processes_ends_in_the_same_weights(world, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    more = ["--stage", 1, "--save-every", 3, "--resume", "--workers", 1]
+    run(*launch, *options(world, tmp_path / "whole", 12, *more))
+    command = [sys.executable, *launch, *map(str, options(world, tmp_path / "killed", 12, *more))]
+    stop_and_go(command, tmp_path / "killed", [signal.SIGKILL], 12)
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 13))
 
 
 def test_two_processes_compute_what_one_does(world, tmp_path):
