@@ -1024,8 +1024,8 @@ def is_verb(word, before, came, follows, noun, finite, many):
 
 
 def built_in_motion(text):
-    """A clause is a subject, a verb, objects. A noun phrase ends at a verb or a word of GRAMMAR, and its last word counts,
-    as `role` says: "aside" is what belongs to another noun or stands before the subject, "complement" follows "is"."""
+    """A clause is a subject, a verb, objects. A noun phrase ends at a verb or a word of GRAMMAR, and its last word
+    counts, as `role` says: "aside" is what belongs to another noun or stands before the subject, "complement" follows "is"."""
     words = [*re.findall(r"\w[\w'’-]*|[.,;:!?]", text), "."]
     groups, subject, head, role, came, before = [], "", "", "subject", "break", "."
     opened = joined = fresh = False  # the clause has its verb; it began with "and"; a determiner stands before the word
@@ -1136,9 +1136,9 @@ def write_splits(out, splits):
 
 def hawk(args):
     """Reads all_videos_train.json and all_videos_test.json as Hawk publishes them, finds each video, whose folder may
-    have been renamed, and writes OUT/train.jsonl and OUT/test.jsonl with the rows whose video is there, and OUT/report.json with
-    those that are missing or broken, and why. Rows in which the language model that wrote them refused ("As an AI …")
-    get the flag "refusal". Prints a table by source. The originals stay as they are."""
+    have been renamed, and writes OUT/train.jsonl and OUT/test.jsonl with the rows whose video is there, and
+    OUT/report.json with those that are missing or broken, and why. Rows in which the language model that wrote them
+    refused ("As an AI …") get the flag "refusal". Prints a table by source. The originals stay as they are."""
     table, report, splits = defaultdict(Counter), {"missing": [], "broken": []}, {}
     for split in SPLITS[:2]:
         name, folders = f"all_videos_{split}.json", ("", "Annotation/All_Mix", "All_Mix")

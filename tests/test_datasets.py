@@ -223,10 +223,15 @@ def test_sentences():
     lines = (Path(__file__).parent / "motion_sentences.txt").read_text().splitlines()
     sentences = [line.split(" | ") for line in lines if not line.startswith("#")]
     assert len(sentences) == 60
-    for name, part in (("tuned on", sentences[:24]), ("not looked at", sentences[24:48]), ("later", sentences[48:])):
+    parts = [
+        ("tuned on", sentences[:24], 0.98),
+        ("not looked at", sentences[24:48], 0.96),
+        ("later", sentences[48:], 0.82),
+    ]
+    for name, part, floor in parts:
         precision, recall, f1 = score(part)
         print(f"{name}: {len(part)} sentences, precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}")
-        assert f1 > 0.0
+        assert f1 > floor
 
 
 def test_motion_caption(monkeypatch):
