@@ -3,6 +3,8 @@
     python prepare.py toy --out data/toy --n-train 5000 --n-test 200 --seed 0     # a small drawn world: mp4 clips and annotations
     python prepare.py download --dry-run --out downloads                     # the released files: which, from where, how large
     python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b    # one folder of ours
+    python prepare.py hawk --annotations DIR --videos DIR --out data/hawk    # Hawk's annotations -> index files of ours
+    python prepare.py webvid --csv FILE --videos DIR --out data/webvid       # the same for WebVid, for stage 1
     python prepare.py features --weights DIR --data data/toy --out FOLDER    # the frozen part, computed once for all clips
     python prepare.py merge --weights runs/x/last --out weights/x         # trained weights, base and LoRA in one
 
@@ -10,6 +12,7 @@ Each section below holds one job: its helpers and a function with the job's name
 """
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, make_dataclass, replace
 from functools import cache, partial
@@ -39,6 +42,7 @@ from data import (
     DESCRIBE_QUESTIONS,
     ClipDataset,
     VideoError,
+    check_row,
     clip_generator,
     frozen_fingerprint,
     random_crop,
@@ -969,6 +973,267 @@ def url_files(name, out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# 5. motion captions: what stage 1's motion-language loss wants the motion tokens alone to say
+#
+# The verbs of a description with their subjects and objects: "car swerves lane, collides SUV". They come from spaCy, as
+# in the released code, where it and its small English model are installed, else from the rules of built_in_motion().
+
+GRAMMAR = {  # kinds of words that are neither verb nor head of a noun phrase; "noun": nouns that end like a verb
+    "determiner": "a an the this these those his her its their each every both some any no another several many few "
+    "two three four five six all other",
+    "pronoun": "he she it they him them we us someone everyone nobody nothing something himself herself themselves",
+    "preposition": "in on at into onto to from with without by of off out over under through across along around near "
+    "behind beside between against toward towards past down up for during inside outside above below among about like",
+    "link": "and or but then , who which that",
+    "break": "while as when because after before so until since although though if whereas where . ; : ! ?",
+    "auxiliary": "is are was were be been being am has have had do does did will would can could may might must should",
+    "adverb": "not just still almost also very too there here apart away aside ahead back left forward backward "
+    "backwards sideways together again",
+    "noun": "building morning evening railing ceiling clothing anything everything thing ring string parking oncoming "
+    "bed red",
+}  # fmt: skip
+KIND_OF = {word: kind for kind, words in GRAMMAR.items() for word in words.split()}
+PAST = set(
+    """began begun bent bit broke broken brought burst came caught cut drew drawn drove driven ate fell fallen
+    fled flew fought gave got went gone grew held hid hit hurt kept laid lay led left lost made met put ran rang rode
+    ridden rose sat saw seen shook shot slept slid spun stole stolen stood struck stuck swung took taken threw thrown
+    tore torn wore wove""".split()
+)
+BASE = set(
+    """aim appear approach argue arrive attack attempt avoid beat begin bend block brake break bring bump burn
+    carry catch cause change chase climb close collapse collide come continue crash crawl cross cut cycle damage dance
+    dash disappear drag draw drift drive drop eat emerge enter erupt escape exit explode fail fall fight flee flip fly
+    follow force gather get give go grab happen help hide hit hold hurt jump keep kick knock lean leave lie lift
+    linger loiter look lose make merge move narrow occur open overtake overturn park pass pick pin play point pull
+    punch push put raise react reach remain reverse ride rise roll run rush scatter see seem shatter shoot shout shove
+    show sit skate skid slam slide slip slow speed spill spin spray sprint stagger stand start stay steal step stop
+    strike struggle stumble surround swerve swing take talk throw tip topple touch travel trip try turn use veer wait
+    walk watch wave yield""".split()
+)
+
+
+def is_verb(word, before, came, follows, noun, finite, many):
+    """Whether a word is a verb where it stands. noun: its subject, perhaps; came, follows: kinds of its neighbours."""
+    if before == "to":
+        return word in BASE or follows in ("determiner", "pronoun")
+    if word in PAST or word.endswith("ed"):
+        return came != "preposition" and bool(noun or came in ("auxiliary", "link", "verb"))
+    if word.endswith("s"):
+        return finite and bool({word[:-1], word[:-2], word[:-3] + "y"} & BASE or follows in ("determiner", "pronoun"))
+    return word.endswith("ing") or word in BASE and (came == "auxiliary" or finite and many)
+
+
+def built_in_motion(text):
+    """A clause is a subject, a verb, objects. A noun phrase ends at a verb or a word of GRAMMAR, and its last word
+    counts, as `role` says: "aside" is what belongs to another noun or stands before the subject, "complement" follows "is"."""
+    words = [*re.findall(r"\w[\w'’-]*|[.,;:!?]", text), "."]
+    groups, subject, head, role, came, before = [], "", "", "subject", "break", "."
+    opened = joined = fresh = False  # the clause has its verb; it began with "and"; a determiner stands before the word
+    for word, after in zip(words, [*words[1:], "."], strict=True):
+        low, noun = word.lower(), (head or subject).lower()
+        kind, follows = (KIND_OF.get(w, "adverb" if w.endswith("ly") else None) for w in (low, after.lower()))
+        finite = role != "object" and follows != "auxiliary" and bool(noun or came == "link")
+        many = joined or noun.endswith(("s", "people", "men", "police", "children", "they"))
+        if not fresh and (not kind or (low, follows) == ("left", "determiner")):
+            kind = "verb" if is_verb(low, before, came, follows, noun, finite, many) else None
+        if kind in (None, "noun") or kind == "adverb" and fresh:  # inside a noun phrase
+            head, fresh = head if came == "pronoun" else word, fresh and low.endswith(("ed", "ing"))
+        elif kind != "adverb":
+            if head and role == "object":
+                groups[-1].append(head)
+            elif head and role == "aside":
+                role = role if subject or opened else "subject"
+            elif head:
+                subject = (subject or head) if role == "subject" else head if kind == "verb" else ""
+            head, fresh = word if kind == "pronoun" else "", kind == "determiner"
+            if kind == "verb":
+                groups.append([subject, word] if subject else [word])
+                subject, role, opened, joined = "", "object", True, False
+            elif kind == "preposition":
+                role = "object" if opened and (low != "of" or came == kind) else "aside"
+            elif kind == "auxiliary":
+                role = "complement"
+            elif kind == "break" or kind == "link" and (opened or low == ","):
+                subject, role, opened = subject if kind == "link" and not opened else "", "subject", False
+            joined = low == "and" or joined and kind not in ("link", "break")
+        before, came = low, kind
+    return ", ".join(map(" ".join, groups))
+
+
+def spacy_motion(parse):
+    """The same from spaCy's parse, as in the released code; an object may also stand behind a preposition."""
+
+    def objects(word):
+        for child in word.children:
+            if child.dep_ in ("dobj", "obj", "pobj"):
+                yield child.text
+            elif child.dep_ in ("prep", "agent", "dative"):
+                yield from objects(child)
+
+    groups = []
+    for verb in parse:
+        if verb.pos_ == "VERB" and verb.dep_ not in ("amod", "compound"):
+            subjects = [child.text for child in verb.children if child.dep_ in ("nsubj", "nsubjpass")]
+            groups.append(" ".join([*subjects, verb.text, *objects(verb)]))
+    return ", ".join(groups)
+
+
+@cache
+def spacy_model():
+    """spaCy's small English model, or None where it is not installed."""
+    try:
+        import spacy
+
+        return spacy.load("en_core_web_sm")
+    except (ImportError, OSError):
+        return None
+
+
+def motion_caption(text):
+    return spacy_motion(spacy_model()(text)) if spacy_model() else built_in_motion(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. hawk and webvid: published annotations, and videos as they lie on this disk -> index files of ours
+
+FOLDERS = {  # in the annotations, which hold paths on their authors' machine: in the published videos
+    "UCF-Crime": "UCF_Crime", "ShanghaiTechDataset": "ShanghaiTech", "avenue/avenue": "CUHK_Avenue",
+    "ped1/ped1": "Ped1", "ped2/ped2": "Ped2", "DoTA": "DoTA", "UBnormal": "UBnormal",
+}  # fmt: skip
+FOLDERS |= {new: new for new in FOLDERS.values()}
+PUBLISHED = re.compile(f"(?:^|/)({'|'.join(FOLDERS)})/(.+)", re.DOTALL)
+REFUSAL = re.compile(r"\bas (an ai\b(?!-)|a language model)|^\W*((i['’]m|i am) (sorry|unable)|sorry,|i apolog)", re.I)
+
+
+def video_path(videos, name):
+    """The path of a video in a folder; ValueError for a name that leads out, by "..", the disk's root, or a link."""
+    path = videos.resolve() / name
+    if ".." in Path(name).parts or not path.resolve().is_relative_to(videos.resolve()):
+        raise ValueError(f"{str(name)!r} leads out of the folder of videos")
+    return path
+
+
+def index_row(path, source, description, qa=()):
+    texts = [description, *(turn["a"] for turn in qa)]
+    qa = [{"q": turn["q"], "a": turn["a"]} for turn in qa]
+    motion, by = motion_caption(next(filter(None, texts))), "spacy" if spacy_model() else "rules"
+    row = {
+        "video": str(path),
+        "source": source,
+        "description": description,
+        "qa": qa,
+        "motion": motion,
+        "motion_by": by,
+    }
+    return row | {"flags": ["refusal"] * any(map(REFUSAL.search, texts))}
+
+
+def write_splits(out, splits):
+    out.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        write(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def hawk(args):
+    """Reads all_videos_train.json and all_videos_test.json as Hawk publishes them, finds each video, whose folder may
+    have been renamed, and writes OUT/train.jsonl and OUT/test.jsonl with the rows whose video is there, and
+    OUT/report.json with those that are missing or broken, and why. Rows in which the language model that wrote them
+    refused ("As an AI …") get the flag "refusal". Prints a table by source. The originals stay as they are."""
+    table, report, splits = defaultdict(Counter), {"missing": [], "broken": []}, {}
+    for split in SPLITS[:2]:
+        name, folders = f"all_videos_{split}.json", ("", "Annotation/All_Mix", "All_Mix")
+        if file := next(
+            (args.annotations / f / name for f in folders if (args.annotations / f / name).is_file()), None
+        ):
+            splits[split] = list(hawk_rows(file, args.videos, table, report))
+        else:
+            print(f"note: {args.annotations}: no {name}, nor in Annotation/All_Mix or All_Mix", file=sys.stderr)
+    total = sum(table.values(), Counter())
+    if not total["found"]:
+        first = next(iter(report["missing"] + report["broken"]), "no annotations")
+        raise ValueError(f"{args.videos}: no video of {total['rows']} annotated ones; first: {json.dumps(first)}")
+    write_splits(args.out, splits)
+    write(args.out / "report.json", json.dumps(report, indent=1) + "\n")
+    for row in report["broken"][:10]:
+        print(f"{row['file']}, row {row['number']}: {row['reason']}", file=sys.stderr)
+    print(f"missing and broken rows, and why: {args.out / 'report.json'}", file=sys.stderr)
+    columns = ["rows", "found", "missing", "refusals", "broken"]
+    print(f"{'source':14}" + "".join(f"{column:>10}" for column in columns))
+    for source, counts in [*sorted(table.items()), ("all", total)]:
+        print(f"{source:14}" + "".join(f"{counts[column]:10}" for column in columns))
+
+
+def hawk_rows(file, videos, table, report):
+    """Yields the index rows of one annotation file whose videos are there; counts and reports the others."""
+    try:
+        entries = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not JSON ({e})") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: must be a list of objects with video, QA and description")
+    for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
+        name, where = entry.get("video") if isinstance(entry, dict) else None, {"file": str(file), "number": number}
+        found = PUBLISHED.search(name) if isinstance(name, str) else None
+        source = FOLDERS[found[1]] if found else "other"
+        counts = table[source]
+        counts["rows"] += 1
+        try:
+            row = check_row({"video": entry["video"], "description": entry["description"], "qa": entry["QA"]})
+            if None in row.values():
+                raise KeyError("null")
+            path = video_path(videos, Path(source, found[2]) if found else name)
+            there = path.is_file() and path.stat().st_size > 0
+        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # RuntimeError: links in a circle
+            counts["broken"] += 1
+            reason = f"needs video, QA and description ({e})" if isinstance(e, KeyError | TypeError) else str(e)
+            report["broken"].append(where | {"reason": reason})
+            continue
+        counts["found" if there else "missing"] += 1
+        if there:
+            row = index_row(path, source, row["description"], row["qa"])
+            counts["refusals"] += bool(row["flags"])
+            yield row
+        else:
+            report["missing"].append(where | {"video": str(path)})
+
+
+def webvid(args):
+    """Reads a WebVid CSV (columns videoid, name, page_dir, others are allowed), and writes OUT/train.jsonl with the
+    rows whose video is there and not empty, at VIDEOS/<page_dir>/<videoid>.mp4. Some go to OUT/test.jsonl instead:
+    always the same ones, chosen by the SHA-256 of the file's name."""
+    rows, counts = {}, Counter()
+    for path, caption in webvid_entries(args.csv, args.videos):
+        state = "absent" if not path.is_file() else "empty" if not path.stat().st_size else "found"
+        state = "without a caption" if not caption else "repeated" if path in rows else state
+        counts[state] += 1
+        if state == "found":
+            rows[path] = index_row(path, "webvid", caption)
+    print(f"{args.csv}: {counts.total()} rows, " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+    n_test = min(500, len(rows) // 10) if args.n_test is None else args.n_test
+    if not 0 <= n_test < len(rows):
+        raise ValueError(f"{args.videos}: {len(rows)} usable videos, {n_test} of them to hold out: none to train on")
+    order = sorted(rows, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    write_splits(args.out, {"train": [rows[p] for p in order[n_test:]], "test": [rows[p] for p in order[:n_test]]})
+
+
+def webvid_entries(file, videos):
+    """Yields (path of the video, caption). All columns are text: 000001_000050 is a folder. Errors name the line."""
+    with file.open("rb") as lines:
+        reader = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+        try:
+            if lacking := {"videoid", "name", "page_dir"} - set(reader.fieldnames or ()):
+                raise ValueError(f"has no column {', '.join(sorted(lacking))}")
+            for entry in reader:
+                if None in entry or None in entry.values() or not entry["videoid"]:
+                    raise ValueError("has more or fewer fields than the first line, or no videoid")
+                yield video_path(videos, Path(entry["page_dir"], entry["videoid"] + ".mp4")), entry["name"].strip()
+        except (csv.Error, ValueError, OSError, RuntimeError) as e:
+            raise ValueError(
+                f"{file}, line {reader.reader.line_num + isinstance(e, UnicodeDecodeError)}: {e}"
+            ) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -1026,6 +1291,19 @@ def main():
     job.add_argument("--weights", type=Path, required=True, help="folder that train.py wrote")
     job.add_argument("--out", type=Path, required=True, help="folder to write")
     job.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
+
+    for run, what in ((hawk, "index files from Hawk's annotations and videos"), (webvid, "the same from WebVid's CSV")):
+        job = jobs.add_parser(run.__name__, help=what, description=run.__doc__)
+        job.set_defaults(run=run)
+        videos = "<page_dir>/<videoid>.mp4" if run is webvid else ", ".join(sorted(set(FOLDERS.values())))
+        job.add_argument("--videos", type=Path, required=True, help=f"folder that holds {videos}")
+        job.add_argument("--out", type=Path, required=True, help="folder to write")
+        if run is webvid:
+            job.add_argument("--csv", type=Path, required=True, help="such as results_2M_train.csv")
+            job.add_argument("--n-test", type=int, help="videos to hold out; default: every tenth, at most 500")
+        else:
+            job.add_argument("--annotations", type=Path, required=True, help="folder with all_videos_train.json and "
+                             "all_videos_test.json, in it or in its Annotation/All_Mix or All_Mix")  # fmt: skip
 
     job = jobs.add_parser("download", help="fetch the released files, about 16 GB")
     job.set_defaults(run=download)
