@@ -154,7 +154,7 @@ def reply(model, tokenizer, clip, encoding, max_new_tokens=128):
 def contrast_score(model, tokenizer, clip, encoding, phrases):
     """How likely an answer that begins as the model's own goes on with one of the phrases. Each excludes the others, so
     their probabilities add up; after which word they fit, the probabilities themselves tell."""
-    prompt, said = reply(model, tokenizer, clip, encoding, 4 * SUBJECT_WORDS)
+    prompt, said = reply(model, tokenizer, clip, encoding, 2 * SUBJECT_WORDS)
     words, answers, starts = said.split(), [], []
     for n in range(min(SUBJECT_WORDS, len(words)) + 1):
         begun = tokenizer.sp.encode(" ".join(words[:n]))
