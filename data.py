@@ -59,6 +59,11 @@ def read_clip(path, n_frames=32, image_size=224, motion="hard", sampling="unifor
     sampling: "uniform", or "headtail" (half from each half of the video, drawn with `generator`, a numpy Generator).
     """
     frames, fps, indices = _decode(path, image_size, lambda total: sample_frames(total, n_frames, sampling, generator))
+    return make_clip(frames, fps, indices, motion)
+
+
+def make_clip(frames, fps, indices, motion="hard"):
+    """Clip of the frames with these numbers; `frames` (list or dict) also holds their predecessors."""
     appearance = np.stack([frames[i] for i in indices])
     masked = np.zeros_like(appearance)
     if motion != "none" and len(frames) > 1:
@@ -186,9 +191,12 @@ class _Packets:
 
 
 class _Ffmpeg:
-    """One run of ffmpeg on one file: no shell, no network, no standard input, and an end with the `with` block."""
+    """One run of ffmpeg on one file: no shell, no network, and an end with the `with` block. It reads standard input
+    only if given one, an open file that takes the place of `path`, and then waits for it as long as it takes."""
 
-    def __init__(self, path, size=None, table=False, clean=None, select=None, start=None, most=None, threads=None):
+    def __init__(
+        self, path, size=None, table=False, clean=None, select=None, start=None, most=None, threads=None, stdin=None
+    ):
         self.path, self.size, self.folder = path, size, tempfile.TemporaryDirectory()
         self.log_path, self.table_path, self.clean_path = (
             os.path.join(self.folder.name, name) for name in ("log", "table", "clean")
@@ -199,7 +207,7 @@ class _Ffmpeg:
         command += ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS]
         if start is not None:
             command += ["-noaccurate_seek", "-seek_timestamp", "1", "-ss", f"{start:.6f}"]
-        command += ["-i", "file:" + os.fsdecode(path)]
+        command += ["-i", "pipe:0" if stdin else "file:" + os.fsdecode(path)]
         copy = ["-an", "-sn", "-dn", "-c", "copy", "-copyinkf", "-copypriorss", "1", "-f", "framecrc"]
         if table:
             command += [*copy, "file:" + self.table_path]
@@ -211,9 +219,10 @@ class _Ffmpeg:
             command += ["-frames:v", str(most)] if most else []
             command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
         with open(self.log_path, "wb") as log:
-            pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pipesize=1 << 20)
+            pipes = dict(stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pipesize=1 << 20)
             self.process = subprocess.Popen(command, **pipes)
-        self.timer = threading.Timer(600 + os.path.getsize(path) / 1e5, self.process.kill)  # nothing waits for ever
+        limit = threading.TIMEOUT_MAX if stdin else 600 + os.path.getsize(path) / 1e5  # no file is waited for for ever
+        self.timer = threading.Timer(limit, self.process.kill)
         self.timer.start()
 
     def __enter__(self):

@@ -1,0 +1,381 @@
+"""Windows, scores, pictures and agreement of apps/timeline.py, with a small random model."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apps import timeline
+from apps.timeline import Window
+from data import VideoError, read_clip
+from hawk import PRESETS, Hawk, HawkConfig
+from sample import encode_clips, load
+
+TEXT = "A red car drives the wrong way in the near lane. Nothing unusual happens on the road. Yes, no. 0, 1, 2, 3, 4, 5"
+SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32, qformer_layers=1, llama_layers=1)
+FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with weights, kinds, a lossless video of 7.3 s at 10 frames a second, a cut one, and a text."""
+    folder = tmp_path_factory.mktemp("world")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=330, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+    torch.manual_seed(0)
+    model = Hawk(HawkConfig.from_dict(PRESETS["tiny"] | SMALL | {"vocab_size": vocabulary}))
+    model.save_pretrained(folder / "weights", tokenizer=folder / "tokenizer.model")
+    (folder / "kinds.json").write_text('{"normal": "nothing happens", "way": "drives the wrong way", "red": "is red"}')
+    video = folder / "a b.mkv"
+    source = ["-f", "lavfi", "-i", "testsrc2=s=64x48:r=10:d=7.3"]
+    subprocess.run([*FFMPEG, *source, "-c:v", "ffv1", "-pix_fmt", "yuv420p", video], check=True)
+    (folder / "cut.mkv").write_bytes(video.read_bytes()[: video.stat().st_size * 2 // 3])
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(world):
+    return load(world / "weights", "cpu")
+
+
+@pytest.fixture
+def cli(world, capfd):
+    """timeline's main with these options -> (exit status, stdout, lines of stderr)"""
+
+    def run(*options):
+        capfd.readouterr()
+        weights = ["--weights", world / "weights", "--kinds", world / "kinds.json", "--device", "cpu"]
+        try:
+            status = timeline.main([str(option) for option in [*weights, *options]])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capfd.readouterr()
+        return status, out, err.splitlines()
+
+    return run
+
+
+def read(path, config, window=2.0, stride=1.0):
+    return list(timeline.read_windows(str(path), config, window, stride, timeline.tqdm(disable=True)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.floats(0, 1))
+@settings(deadline=None)
+def test_windows_cover_every_frame_to_the_end(total, length, share):
+    step = 1 + share * (length - 1)  # at least one frame, at most a window
+    found = list(timeline.windows(iter(range(total)), length, step))
+    starts = [first for first, _ in found]
+    assert all(frames == list(range(first, first + len(frames))) for first, frames in found)
+    assert starts[0] == 0 and starts[-1] + len(found[-1][1]) == total and starts == sorted(set(starts))
+    assert {len(frames) for _, frames in found} == {min(length, total)}
+    assert starts[:-1] == [round(k * step) for k in range(len(starts) - 1)]
+    assert all(b - a <= length for a, b in pairwise(starts))  # nothing is left out
+    assert len(starts) <= 1 or starts[-1] <= round((len(starts) - 1) * step)  # only the last one may be pulled back
+
+
+def test_windows_close_at_once_and_hold_no_more_than_one():
+    class Frame:
+        alive = 0
+
+        def __init__(self):
+            Frame.alive += 1
+
+        def __del__(self):
+            Frame.alive -= 1
+
+    made, most = 0, 0
+
+    def frames():
+        nonlocal made, most
+        for _ in range(1000):
+            made, most = made + 1, max(most, Frame.alive)
+            yield Frame()
+
+    for first, held in timeline.windows(frames(), 8, 4):
+        assert made == first + len(held)  # no frame beyond the window was asked for
+        del held
+    assert most <= 9
+
+
+def test_a_window_is_the_clip_that_is_cut_out_there(world, loaded, tmp_path):
+    config = loaded[0].config
+    found = read(world / "a b.mkv", config)
+    assert [(start, end) for start, end, _ in found] == [(k, k + 2) for k in range(6)] + [(5.3, 7.3)]
+    for start, end, clip in [found[0], found[3], found[-1]]:
+        cut = tmp_path / "cut.mkv"
+        trim = f"trim=start_frame={round(start * 10)}:end_frame={round(end * 10)},setpts=PTS-STARTPTS"
+        subprocess.run([*FFMPEG, "-i", world / "a b.mkv", "-vf", trim, "-c:v", "ffv1", cut], check=True)
+        expected = read_clip(cut, config.n_frames, config.image_size, config.motion)
+        assert np.array_equal(clip.appearance, expected.appearance) and clip.message == expected.message
+        assert np.array_equal(clip.motion, expected.motion) and clip.motion.any()
+    (start, end, clip), *none = read(world / "a b.mkv", config, window=60)
+    expected = read_clip(world / "a b.mkv", config.n_frames, config.image_size)
+    assert (start, end, none) == (0, 7.3, []) and np.array_equal(clip.motion, expected.motion)
+
+
+@pytest.mark.parametrize(
+    "printed, exact", [(29.97, 30000 / 1001), (23.98, 24000 / 1001), (30, 30), (12.5, 12.5), (0, 25)]
+)
+def test_frame_rate(printed, exact):
+    class Run:
+        def announced(self):
+            return 1.0, printed
+
+    assert timeline.frame_rate(Run()) == pytest.approx(exact)
+
+
+def test_a_window_too_large_to_hold_is_refused(world, loaded, monkeypatch):
+    monkeypatch.setattr(timeline, "MOST_BYTES", 19 * 28 * 28 * 3)
+    with pytest.raises(VideoError, match="20 frames, too many to hold"):
+        read(world / "a b.mkv", loaded[0].config)
+
+
+def test_time_that_the_model_takes_is_not_ffmpegs(world, loaded, monkeypatch):
+    timers = []
+
+    class Timer(threading.Timer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            timers.append(self)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    reader = timeline.read_windows(str(world / "a b.mkv"), loaded[0].config, 2, 1, timeline.tqdm(disable=True))
+    for _ in reader:
+        assert all(timer.finished.is_set() for timer in timers)  # cancelled while the model has its turn
+    assert len(timers) == 8 and all(timer.finished.is_set() for timer in timers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_log_likelihoods_are_those_of_the_whole_sequence(world, loaded, monkeypatch):
+    model, tokenizer = loaded
+    clip = read_clip(world / "a b.mkv", 4, 28)
+    encoding = encode_clips(model, [clip])
+    prompt = tokenizer.encode_prompt("What?", clip.message, model.config.n_visual)
+    answers = [tokenizer.sp.encode(text) for text in ("A red car", "A red", "no", "A red car drives the wrong way")]
+    starts = [2, 0, 0, 3]
+    monkeypatch.setattr(timeline, "TRY_AT_ONCE", 3)
+    found = timeline.log_likelihoods(model, encoding, prompt, answers, starts)
+    for value, ids, start in zip(found, answers, starts, strict=True):
+        x = model.embed(torch.tensor([prompt + ids]), encoding.tokens)
+        with torch.no_grad():
+            log_p = model.llama.lm_head(model.llama(x))[0].log_softmax(-1)
+        expected = sum(log_p[len(prompt) - 1 + t, ids[t]] for t in range(start, len(ids)))
+        assert value.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_contrast_finds_where_the_phrases_go(loaded, monkeypatch):
+    """Whatever the model says first, the score is what comes behind "A red car", not behind another word."""
+    monkeypatch.setattr(timeline, "reply", lambda *_: ([1], "A red car moves along and on"))
+
+    def likelihoods(model, encoding, prompt, answers, starts):
+        told = [
+            (loaded[1].decode(ids[:start]), loaded[1].decode(ids[start:]))
+            for ids, start in zip(answers, starts, strict=True)
+        ]
+        p = {("A red car", "drives the wrong way"): 0.5, ("A red car", "is red"): 0.25, ("A red", "is red"): 0.6}
+        assert len(told) == 12  # after 0 … 5 words
+        return torch.tensor([math.log(p.get(pair, 1e-6)) for pair in told])
+
+    monkeypatch.setattr(timeline, "log_likelihoods", likelihoods)
+    score = timeline.contrast_score(*loaded, None, None, ["drives the wrong way", "is red"])
+    assert score == pytest.approx(0.75, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["contrast", "yes"])
+def test_json_lines(world, cli, how):
+    path = world / "a b.mkv"
+    status, out, err = cli("--video", path, "--window", 3, "--stride", 1.5, "--json", "--score", how, "--threshold", 1)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and len(err) == 1 and "toy world" in err[0]
+    assert [(o["start"], o["end"]) for o in lines] == [(0, 3), (1.5, 4.5), (3, 6), (4.3, 7.3)]
+    for o in lines:
+        assert list(o) == ["video", "start", "end", "score", "description"]
+        assert o["video"] == str(path) and 0 <= o["score"] < 1 and o["description"] is None
+    assert how == "contrast" or all(o["score"] > 0 for o in lines)
+    out = cli("--video", path, "--window", 60, "--json", "--score", how, "--threshold", 0)[1]
+    assert isinstance(json.loads(out)["description"], str)
+
+
+def test_stdin_is_the_same(world, cli, monkeypatch):
+    options = ["--window", "3", "--json", "--threshold", "1"]
+    expected = [json.loads(line) for line in cli("--video", world / "a b.mkv", *options)[1].splitlines()]
+    cat = subprocess.Popen(["cat", world / "a b.mkv"], stdout=subprocess.PIPE)
+    monkeypatch.setattr(sys, "stdin", cat.stdout)
+    status, out, _ = cli("--video", "-", *options)
+    assert status == 0 and cat.wait() == 0
+    assert [json.loads(line) for line in out.splitlines()] == [o | {"video": "-"} for o in expected]
+
+
+def test_a_stream_is_answered_while_it_runs(loaded, monkeypatch):
+    encode = [*FFMPEG, "-f", "lavfi", "-i", "testsrc2=s=64x48:r=10:d=30", "-g", "10", "-f", "mpegts", "-"]
+    data = subprocess.run(encode, capture_output=True, check=True).stdout
+    source, sink = os.pipe()
+    with os.fdopen(source, "rb") as stdin, os.fdopen(sink, "wb") as pipe:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        writer = threading.Thread(target=lambda: (pipe.write(data), pipe.flush()))
+        writer.start()  # and the pipe stays open
+        reader = timeline.read_windows("-", loaded[0].config, 4, 2, timeline.tqdm(disable=True))
+        assert [next(reader)[0] for _ in range(8)] == list(range(0, 16, 2))
+        writer.join()
+        pipe.close()
+        assert [start for start, _, _ in reader] == list(range(16, 28, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def test_curve_and_events_by_hand():
+    seen = [Window("v", 2.0 * k, 2.0 * k + 4, s, f"d{k}") for k, s in enumerate([0, 0.6, 1, 0.2, 0.5])]
+    assert timeline.curve(seen, 6).tolist() == pytest.approx([0, 0.3, 0.8, 0.6, 0.35, 0.5])
+    assert [(start, end, top.description) for start, end, top in timeline.events(seen, 0.5)] == [
+        (2, 8, "d2"),
+        (8, 12, "d4"),
+    ]
+    assert timeline.events(seen, 1.01) == []
+
+
+def test_a_curve_and_what_stands_out(world, cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "46")
+    monkeypatch.setattr(timeline, "reply", lambda *_: ([], "A red car."))
+    path = world / "a b.mkv"
+    status, out, err = cli("--video", path, path, "--window", 3, "--threshold", 0, "--score", "yes")
+    lines = out.splitlines()
+    assert status == 0 and lines[0] == lines[len(lines) // 2] == str(path)
+    assert all(len(line) == 43 for line in lines[1:5]) and lines[5] == f"   0{'7.3 s':>39}"
+    assert lines[6].startswith("0.0-7.3 s  0.") and lines[6].endswith("  A red car.")
+    assert any("s of video" in line for line in err)
+    out = cli("--video", path, "--threshold", 1, "--score", "yes")[1]
+    assert "nothing stands out; the highest score is 0." in out
+
+
+def test_plot_and_video(world, cli, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(timeline, "reply", lambda *_: ([], "A red car."))
+    plot, video = tmp_path / "curve 1.png", tmp_path / "with curve.mp4"
+    options = ["--window", 3, "--threshold", 0, "--score", "yes", "--plot", plot, "--out-video", video]
+    status, _, err = cli("--video", world / "a b.mkv", *options)
+    assert status == 0, err
+    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and sorted(os.listdir(tmp_path)) == [plot.name, video.name]
+    shown = subprocess.run(
+        [*FFMPEG, "-i", video, "-f", "rawvideo", "-pix_fmt", "gray", "-"], capture_output=True
+    ).stdout
+    frames = np.frombuffer(shown, np.uint8).reshape(-1, 360 + 96, 640)
+    assert len(frames) == 73 and frames[0, :360].std() > 30
+    lines = (frames[:, 365:375] > 200).all(1).argmax(1)  # the white line walks from left to right
+    assert lines[0] == 0 and (np.diff(lines) >= 0).all() and 620 < lines[-1] < 640
+
+
+def test_strip():
+    strip = timeline.draw_strip([Window("v", 0, 1, 0.0, None), Window("v", 1, 2, 1.0, None)], 0.5, 10, 8)
+    assert strip.shape == (8, 10, 3) and (strip[:4, :5] == 24).all() and (strip[:4, 5:] == (255, 50, 60)).all()
+    assert (strip[4, ::6] == 160).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+@given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))
+def test_auc_counts_pairs(positive, negative):
+    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+    assert timeline.auc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_agreement_by_hand():
+    def video(*scores):
+        return [Window("v", 2.0 * k, 2.0 * k + 4, score, None) for k, score in enumerate(scores)]
+
+    assert timeline.auc([], [1]) is None
+    one = video(0.1, 0.2, 0.9, 0.3), (5.0, 9.0)  # windows at 2 and 6 are half in, that at 4 more, that at 0 not
+    two = video(0.8, 0.1, 0.2, 0.4), (7.0, 8.0)  # the windows at 4 and 6 are a quarter in: left out; 0 and 2 not
+    result = timeline.agreement([one, two])
+    pairs = [(p > n) + (p == n) / 2 for p in (0.9, 0.3) for n in (0.1, 0.8, 0.1)]
+    expected = {"videos": 2, "hits": 1, "chance": (3 / 4 + 2 / 4) / 2, "windows": 5, "auc": sum(pairs) / len(pairs)}
+    assert {k: pytest.approx(v) for k, v in expected.items()} == result
+
+
+def test_annotations(world, cli, tmp_path):
+    rows = [{"video": str(world / name), "abnormal": [2, 5], "kind": "way"} for name in ("a b.mkv", "text.mp4")]
+    index = tmp_path / "long.jsonl"
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = cli("--annotations", index, "--window", 3, "--threshold", 0)  # 0-3, 2-5, 4-7 and 4.3-7.3 s
+    assert status == 2 and [line.split(": ")[1] for line in err if line.startswith("error: ")] == [rows[1]["video"]]
+    first, second = out.splitlines()
+    assert first == "highest window on the event: 100% of 1 videos (by chance 100%)"
+    assert second == "AUC of window scores: undefined (1 windows)"
+    out = cli("--annotations", index, "--window", 3, "--json", "--threshold", 0)[1]
+    assert all(json.loads(line)["description"] is None for line in out.splitlines())
+    index.write_text('{"video": "x", "abnormal": [3, 3]}\n')
+    assert cli("--annotations", index)[2] == [f'error: {index}, line 1: needs "video" and "abnormal": [start, end]']
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def test_bad_videos_do_not_stop_the_others(world, cli):
+    paths = [world / name for name in ("missing.mkv", "text.mp4", "cut.mkv", "a b.mkv")]
+    status, out, err = cli("--video", *paths, "--json", "--window", 2)
+    errors = [line for line in err if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 3 and all(f"{p}: " in e for p, e in zip(paths, errors, strict=False))
+    assert "is cut short after" in errors[2]
+    assert {json.loads(line)["video"] for line in out.splitlines()} == {str(paths[2]), str(paths[3])}
+
+
+def test_bad_streams(world, cli, monkeypatch):
+    with open(world / "text.mp4", "rb") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        status, out, err = cli("--video", "-")
+    assert status == 2 and out == "" and err[-1].startswith("error: -: gives no frames")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--video x --annotations y", "--video x --stride 5", "--video x --window 0", "--video x y --plot p.png",
+     "--video - --out-video v.mp4", "--video x --plot nowhere/p.png", "--video x --threshold 2", "--annotations nowhere",
+     "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
+)  # fmt: skip
+def test_wrong_options_are_one_line(world, cli, options):
+    status, out, err = cli(*options.format(world=world).split())
+    assert status == 2 and out == "" and err[-1].startswith("error: ") and len(err) <= 2
+
+
+def test_no_matplotlib_is_one_line(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli("--video", "x", "--plot", "p.png")[2] == [
+        "error: --plot needs matplotlib: pip install matplotlib (--help explains)"
+    ]
+
+
+def test_phrases(tmp_path):
+    file = Path(tmp_path / "kinds.json")
+    file.write_text('{"normal": "all well", "fire": "burns"}')
+    assert timeline.read_phrases(file) == ["burns"]
+    for text in ("[]", "{}", '{"normal": "all well"}', '{"fire": 3}', "{"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="kinds.json: must be JSON like"):
+            timeline.read_phrases(file)
