@@ -247,9 +247,9 @@ def predict(rows, asked, args, rank=0, world=1):
                 if isinstance(reason, str):
                     tqdm.write(f"error: {reason}", file=sys.stderr)
                     bad.append((i, asked[i][0]["video"]))
-            if good:
+            if any(None in done[i] for i, _ in good):  # else only what cannot be read was missing
                 answer_batch(model, tokenizer, [clip for _, clip in good], [asked[i] for i, _ in good], args)
-            for i, _ in good:
+            for i in (i for i, _ in good if None in done[i]):
                 if world > 1:
                     file.write(as_line({"clip": i, "predictions": asked[i]}))
                 else:

@@ -1,5 +1,6 @@
 """Scoring with a small random model: resuming after a kill, several processes, BLEU, the judge, the comparison."""
 
+import functools
 import json
 import os
 import signal
@@ -63,9 +64,13 @@ def options(world, out, *more):
             "--workers", "0", "--batch-size", "2", "--max-new-tokens", "8", *more]  # fmt: skip
 
 
+remembered = functools.lru_cache(evaluate.read_clip)
+
+
 @pytest.fixture
-def run(world, capfd):
-    """evaluate's main with these options -> (status, output)"""
+def run(world, capfd, monkeypatch):
+    """evaluate's main with these options -> (status, output). Each clip is read once for all tests."""
+    monkeypatch.setattr(evaluate, "read_clip", remembered)
 
     def run(out, *more):
         capfd.readouterr()
@@ -143,11 +148,13 @@ def test_refusals_are_kept_on_demand(world):
     assert counts == {"clips": 6, "skipped": 0, "refused": 0} and asked[1][0]["reference"].startswith("As an AI")
 
 
-# Reads jobs from stdin, one line each: processes that run at the same time as [[options, environment, kill]], where kill
+# Runs evaluate with the options of its first line; then reads jobs, one line each: processes that run at the same time as [[options, environment, kill]], where kill
 # is [function, n]: SIGKILL instead of its n-th call ("torn": at the n-th batch, with half a line written).
 FORKS = """
-import json, os, signal, sys, traceback
+import functools, json, os, signal, sys, traceback
 from apps import evaluate
+evaluate.read_clip = functools.lru_cache(evaluate.read_clip)
+evaluate.main(json.loads(input()))
 def child(options, environment, kill):
     os.environ.update(environment)
     if kill:
@@ -167,9 +174,12 @@ def child(options, environment, kill):
         setattr(module, name, counted)
     try:
         return evaluate.main(options)
+    except SystemExit as stop:
+        return stop.code
     except BaseException:
         traceback.print_exc()
         return 99
+sys.stdout.flush()
 for line in sys.stdin:
     processes = []
     for job in json.loads(line):
@@ -195,7 +205,7 @@ def test_kills_and_processes_change_nothing(world, tmp_path):
         return [[options(world, out), {}, kill]]
 
     kills = [("os.replace", 1), ("torn", 2), ("answer_batch", 3)]  # before the first record, amid and between clips
-    jobs, expected = [alone(tmp_path / "whole")], [[0]]
+    jobs, expected = [options(world, tmp_path / "whole")], []
     for i, kill in enumerate(kills):
         jobs += [alone(tmp_path / f"kill{i}", kill), alone(tmp_path / f"kill{i}")]
         expected += [[-signal.SIGKILL], [0]]
@@ -515,7 +525,7 @@ def written(path, predictions):
 
 
 def test_comparison_of_known_cases(tmp_path, capfd):
-    right = [prediction(i, f"Fire {i}." if i % 3 else "Smoke.", "ab"[i % 2]) for i in range(40)]
+    right = [prediction(i, f"Fire {i}." + " smoke" * (i * i % 7), "ab"[i % 2]) for i in range(40)]
     wrong = [p | {"answer": "Nothing at all happens."} for p in right]
     a, b = written(tmp_path / "a", right), written(tmp_path / "b", wrong)
     lines, alone = compare.compare([a, a])
