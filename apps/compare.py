@@ -108,8 +108,8 @@ def print_table(lines):
         if (line["task"], line["source"]) != before:
             before = line["task"], line["source"]
             print(f"{line['task']}, {line['source'] or '(no source)'}, {line['clips']} clips")
-        star = "*" if line["low"] > 0 or line["high"] < 0 else ""
-        print("  {metric:32}{a:7.3f}{b:8.3f}{difference:+9.3f}  [{low:+.3f}, {high:+.3f}] ".format(**line) + star)
+        star = " *" if line["low"] > 0 or line["high"] < 0 else ""
+        print("  {metric:32}{a:7.3f}{b:8.3f}{difference:+9.3f}  [{low:+.3f}, {high:+.3f}]".format(**line) + star)
 
 
 def parse_args(argv=None):

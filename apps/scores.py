@@ -162,12 +162,12 @@ def print_scores(scores):
     """The layout of the paper's Table 1, one task after the other, then what only the toy world has."""
 
     def row(name, numbers, n):
-        cells = "".join("       –" if x is None else f"{x:8.3f}" for x in numbers)
+        cells = "".join("        –" if x is None else f"{x:9.3f}" for x in numbers)
         print(f"  {name:24}{cells}  {n:>11}")
 
     columns = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "Reason.", "Detail", "Consist."]
     for task, sources in scores["bleu"].items():
-        print(f"{task:26}" + "".join(f"{column:>8}" for column in columns) + "  predictions")
+        print(f"{task:26}" + "".join(f"{column:>9}" for column in columns) + "  predictions")
         for source, score in sources.items():
             judged = scores.get("judge", {}).get("scores", {}).get(task, {}).get(source, {})
             row(source or "(no source)", score["bleu"] + [judged.get(name) for name in CRITERIA], score["n"])

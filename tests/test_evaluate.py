@@ -105,7 +105,7 @@ def test_evaluate_resumes_to_the_same_file(world, tmp_path, run):
     assert found["options"] == json.loads((tmp_path / "whole.jsonl.options.json").read_text())
     assert len(found["options"]["weights_sha256"]) == 64 and found["options"]["max_new_tokens"] == 8
     assert "6 clips: 1 unreadable, 1 skipped; 1 refused references left out" in printed.out
-    assert "0.043   0.283   0.320   0.218" in printed.out and "mteval-v13a" in printed.out
+    assert "0.043    0.283    0.320    0.218" in printed.out and "mteval-v13a" in printed.out
     data = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
     for cut in (0, ends[0], ends[2] + 20, ends[-1]):
@@ -140,6 +140,18 @@ def test_another_run_is_refused(world, tmp_path, run):
         assert status == 2 and printed.err.splitlines()[-1].startswith("error: ") and "Traceback" not in printed.err
     status, printed = run(tmp_path / "new.jsonl", "--task", "answer", "--limit", "1")
     assert status == 2 and "holds nothing for --task answer" in printed.err
+
+
+def test_help_and_wrong_options_are_for_people(tmp_path, capfd):
+    for program, words in ((evaluate, "--judge-rate"), (compare, "--resamples")):
+        with pytest.raises(SystemExit, match="0"):
+            program.main(["--help"])
+        assert words in capfd.readouterr().out
+    (tmp_path / "there").touch()
+    for wrong in ("", "--out nowhere", f"--out {tmp_path}/there --dry-run", "--out x --judge-rate 0"):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main(wrong.split())
+        assert capfd.readouterr().err.startswith("error: ")
 
 
 def test_refusals_are_kept_on_demand(world):
@@ -509,7 +521,7 @@ def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch)
     status, printed = judged()
     assert (
         status == 0
-        and "0.500   0.500   0.500            8" in printed.out
+        and "0.500    0.500    0.500            8" in printed.out
         and "judge: m, 0 marks failed" in printed.out
     )
     assert json.loads((tmp_path / "p.scores.json").read_text())["judge"]["model"] == "m"
