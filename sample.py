@@ -349,10 +349,14 @@ def add_model_options(p):
     )
 
 
+def weights_folder(args):
+    real = WEIGHTS / "hawk-7b"
+    return Path(args.weights or (real if real.is_dir() else WEIGHTS / "tiny"))
+
+
 def load_from_options(args):
     """(model, tokenizer) for the model options, with one line on stderr when these weights know only the toy world."""
-    real = WEIGHTS / "hawk-7b"
-    folder = args.weights or (real if real.is_dir() else WEIGHTS / "tiny")
+    folder, real = weights_folder(args), WEIGHTS / "hawk-7b"
     model, tokenizer = load(folder, args.device, getattr(torch, args.dtype) if args.dtype else None)
     if small_world(model.config):
         note(

@@ -2,74 +2,192 @@
 
     python -m apps.evaluate --annotations data/toy/test.jsonl --out predictions.jsonl
     python -m apps.evaluate --annotations data/hawk/test.jsonl --out hawk.jsonl --weights weights/hawk-7b --task describe
+    torchrun --standalone --nproc_per_node=4 -m apps.evaluate --annotations data/hawk/test.jsonl --out hawk.jsonl
+    python -m apps.evaluate --out hawk.jsonl --judge gpt-4o-mini --dry-run    # the paper's GPT scores, see apps/judge.py
+    python -m apps.compare hawk.jsonl other.jsonl                             # the same clips, two models: who is better?
 
 Each line of the output is one prediction: video, task (describe or answer), question, answer, reference, source, and for
-toy clips the kind. Decoding is greedy. Start a run that was stopped again and it goes on where it was, to the same file.
-At the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source (paper, Table 1), and for a toy world (a
-kinds.json beside the index) how often the right kind of event is named, what is confused, and how often the colour,
-object and place of the main actor stand in the description.
+toy clips the kind. Decoding is greedy, or with --beams a search; never random. What decides the answers (SHA-256 of the
+weights and of the index, options) is written to OUT.options.json before the first clip. Start a run that was killed again
+and it goes on where it was, to the same file; with other weights or options it refuses. Under torchrun each process takes
+every n-th batch into OUT.rank0, OUT.rank1, …, and the first one puts them together in the order of the index.
+
+At the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source in the layout of the paper's Table 1, what
+was left out, and for a toy world (a kinds.json beside the index) how often the right kind of event is named, what is
+confused, and how often the colour, object and place of the main actor stand in the description.
 """
 
+import glob
+import hashlib
 import json
-import math
 import os
-import re
 import sys
-from collections import Counter
+from collections import defaultdict, deque
+from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from apps.scores import (
+    PAPER,
+    TOKENISATION,
+    appendable,
+    as_line,
+    bleu_per_source,
+    fact_scores,
+    identity,
+    kind_scores,
+    print_scores,
+    read_lines,
+)
+from apps.scores import bleu as bleu  # the name that others import from here
 from data import DESCRIBE_QUESTIONS, VideoError, read_clip, read_index
-from hawk import Encoding
-from sample import PROBLEMS, Parser, add_model_options, complain, encode_clips, load_from_options, note, number
-
-MAX_NEW_TOKENS = 128
-FACTS = ("colour", "object", "place")  # fields of toy rows that a description should name
+from hawk import Encoding, read_chain
+from sample import (
+    PROBLEMS,
+    Parser,
+    add_model_options,
+    best_device,
+    complain,
+    encode_clips,
+    load_from_options,
+    note,
+    number,
+    weights_folder,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Predictions
+# What is asked
 
 
-def questions(row, name, task):
+def questions(row, name, args):
     """The predictions that a row of an index asks for, with an empty answer."""
     asked = []
-    if task != "answer" and row.get("description"):
+    if args.task != "answer" and row.get("description") and (args.keep_refusals or not refused(row)):
         asked.append(("describe", DESCRIBE_QUESTIONS[0], row["description"]))
-    if task != "describe":
+    if args.task != "describe":
         asked += [("answer", turn["q"], turn["a"]) for turn in row.get("qa") or [] if turn["a"]]
     extra = {"source": row.get("source", "")} | ({"kind": row["kind"]} if "kind" in row else {})
     return [{"video": name, "task": t, "question": q, "answer": "", "reference": r} | extra for t, q, r in asked]
 
 
-def identity(prediction):
-    return tuple(prediction[key] for key in ("video", "task", "question", "reference"))
+def refused(row):
+    """Whether the description is a refusal of the language model that should have written it ("As an AI …")."""
+    return "refusal" in (row.get("flags") or [])
 
 
-def load_index(path, limit=None):
-    """-> rows of the index (absolute paths in "video"), and the name of each video as the index has it."""
-    rows, folder = read_index(path)[:limit], os.path.dirname(os.path.abspath(path)) + os.sep
-    return rows, [row["video"].removeprefix(folder) for row in rows]
+def load_index(args):
+    """-> rows of the index that ask something (absolute paths in "video"), the predictions they ask for with videos named
+    as the index does, and how many were left out."""
+    folder = os.path.dirname(os.path.abspath(args.annotations)) + os.sep
+    rows = read_index(args.annotations)[: args.limit]
+    asked = [questions(row, row["video"].removeprefix(folder), args) for row in rows]
+    counts = {"clips": len(rows), "skipped": sum(not predictions for predictions in asked)}
+    left_out = args.task != "answer" and not args.keep_refusals
+    counts["refused"] = sum(refused(row) and bool(row.get("description")) for row in rows) if left_out else 0
+    if counts["skipped"] == len(rows):
+        raise ValueError(f"{args.annotations}: holds nothing for --task {args.task}")
+    kept = [i for i, predictions in enumerate(asked) if predictions]
+    return [rows[i] for i in kept], [asked[i] for i in kept], counts
 
 
-def read_predictions(path):
-    """The predictions of a file, [] if there is none yet. A half-written last line, of a run that was killed, is cut off
-    the file; any other bad line is a ValueError."""
-    if not os.path.exists(path):
-        return []
-    text = Path(path).read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        os.truncate(path, whole)
-    lines = []
-    for number_, line in enumerate(text[:whole].decode().splitlines(), 1):
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that survive a kill
+
+
+def write_json(path, thing):
+    new = Path(f"{path}.tmp")
+    new.write_text(json.dumps(thing, indent=1) + "\n")
+    new.replace(path)
+
+
+def sha256(*files):
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def decisive_options(args):
+    """Everything that decides the answers, and (the two paths) for the reader where it came from."""
+    folder = weights_folder(args)
+    folders = read_chain(folder)[1]  # weights may build on others; all of them count
+    files = [file for f in folders for file in sorted(f.glob("model*.safetensors")) or [f / "config.json"]]
+    device = torch.device(args.device or best_device()).type
+    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    names = ("task", "limit", "keep_refusals", "batch_size", "max_new_tokens", "beams", "repetition_penalty")
+    return {
+        "weights": str(folder.resolve()), "weights_sha256": sha256(*files, folder / "tokenizer.model"),
+        "config": vars(read_chain(folder)[0]), "annotations": os.path.abspath(args.annotations),
+        "annotations_sha256": sha256(args.annotations), "device": device, "dtype": dtype, "temperature": 0.0,
+    } | {name: getattr(args, name) for name in names}  # fmt: skip
+
+
+def record_options(args):
+    """Writes OUT.options.json; if the output is begun, a ValueError that says which options differ from it."""
+    path, new = Path(f"{args.out}.options.json"), json.loads(json.dumps(decisive_options(args)))
+    begun = read_lines(args.out) or parts(args.out)
+    if begun and not path.exists():
+        note(f"note: {args.out} has no {path.name}; its answers are taken to come from these weights and options")
+    if begun and path.exists():
         try:
-            lines.append(json.loads(line))
-            identity(lines[-1])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number_}: not a prediction; is it another file?") from None
-    return lines
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: cannot be read; give another --out") from None
+        pairs = ((name, old.get(name), value) for name, value in new.items() if name not in ("weights", "annotations"))
+        differ = [
+            name if name == "config" else f"{name} was {str(a)[:12]}, is {str(b)[:12]}"
+            for name, a, b in pairs
+            if a != b
+        ]
+        if differ:
+            raise ValueError(
+                f"{args.out} was begun otherwise ({'; '.join(differ)}); give another --out, or the same options"
+            )
+    write_json(path, new)
+    return new
+
+
+def parts(out):
+    """The files of single processes, OUT.rank0, OUT.rank1, … Their lines: {"clip": number, "predictions": [...]}."""
+    return sorted(glob.glob(f"{glob.escape(str(out))}.rank[0-9]*"))
+
+
+def read_done(out, asked):
+    """For each clip its predictions so far, None for one that is missing."""
+    done, places = [[None] * len(predictions) for predictions in asked], defaultdict(deque)
+    for i, predictions in enumerate(asked):
+        for j, p in enumerate(predictions):
+            places[identity(p)].append((i, j))  # several, if an index asks the same twice
+    for p in read_lines(out):
+        if not places[identity(p)]:
+            raise ValueError(f"{out}: holds a prediction about {p['video']} that the index does not ask for")
+        i, j = places[identity(p)].popleft()
+        done[i][j] = p
+    for line in (line for part in parts(out) for line in read_lines(part, lambda line: done[line["clip"]])):
+        pairs = zip(done[line["clip"]], line["predictions"], strict=True)
+        done[line["clip"]] = [have or made for have, made in pairs]
+    return done
+
+
+def merge(out, asked):
+    """Puts everything done into `out`, in the order of the index, and returns it."""
+    done = [p for predictions in read_done(out, asked) for p in predictions if p]
+    content = b"".join(map(as_line, done))
+    if not os.path.exists(out) or Path(out).read_bytes() != content:
+        Path(f"{out}.tmp").write_bytes(content)
+        os.replace(f"{out}.tmp", out)
+    for part in parts(out):
+        os.remove(part)
+    return done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictions
 
 
 class Clips(Dataset):
@@ -89,157 +207,101 @@ class Clips(Dataset):
             return str(error)
 
 
-def answer_batch(model, tokenizer, clips, asked, size):
-    """Fills in "answer" of the predictions asked[i] about each clip i, `size` prompts at a time."""
+def answer_batch(model, tokenizer, clips, asked, args):
+    """Fills in "answer" of the predictions asked[i] about each clip i, --batch-size prompts at a time."""
     encoding = encode_clips(model, clips)
     jobs = [(i, prediction) for i, predictions in enumerate(asked) for prediction in predictions]
-    for start in range(0, len(jobs), size):
-        of, predictions = zip(*jobs[start : start + size], strict=True)
+    search = {"beams": args.beams, "repetition_penalty": args.repetition_penalty, "eos_id": tokenizer.eos}
+    for start in range(0, len(jobs), args.batch_size):
+        of, predictions = zip(*jobs[start : start + args.batch_size], strict=True)
         ids = [
             tokenizer.encode_prompt(prediction["question"], clips[i].message, model.config.n_visual)
             for i, prediction in zip(of, predictions, strict=True)
         ]
         rows = Encoding(*(x[list(of)] for x in vars(encoding).values()))
-        made = model.generate(None, None, ids, MAX_NEW_TOKENS, eos_id=tokenizer.eos, encoding=rows)
+        made = model.generate(None, None, ids, args.max_new_tokens, encoding=rows, **search)
         for prediction, new in zip(predictions, made, strict=True):
             prediction["answer"] = tokenizer.decode(new)
 
 
-def predict(model, tokenizer, rows, names, args):
-    """Appends to args.out what it lacks. Returns the names of the videos that cannot be read.
+def predict(rows, asked, args, rank=0, world=1):
+    """Adds to the output what it lacks. Returns [(row, video)] of those that cannot be read.
 
-    Batches are the same whatever is done already, and are answered whole, so that a resumed run computes what an
-    undisturbed one does, to the last bit.
+    Batches are the same whatever is done already and however many processes share them, and are answered whole, so that
+    every run computes what an undisturbed one does, to the last bit (on the CPU: with the same number of threads).
     """
-    asked = [questions(row, name, args.task) for row, name in zip(rows, names, strict=True)]
-    new, have = [[] for _ in rows], Counter(map(identity, read_predictions(args.out)))  # new: what the file lacks
-    for i, p in ((i, p) for i, predictions in enumerate(asked) for p in predictions):
-        have[identity(p)] -= 1  # counted, since an index may ask the same twice
-        if have[identity(p)] < 0:
-            new[i].append(p)
-    batches = [list(range(i, min(i + args.batch_size, len(rows)))) for i in range(0, len(rows), args.batch_size)]
-    batches = [batch for batch in batches if any(new[i] for i in batch)]
+    done = read_done(args.out, asked)
+    batches = [range(i, min(i + args.batch_size, len(rows))) for i in range(0, len(rows), args.batch_size)][rank::world]
+    todo = [batch for batch in batches if any(None in done[i] for i in batch)]
+    if not todo:
+        return []
+    model, tokenizer = load_from_options(args)
     bad, clips = [], Clips([row["video"] for row in rows], model.config)
-    loader = DataLoader(clips, batch_sampler=batches, num_workers=args.workers, collate_fn=list)
-    bar = tqdm(total=len(rows), initial=len(rows) - sum(map(len, batches)), unit="clip", file=sys.stderr)
-    with open(args.out, "a", encoding="utf-8") as file, bar:
-        for batch, read in zip(batches, loader, strict=True):
+    loader = DataLoader(clips, batch_sampler=todo, num_workers=args.workers, collate_fn=list)
+    total = sum(map(len, batches))
+    bar = tqdm(total=total, initial=total - sum(map(len, todo)), unit="clip", file=sys.stderr, disable=rank > 0)
+    with appendable(args.out if world == 1 else f"{args.out}.rank{rank}") as file, bar:
+        for batch, read in zip(todo, loader, strict=True):
+            good = [(i, clip) for i, clip in zip(batch, read, strict=True) if not isinstance(clip, str)]
             for i, reason in zip(batch, read, strict=True):
                 if isinstance(reason, str):
                     tqdm.write(f"error: {reason}", file=sys.stderr)
-                    bad.append(names[i])
-            good = [(clip, i) for clip, i in zip(read, batch, strict=True) if not isinstance(clip, str)]
-            if good:
-                answer_batch(model, tokenizer, [c for c, _ in good], [asked[i] for _, i in good], args.batch_size)
-            file.writelines(json.dumps(p) + "\n" for _, i in good for p in new[i])
+                    bad.append((i, asked[i][0]["video"]))
+            if any(None in done[i] for i, _ in good):  # else only what cannot be read was missing
+                answer_batch(model, tokenizer, [clip for _, clip in good], [asked[i] for i, _ in good], args)
+            for i in (i for i, _ in good if None in done[i]):
+                if world > 1:
+                    file.write(as_line({"clip": i, "predictions": asked[i]}))
+                else:
+                    file.writelines(as_line(p) for p, have in zip(asked[i], done[i], strict=True) if not have)
             file.flush()
             bar.update(len(batch))
     return bad
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# BLEU
+def start_processes(args):
+    """(rank, processes): torchrun sets RANK; without it this is one process. Only short messages go between them."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
+    if args.device in (None, "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return dist.get_rank(), dist.get_world_size()
 
 
-def words(text):
-    """Lower-cased, split at spaces and around punctuation by the rules of mteval-v13a (sacrebleu's "13a"): a full stop or
-    comma between two digits, an apostrophe, and a hyphen that follows no digit stay in the word."""
-    text = f" {text.lower()} "
-    text = re.sub(r'([!"#$%&()*+/:;<=>?@\[\\\]^_`{|}~])', r" \1 ", text)
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
-    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
-
-
-def bleu(hypotheses, references):
-    """Corpus BLEU with one reference each: [BLEU-1, BLEU-2, BLEU-3, BLEU-4], 0 to 1, over lists of texts.
-
-    BLEU-n is the brevity penalty times the geometric mean of the clipped 1…n-gram precisions, without smoothing: equal
-    to `sacrebleu --lowercase --smooth-method none` with that n. An empty answer has no n-gram and counts as length 0.
-    """
-    matched, total, lengths = [0] * 4, [0] * 4, [0, 0]
-    for hypothesis, reference in zip(hypotheses, references, strict=True):
-        pair = words(hypothesis), words(reference)
-        for n in range(1, 5):
-            h, r = (Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in pair)
-            matched[n - 1] += (h & r).total()
-            total[n - 1] += h.total()
-        lengths = [length + len(w) for length, w in zip(lengths, pair, strict=True)]
-    scores, log_precision = [], 0.0
-    for n in range(1, 5):
-        if not matched[n - 1]:
-            return scores + [0.0] * (5 - n)
-        log_precision += math.log(matched[n - 1] / total[n - 1])
-        scores.append(math.exp(min(0.0, 1 - lengths[1] / lengths[0]) + log_precision / n))
-    return scores
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scores
-
-
-def bleu_per_source(predictions):
-    """{task: {source or "all": {"n": predictions, "bleu": [BLEU-1…4]}}}"""
-    table = {}
-    for task in sorted({p["task"] for p in predictions}, reverse=True):
-        of_task = [p for p in predictions if p["task"] == task]
-        sources = sorted({p["source"] for p in of_task})
-        for name in [*sources, "all"]:
-            chosen = [p for p in of_task if name in ("all", p["source"])]
-            score = bleu([p["answer"] for p in chosen], [p["reference"] for p in chosen])
-            table.setdefault(task, {})[name] = {"n": len(chosen), "bleu": score}
-    return table
-
-
-def kind_scores(predictions, kinds):
-    """Of toy descriptions: {"overall": share that names the right kind and no other, "kinds": {kind: [right, all]},
-    "confusions": [[kind, what was named, count], …] by count}. kinds: {kind: phrase}."""
-    counts, confusions = {kind: [0, 0] for kind in kinds}, Counter()
-    for p in predictions:
-        if p["task"] != "describe" or p.get("kind") not in kinds:
-            continue
-        named = [kind for kind, phrase in kinds.items() if phrase.lower() in p["answer"].lower()]
-        counts[p["kind"]][0] += named == [p["kind"]]
-        counts[p["kind"]][1] += 1
-        if named != [p["kind"]]:
-            confusions[p["kind"], " and ".join(named) or "none"] += 1
-    right, n = (sum(column) for column in zip(*counts.values(), strict=True))
-    ranked = [[*pair, count] for pair, count in confusions.most_common()]
-    return {"overall": right / n if n else None, "kinds": counts, "confusions": ranked}
-
-
-def fact_scores(predictions, rows, names):
-    """{fact: [descriptions that have it, all]} for colour, object and place of the toy rows, matched as whole words."""
-    row_of, counts = dict(zip(names, rows, strict=True)), {fact: [0, 0] for fact in FACTS}
-    for p in predictions:
-        for fact in FACTS:
-            truth = row_of.get(p["video"], {}).get(fact)
-            if p["task"] == "describe" and truth:
-                found = re.search(rf"\b{re.escape(truth)}\b", p["answer"], re.IGNORECASE)
-                counts[fact][0] += bool(found)
-                counts[fact][1] += 1
-    return counts
-
-
-def print_scores(scores):
-    share = "{0:>6.1%}  ({1}/{2})".format
-    for task, sources in scores["bleu"].items():
-        print(f"{task:24}" + "".join(f"  BLEU-{n}" for n in range(1, 5)) + "  predictions")
-        for source, score in sources.items():
-            print(
-                f"  {source or '(no source)':22}" + "".join(f"  {b:6.3f}" for b in score["bleu"]) + f"  {score['n']:11}"
-            )
-    if "kinds" in scores:
-        kinds = scores["kinds"]
-        print("kind named, and no other")
-        counts = kinds["kinds"] | {"all": [sum(column) for column in zip(*kinds["kinds"].values(), strict=True)]}
-        for name, (right, n) in (counts | {f"{f} named": c for f, c in scores["facts"].items()}).items():
-            if n:
-                print(f"  {name:22}  {share(right / n, right, n)}")
-        for kind, named, count in kinds["confusions"][:10]:
-            print(f"  {count:4} times {kind} was taken for {named}")
-    if scores["unreadable"]:
-        print(f"{len(scores['unreadable'])} videos could not be read")
+def predict_index(args):
+    """All that --annotations asks for: (predictions, scores so far), or None on all processes but the first."""
+    rank, world = start_processes(args)
+    message = [None]
+    if rank == 0:  # the first process checks and prepares; an error of its is everyone's end
+        try:
+            rows, asked, counts = load_index(args)
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            options = record_options(args)
+        except PROBLEMS as error:
+            message = [error]
+    if world > 1:
+        dist.broadcast_object_list(message)
+    if message[0]:
+        raise message[0] if rank == 0 else SystemExit(2)
+    if rank:
+        rows, asked, counts = load_index(args)
+    bad = [predict(rows, asked, args, rank, world)]
+    if world > 1:
+        bad, mine = [None] * world, bad[0]
+        dist.all_gather_object(bad, mine)  # also waits for all
+        dist.destroy_process_group()
+    if rank:
+        return None
+    predictions = merge(args.out, asked)
+    unreadable = [name for _, name in sorted(pair for pairs in bad for pair in pairs)]
+    scores = {"counts": counts, "unreadable": unreadable, "options": options}
+    kinds = Path(args.annotations).parent / "kinds.json"
+    if kinds.exists():
+        names = [predictions_[0]["video"] for predictions_ in asked]
+        scores["kinds"] = kind_scores(predictions, json.loads(kinds.read_text()))
+        scores["facts"] = fact_scores(predictions, rows, names)
+    return predictions, scores
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,37 +310,86 @@ def print_scores(scores):
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--annotations", required=True, metavar="INDEX", help="index file (JSON lines)")
+    p.add_argument("--annotations", metavar="INDEX", help="index file (JSON lines); without it, score what --out holds")
     p.add_argument("--out", required=True, metavar="FILE", help="predictions; gone on with if it is there")
     p.add_argument("--task", choices=["describe", "answer", "both"], default="both")
     p.add_argument("--limit", type=number(int, 1), help="only the first clips of the index")
-    p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips, and prompts, at a time")
-    p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read videos")
+    p.add_argument(
+        "--keep-refusals", action="store_true", help='also describe clips flagged "refusal" (default: count)'
+    )
+    p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips, and prompts, at a time (default: 16)")
+    p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read videos (default: 2)")
     add_model_options(p)
-    return p.parse_args(argv)
+    g = p.add_argument_group("decoding")
+    g.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="longest answer (default: 128)")
+    g.add_argument(
+        "--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side (default: 1)"
+    )
+    g.add_argument("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
+    g = p.add_argument_group("judge", "The paper's GPT-guided scores from any OpenAI-compatible endpoint; every reply is "
+                             "kept in OUT.judge.jsonl, and none is paid for twice. The key is read from OPENAI_API_KEY.")  # fmt: skip
+    g.add_argument("--judge", metavar="MODEL", help="the endpoint's name of the model that marks the answers")
+    g.add_argument("--judge-url", metavar="URL", help="default: OPENAI_BASE_URL, else https://api.openai.com/v1")
+    g.add_argument(
+        "--judge-rate", type=number(float, 0.01), default=60.0, metavar="N", help="requests a minute (default: 60)"
+    )
+    g.add_argument(
+        "--dry-run", action="store_true", help="send nothing, predict nothing: how many requests would it be?"
+    )
+    args = p.parse_args(argv)
+    if not args.annotations and not os.path.exists(args.out):
+        p.error("--annotations is missing, and --out is not there to be scored")
+    if args.dry_run and not args.judge:
+        p.error("--dry-run goes with --judge MODEL")
+    return args
+
+
+def dry_run(args):
+    """Prints the cost of --judge; an answer that is still to be made is taken to be as long as its reference."""
+    from apps.judge import cost
+
+    predictions = read_lines(args.out)
+    if args.annotations:
+        asked = load_index(args)[1]
+        pairs = zip(asked, read_done(args.out, asked), strict=True)
+        both = [pair for p, done in pairs for pair in zip(p, done, strict=True)]
+        predictions = [done or p | {"answer": p["reference"]} for p, done in both]
+    print(cost(predictions, args.judge, f"{args.out}.judge.jsonl", args.judge_rate))
+
+
+def score(args):
+    if not args.annotations and int(os.environ.get("RANK", 0)):
+        return  # nothing to share
+    if args.dry_run:
+        return dry_run(args)
+    out = Path(f"{args.out}.scores.json")
+    if args.annotations:
+        found = predict_index(args)
+        if found is None:
+            return
+        predictions, scores = found
+    else:
+        predictions = read_lines(args.out)
+        scores = json.loads(out.read_text()) if out.exists() else {}
+    if not predictions:
+        raise ValueError(f"{args.out}: no predictions to score")
+    scores |= {"bleu": bleu_per_source(predictions), "tokenisation": TOKENISATION, "paper": PAPER}
+    write_json(out, scores)  # before the judge, who may take hours
+    if args.judge:
+        from apps.judge import judge
+
+        scores["judge"] = judge(predictions, args.judge, f"{args.out}.judge.jsonl", args.judge_url, args.judge_rate)
+        write_json(out, scores)
+    print_scores(scores)
+    note(f"written: {args.out}, {out}")
 
 
 def main(argv=None):
-    args = parse_args(argv)
     try:
-        rows, names = load_index(args.annotations, args.limit)
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        read_predictions(args.out)  # another file by mistake? Say so before the model is loaded
-        bad = predict(*load_from_options(args), rows, names, args)
-        predictions = read_predictions(args.out)
-        scores = {"bleu": bleu_per_source(predictions), "unreadable": bad}
-        kinds = Path(args.annotations).parent / "kinds.json"
-        if kinds.exists():
-            scores["kinds"] = kind_scores(predictions, json.loads(kinds.read_text()))
-            scores["facts"] = fact_scores(predictions, rows, names)
-        out = Path(f"{args.out}.scores.json")
-        out.with_suffix(".tmp").write_text(json.dumps(scores, indent=1) + "\n")
-        out.with_suffix(".tmp").replace(out)
+        score(parse_args(argv))
     except PROBLEMS as error:
         complain(error)
         return 2
-    print_scores(scores)
-    note(f"written: {args.out}, {out}")
     return 0
 
 

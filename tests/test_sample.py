@@ -1,4 +1,4 @@
-"""Asking and scoring with a small random model: what goes where, exit status, determinism, chat, BLEU, resuming."""
+"""Asking with a small random model: what goes where, exit status, determinism, chat."""
 
 import io
 import json
@@ -9,14 +9,10 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
-import sacrebleu
 import sentencepiece
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import sample
-from apps import evaluate
 from hawk import PRESETS, Hawk, HawkConfig
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +22,7 @@ SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32,
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with weights, two clips, a broken one, an index and its kinds."""
+    """A folder with weights, two clips and a broken one."""
     folder = tmp_path_factory.mktemp("world")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe",
@@ -41,14 +37,6 @@ def world(tmp_path_factory):
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, folder / f"{name}.mp4"]
         subprocess.run(command, check=True)
     (folder / "broken.mp4").write_text("no video")
-    rows = [
-        {"video": "a b.mp4", "source": "toy", "description": "A car turns back.", "kind": "turn", "colour": "red"},
-        {"video": "broken.mp4", "source": "toy", "description": "A car turns back.", "kind": "turn"},
-        {"video": "c.mp4", "source": "web", "description": "Fire.", "qa": [{"q": "Who?", "a": "A dog."}] * 2},
-        {"video": "a b.mp4", "source": "web", "qa": [{"q": "Where is it?", "a": "In the near lane."}]},
-    ]
-    (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "kinds.json").write_text(json.dumps({"turn": "turns back", "fire": "catches fire"}))
     return folder
 
 
@@ -228,74 +216,3 @@ def test_ctrl_c_stops_the_answer_only(world, loaded, capsys, monkeypatch):
 def test_typed_lines_survive_bad_bytes(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\nb"), encoding="utf-8"))
     assert list(sample.typed_lines()) == ["a\ufffd\n", "b"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# apps/evaluate.py
-
-sentences = st.lists(st.sampled_from("a red Car, 1.5 3,x it's 2-3 well-made (so) …! . é".split()), max_size=8).map(
-    " ".join
-)
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4))
-def test_bleu_equals_sacrebleu(pairs):
-    hypotheses, references = map(list, zip(*pairs, strict=True))
-    for n, ours in enumerate(evaluate.bleu(hypotheses, references), 1):
-        metric = sacrebleu.BLEU(lowercase=True, smooth_method="none", max_ngram_order=n)
-        assert ours == pytest.approx(metric.corpus_score(hypotheses, [references]).score / 100, abs=1e-9)
-
-
-def test_bleu_by_hand():
-    assert evaluate.bleu(["", ""], ["a b c", "d"]) == evaluate.bleu([], []) == [0, 0, 0, 0]
-    assert evaluate.bleu(["The cat sat down."], ["the cat sat down ."]) == [1, 1, 1, 1]
-    assert evaluate.bleu(["a b c"], ["a b d"]) == pytest.approx([2 / 3, (2 / 3 * 1 / 2) ** 0.5, 0, 0])
-    with pytest.raises(ValueError):
-        evaluate.bleu(["a"], [])
-
-
-def test_kinds_and_facts():
-    kinds = {"turn": "turns back", "fire": "catches fire", "normal": "nothing unusual happens"}
-    answers = [("turn", "A red car Turns back."), ("turn", "It turns back and catches fire."), ("fire", "It turns back."),
-               ("fire", ""), ("normal", "Nothing unusual happens in the far lane.")]  # fmt: skip
-    rows = [
-        {"video": str(i), "kind": k, "colour": "red", "place": "in the far lane"} for i, (k, _) in enumerate(answers)
-    ]
-    predictions = [dict(row, task="describe", answer=a) for row, (_, a) in zip(rows, answers, strict=True)]
-    predictions.append({"video": "0", "task": "answer", "kind": "turn", "answer": "A car."})
-    scores = evaluate.kind_scores(predictions, kinds)
-    assert scores["kinds"] == {"turn": [1, 2], "fire": [0, 2], "normal": [1, 1]} and scores["overall"] == 2 / 5
-    assert sorted(scores["confusions"]) == [["fire", "none", 1], ["fire", "turn", 1], ["turn", "turn and fire", 1]]
-    facts = evaluate.fact_scores(predictions, rows, [row["video"] for row in rows])
-    assert facts == {"colour": [1, 5], "object": [0, 0], "place": [1, 5]}  # "ca(tches fi)red" is no colour
-
-
-def test_evaluate_resumes_to_the_same_file(world, tmp_path, capfd):
-    def run(out, *options):
-        command = ["--annotations", str(world / "index.jsonl"), "--weights", str(world / "weights"), "--out", str(out)]
-        status = evaluate.main([*command, "--device", "cpu", "--workers", "0", "--batch-size", "2", *options])
-        return status, capfd.readouterr()
-
-    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    status, printed = run(whole)
-    assert status == 0 and "error: " in printed.err and "broken.mp4" in printed.err
-    predictions = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert [(p["video"], p["task"]) for p in predictions] == [
-        ("a b.mp4", "describe"), ("c.mp4", "describe"), ("c.mp4", "answer"), ("c.mp4", "answer"), ("a b.mp4", "answer"),
-    ]  # fmt: skip
-    assert list(predictions[0]) == ["video", "task", "question", "answer", "reference", "source", "kind"]
-    assert predictions[2]["reference"] == "A dog." and "kind" not in predictions[2]
-    scores = json.loads((tmp_path / "whole.jsonl.scores.json").read_text())
-    assert scores["unreadable"] == ["broken.mp4"] and scores["kinds"]["kinds"]["turn"][1] == 1
-    assert scores["bleu"]["describe"]["all"]["n"] == 2 and list(scores["bleu"]["answer"]) == ["web", "all"]
-    data = whole.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
-    for cut in (0, 10, *ends, ends[2] + 20):
-        part.write_bytes(data[:cut])
-        status, printed = run(part)
-        assert status == 0 and part.read_bytes() == data, cut
-    assert run(part, "--workers", "1")[1].out == printed.out and part.read_bytes() == data
-    part.write_text("not a prediction\n")
-    status, printed = run(part)
-    assert status == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1

@@ -1,0 +1,596 @@
+"""Scoring with a small random model: resuming after a kill, several processes, BLEU, the judge, the comparison."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import sacrebleu
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apps import compare, evaluate, judge, scores
+from hawk import PRESETS, Hawk, HawkConfig
+
+ROOT = Path(__file__).parent.parent
+TEXT = "A red car drives the wrong way in the near lane. Nothing unusual happens on the road. What is it? It is a dog."
+SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32, qformer_layers=1, llama_layers=1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with weights, clips, a broken one, an index and its kinds."""
+    folder = tmp_path_factory.mktemp("world")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+    torch.manual_seed(0)
+    model = Hawk(HawkConfig.from_dict(PRESETS["tiny"] | SMALL | {"vocab_size": vocabulary}))
+    model.save_pretrained(folder / "weights", tokenizer=folder / "tokenizer.model")
+    for name, frames in (("a b", 6), ("c", 3)):  # one is shorter than n_frames
+        source = f"testsrc=size=64x48:rate=5:duration={frames / 5}"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, folder / f"{name}.mp4"]
+        subprocess.run(command, check=True)
+    (folder / "broken.mp4").write_text("no video")
+    rows = [
+        {"video": "a b.mp4", "source": "toy", "description": "A car turns back.", "kind": "turn", "colour": "red"},
+        {"video": "c.mp4", "source": "toy", "description": "As an AI language model, I cannot.", "flags": ["refusal"]},
+        {"video": "broken.mp4", "source": "toy", "description": "A car turns back.", "kind": "turn"},
+        {"video": "c.mp4", "source": "web", "description": "Fire.", "qa": [{"q": "Who?", "a": "A dog."}] * 2},
+        {"video": "a b.mp4", "source": "web", "qa": [{"q": "Where is it?", "a": "In the near lane."}]},
+        {"video": "a b.mp4", "source": "web", "qa": [{"q": "Where is it?", "a": "In the near lane."}]},
+    ]
+    (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "kinds.json").write_text(json.dumps({"turn": "turns back", "fire": "catches fire"}))
+    return folder
+
+
+def options(world, out, *more):
+    return ["--annotations", str(world / "index.jsonl"), "--weights", str(world / "weights"), "--out", str(out), "--device", "cpu",
+            "--workers", "0", "--batch-size", "2", "--max-new-tokens", "8", *more]  # fmt: skip
+
+
+remembered = functools.lru_cache(evaluate.read_clip)
+
+
+@pytest.fixture
+def run(world, capfd, monkeypatch):
+    """evaluate's main with these options -> (status, output). Each clip is read once for all tests."""
+    monkeypatch.setattr(evaluate, "read_clip", remembered)
+
+    def run(out, *more):
+        capfd.readouterr()
+        try:
+            status = evaluate.main(options(world, out, *more))
+        except SystemExit as stop:
+            status = stop.code
+        return status, capfd.readouterr()
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+def test_evaluate_resumes_to_the_same_file(world, tmp_path, run):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    status, printed = run(whole)
+    assert status == 0 and "error: " in printed.err and "broken.mp4" in printed.err
+    predictions = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [(p["video"], p["task"]) for p in predictions] == [
+        ("a b.mp4", "describe"), ("c.mp4", "describe"), ("c.mp4", "answer"), ("c.mp4", "answer"), ("a b.mp4", "answer"),
+        ("a b.mp4", "answer"),
+    ]  # fmt: skip
+    assert list(predictions[0]) == ["video", "task", "question", "answer", "reference", "source", "kind"]
+    assert predictions[2]["reference"] == "A dog." and "kind" not in predictions[2]
+    found = json.loads((tmp_path / "whole.jsonl.scores.json").read_text())
+    assert found["unreadable"] == ["broken.mp4"] and found["kinds"]["kinds"]["turn"][1] == 1
+    assert found["counts"] == {"clips": 6, "skipped": 1, "refused": 1}
+    assert found["bleu"]["describe"]["all"]["n"] == 2 and list(found["bleu"]["answer"]) == ["web", "all"]
+    assert found["options"] == json.loads((tmp_path / "whole.jsonl.options.json").read_text())
+    assert len(found["options"]["weights_sha256"]) == 64 and found["options"]["max_new_tokens"] == 8
+    assert "6 clips: 1 unreadable, 1 skipped; 1 refused references left out" in printed.out
+    assert "0.043    0.283    0.320    0.218" in printed.out and "mteval-v13a" in printed.out
+    data = whole.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
+    for cut in (0, ends[0], ends[2] + 20, ends[-1]):
+        part.write_bytes(data[:cut])
+        assert run(part)[0] == 0 and part.read_bytes() == data, cut
+    assert run(part, "--workers", "1")[1].out == printed.out and part.read_bytes() == data
+    assert evaluate.main(["--out", str(part)]) == 0  # scored again, without index and weights
+    assert json.loads(Path(f"{part}.scores.json").read_text())["bleu"] == found["bleu"]
+
+
+def test_another_run_is_refused(world, tmp_path, run):
+    out = tmp_path / "out.jsonl"
+    assert run(out, "--limit", "1")[0] == 0
+    for more, word in (
+        (("--limit", "2"), "limit was 1, is 2"),
+        (("--limit", "1", "--max-new-tokens", "9"), "max_new_tokens was 8, is 9"),
+        (("--limit", "1", "--beams", "2"), "beams"),
+    ):
+        before = out.read_bytes()
+        status, printed = run(out, *more)
+        assert status == 2 and word in printed.err and printed.err.count("\n") == 1 and out.read_bytes() == before
+    record = Path(f"{out}.options.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"weights_sha256": "0" * 64}))
+    assert "weights_sha256 was 000000000000, is " in run(out, "--limit", "1")[1].err
+    record.unlink()
+    for text in (
+        "not a prediction\n",
+        '{"video": "x", "task": "answer", "question": "", "reference": "", "answer": ""}\n',
+    ):
+        out.write_text(text)
+        status, printed = run(out, "--limit", "1")
+        assert status == 2 and printed.err.splitlines()[-1].startswith("error: ") and "Traceback" not in printed.err
+    status, printed = run(tmp_path / "new.jsonl", "--task", "answer", "--limit", "1")
+    assert status == 2 and "holds nothing for --task answer" in printed.err
+
+
+def test_help_and_wrong_options_are_for_people(tmp_path, capfd):
+    for program, words in ((evaluate, "--judge-rate"), (compare, "--resamples")):
+        with pytest.raises(SystemExit, match="0"):
+            program.main(["--help"])
+        assert words in capfd.readouterr().out
+    (tmp_path / "there").touch()
+    for wrong in ("", "--out nowhere", f"--out {tmp_path}/there --dry-run", "--out x --judge-rate 0"):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main(wrong.split())
+        assert capfd.readouterr().err.startswith("error: ")
+
+
+def test_refusals_are_kept_on_demand(world):
+    args = evaluate.parse_args(options(world, "x", "--keep-refusals"))
+    rows, asked, counts = evaluate.load_index(args)
+    assert counts == {"clips": 6, "skipped": 0, "refused": 0} and asked[1][0]["reference"].startswith("As an AI")
+
+
+# Runs evaluate with the options of its first line; then reads jobs, one line each: processes that run at the same time as [[options, environment, kill]], where kill
+# is [function, n]: SIGKILL instead of its n-th call ("torn": at the n-th batch, with half a line written).
+FORKS = """
+import functools, json, os, signal, sys, traceback
+from apps import evaluate
+evaluate.read_clip = functools.lru_cache(evaluate.read_clip)
+evaluate.main(json.loads(input()))
+def child(options, environment, kill):
+    os.environ.update(environment)
+    if kill:
+        name, left = kill
+        module, name = (os, name[3:]) if name.startswith("os.") else (evaluate, name)
+        torn, name = name == "torn", name.replace("torn", "answer_batch")
+        function = getattr(module, name)
+        def counted(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if torn:
+                    with open(evaluate.parse_args(options).out, "ab") as file:
+                        file.write(b'{"video": "c.mp')
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        setattr(module, name, counted)
+    try:
+        return evaluate.main(options)
+    except SystemExit as stop:
+        return stop.code
+    except BaseException:
+        traceback.print_exc()
+        return 99
+sys.stdout.flush()
+for line in sys.stdin:
+    processes = []
+    for job in json.loads(line):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(child(*job))
+        processes.append(pid)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]), flush=True)
+"""
+
+
+def test_kills_and_processes_change_nothing(world, tmp_path):
+    """Killed with SIGKILL at any place, and started again, alone or as several processes: the same file."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def ranks(out, kills=(None, None), more=()):
+        both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        return [[options(world, out, *more), both | {"RANK": str(r), "LOCAL_RANK": "0"}, kills[r]] for r in (0, 1)]
+
+    def alone(out, kill=None):
+        return [[options(world, out), {}, kill]]
+
+    kills = [("os.replace", 1), ("torn", 2), ("answer_batch", 3)]  # before the first record, amid and between clips
+    jobs, expected = [options(world, tmp_path / "whole")], []
+    for i, kill in enumerate(kills):
+        jobs += [alone(tmp_path / f"kill{i}", kill), alone(tmp_path / f"kill{i}")]
+        expected += [[-signal.SIGKILL], [0]]
+    jobs += [ranks(tmp_path / "two"), ranks(tmp_path / "two", more=["--limit", "1"])]
+    jobs += [alone(tmp_path / "changed", ("answer_batch", 3)), ranks(tmp_path / "changed")]
+    expected += [[0, 0], [2, 2], [-signal.SIGKILL], [0, 0]]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], cwd=ROOT, input="".join(json.dumps(job) + "\n" for job in jobs), text=True,
+        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert codes == expected, done.stderr
+    whole = (tmp_path / "whole").read_bytes()
+    assert whole.count(b"\n") == 6
+    for name in [f"kill{i}" for i in range(len(kills))] + ["two", "changed"]:
+        assert (tmp_path / name).read_bytes() == whole, name
+        assert not list(tmp_path.glob(f"{name}.rank*"))
+    refusals = [line for line in done.stderr.splitlines() if "was begun otherwise" in line]
+    assert len(refusals) == 1 and "limit was None, is 1" in refusals[0] and "Traceback" not in done.stderr
+
+
+def test_ranks_that_were_killed_leave_their_answers(world, tmp_path, run, monkeypatch):
+    """One process goes on where several were killed, also between the merge and the removal of their files."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(whole)[0] == 0
+    args = evaluate.parse_args(options(world, out))
+    rows, asked, _ = evaluate.load_index(args)
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    evaluate.record_options(args)
+    ours = evaluate.as_line({"clip": 2, "predictions": lines[1:4]})
+    Path(f"{out}.rank1").write_bytes(ours + evaluate.as_line({"clip": 3, "predictions": lines[4:5]})[:-9])  # torn
+    seen, answer = [], evaluate.answer_batch
+    monkeypatch.setattr(evaluate, "answer_batch", lambda m, t, c, a, o: seen.append(a) or answer(m, t, c, a, o))
+    assert run(out)[0] == 0 and out.read_bytes() == whole.read_bytes() and len(seen) == 3 and not evaluate.parts(out)
+    Path(f"{out}.rank1").write_bytes(ours)
+    assert run(out)[0] == 0 and out.read_bytes() == whole.read_bytes() and len(seen) == 3 and not evaluate.parts(out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+sentences = st.lists(st.sampled_from("a red Car, 1.5 3,x it's 2-3 well-made (so) …! . é".split()), max_size=8).map(
+    " ".join
+)
+
+
+def assert_like_sacrebleu(pairs):
+    hypotheses, references = map(list, zip(*pairs, strict=True))
+    for n, ours in enumerate(evaluate.bleu(hypotheses, references), 1):
+        metric = sacrebleu.BLEU(lowercase=True, smooth_method="none", max_ngram_order=n)
+        assert ours == pytest.approx(metric.corpus_score(hypotheses, [references]).score / 100, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4))
+def test_bleu_equals_sacrebleu(pairs):
+    assert_like_sacrebleu(pairs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.text(max_size=5))
+def test_bleu_equals_sacrebleu_on_any_text(texts, end):
+    assert_like_sacrebleu([(text + end, text) for text in texts] + [("&quot;a-\nb&lt;", '"a-b <')])
+
+
+def test_bleu_by_hand():
+    assert evaluate.bleu(["", ""], ["a b c", "d"]) == evaluate.bleu([], []) == [0, 0, 0, 0]
+    assert evaluate.bleu(["The cat sat down."], ["the cat sat down ."]) == [1, 1, 1, 1]
+    assert evaluate.bleu(["a b c"], ["a b d"]) == pytest.approx([2 / 3, (2 / 3 * 1 / 2) ** 0.5, 0, 0])
+    assert evaluate.bleu(["a b", ""], ["a b", "c d"])[:2] == pytest.approx([np.exp(-1)] * 2)  # half is not answered
+    with pytest.raises(ValueError):
+        evaluate.bleu(["a"], [])
+
+
+def test_kinds_and_facts():
+    kinds = {"turn": "turns back", "fire": "catches fire", "normal": "nothing unusual happens"}
+    answers = [("turn", "A red car Turns back."), ("turn", "It turns back and catches fire."), ("fire", "It turns back."),
+               ("fire", ""), ("normal", "Nothing unusual happens in the far lane.")]  # fmt: skip
+    rows = [
+        {"video": str(i), "kind": k, "colour": "red", "place": "in the far lane"} for i, (k, _) in enumerate(answers)
+    ]
+    predictions = [dict(row, task="describe", answer=a) for row, (_, a) in zip(rows, answers, strict=True)]
+    predictions.append({"video": "0", "task": "answer", "kind": "turn", "answer": "A car."})
+    scores = evaluate.kind_scores(predictions, kinds)
+    assert scores["kinds"] == {"turn": [1, 2], "fire": [0, 2], "normal": [1, 1]} and scores["overall"] == 2 / 5
+    assert sorted(scores["confusions"]) == [["fire", "none", 1], ["fire", "turn", 1], ["turn", "turn and fire", 1]]
+    facts = evaluate.fact_scores(predictions, rows, [row["video"] for row in rows])
+    assert facts == {"colour": [1, 5], "object": [0, 0], "place": [1, 5]}  # "ca(tches fi)red" is no colour
+
+
+def test_predictions_of_another_make(tmp_path, capfd):
+    path = tmp_path / "p"
+    line = {"video": "a", "task": "answer", "question": "", "reference": "r", "answer": None}
+    for text in (json.dumps(line) + "\n", "[]\n", ""):
+        path.write_text(text)
+        assert evaluate.main(["--out", str(path)]) == 2 and capfd.readouterr().err.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judge
+
+
+def prediction(i, answer="A car turns back.", source="toy", task="describe"):
+    return {
+        "video": f"{i}.mp4",
+        "task": task,
+        "question": "What?",
+        "answer": answer,
+        "reference": f"Fire {i}.",
+        "source": source,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reply", "mark"),
+    [
+        ("{'score': 0.675}", 0.675),
+        ('Sure! Here it is:\n```json\n{\n  "score": 0.4,\n  "why": "2 of 3 match"\n}\n```\nHope it helps, 10/10!', 0.4),
+        ("<think>score: 0.1? no</think>\nScore: 1.", 1.0),
+        ("**Score**: `0`", 0.0),
+        ("The score is .5.", 0.5),
+        ("```\n0.25\n```", 0.25),
+        ('{"result": {"score": "8e-1"}}', 0.8),
+        ("score = 0.3 at first; finally {'score': 0.6}", 0.6),
+    ],
+)
+def test_marks_are_read(reply, mark):
+    assert judge.read_mark(reply) == mark
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["", "I cannot judge this.", "{'score': 1.2}", "{'score': -0.1}", "{'score': 7/10}", "score: 70%", "score: 0,7", "score: nan",
+     "{'score': 0.2} {'score': 0.9}", "score: 1 out of 10", "score: 0.6-0.8", "score: 0 to 1", "{'reasonability_score': 0.5}",
+     "{'score':", "In 3 of 4 cases", "0.5 or 0.6", "score: 0.5.1"],
+)  # fmt: skip
+def test_nonsense_is_no_mark(reply):
+    with pytest.raises(ValueError, match="no mark"):
+        judge.read_mark(reply)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine that answers as `plan` says: for the n-th request a reply's words, a status, a (status,
+    headers), or bytes; when the plan is over, {'score': 0.5}. It keeps what it was sent, and when."""
+    plan, got = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                got.append((time.monotonic(), self.path, self.headers["Authorization"], body))
+                what = plan.pop(0) if plan else "{'score': 0.5}"
+            if what == "slow":
+                time.sleep(1.0)
+                what = "late"
+            if what == "drop":
+                return
+            status, headers = what if isinstance(what, tuple) else (what, {}) if isinstance(what, int) else (200, {})
+            content = what if isinstance(what, bytes) else b"Unsupported value: temperature"
+            if isinstance(what, str):
+                content = json.dumps({"choices": [{"message": {"content": what}}]}).encode()
+            length = len(content) * (2 if what == CUT else 1)
+            try:
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(length)} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+            except OSError:
+                pass  # it did not wait
+
+        def log_message(self, *_):
+            pass
+
+    lock = threading.Lock()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{http.server_port}/v1"
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-test\n")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(judge, "TIMEOUT", 0.4)
+    yield plan, got
+    http.shutdown()
+    http.server_close()
+
+
+CUT = b'{"choices": [{"mess'  # with a Content-Length of twice as much
+
+
+def marked(tmp_path, n=1, **more):
+    predictions = [prediction(i) for i in range(n)]
+    return judge.judge(predictions, "m", tmp_path / "r", **({"rate": 1e6} | more))
+
+
+def test_judge_outlives_a_bad_server(tmp_path, server):
+    plan, got = server
+    plan += [429, 500, "slow", CUT, b"<html>", b'{"choices": []}', 503, "drop", (429, {"Retry-After": "0.02"}), b"null"]
+    found = marked(tmp_path)
+    assert found["failed"] == 0 and found["scores"]["describe"]["all"] == {
+        "reasonability": 0.5, "detail": 0.5, "consistency": 0.5, "n": 1, "marks": 3,
+    }  # fmt: skip
+    assert len(got) == 13 and {path for _, path, _, _ in got} == {"/v1/chat/completions"}
+    assert {key for _, _, key, _ in got} == {"Bearer sk-test"}
+    body = got[-1][3]
+    assert body["model"] == "m" and body["temperature"] == 0 and "Fire 0." in body["messages"][1]["content"]
+    record = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    assert sorted(line["criterion"] for line in record) == ["consistency", "detail", "reasonability"]
+
+
+def test_judge_asks_again_after_nonsense_and_counts_failures(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(judge, "THREADS", 1)
+    plan, got = server
+    plan += [
+        "no",
+        "{'score': 3}",
+        "```\n{'score': 0.9}\n```",
+        "no",
+        "no",
+        "no",
+        400,
+    ]  # (this one also names the temperature)
+    found = marked(tmp_path)
+    scores = found["scores"]["describe"]["toy"]
+    assert (scores["reasonability"], scores["detail"], scores["consistency"]) == (0.9, None, 0.5) and found[
+        "failed"
+    ] == 1
+    assert len(got) == 8 and "temperature" not in got[-1][3]
+    record = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    assert [line["reply"] for line in record] == [
+        "no",
+        "{'score': 3}",
+        "```\n{'score': 0.9}\n```",
+        "no",
+        "no",
+        "no",
+        "{'score': 0.5}",
+    ]
+    assert [line["mark"] for line in record] == [None, None, 0.9, None, None, None, 0.5] and "3.0" in record[1]["error"]
+    assert marked(tmp_path)["failed"] == 0 and len(got) == 9  # only what failed is asked again
+
+
+def test_judge_resumes(tmp_path, server):
+    _, got = server
+    whole = marked(tmp_path, 4)
+    lines = (tmp_path / "r").read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(got) == 12
+    (tmp_path / "r").write_bytes(b"".join(lines[:7]) + lines[7][:30])  # killed while it wrote
+    assert judge.cost([prediction(i) for i in range(4)], "m", tmp_path / "r", 60).startswith(
+        "5 requests to m (7 already"
+    )
+    assert marked(tmp_path, 4) == whole and len(got) == 17
+    changed = [prediction(0, "Another answer.")] + [prediction(i) for i in range(1, 4)]
+    judge.judge(changed, "m", tmp_path / "r", rate=1e6)
+    assert len(got) == 20  # what has changed is marked anew
+
+
+def test_judge_keeps_its_rate_and_waits_as_told(tmp_path, server):
+    plan, got = server
+    marked(tmp_path, 2, rate=1200)
+    times = [t for t, *_ in got]
+    assert times[-1] - times[0] > 5 * 0.05 * 0.8
+    (tmp_path / "r").unlink()
+    plan += [(429, {"Retry-After": "0.3"})]
+    marked(tmp_path, 1, rate=3000)
+    assert got[-1][0] - got[6][0] > 0.3
+    assert judge.seconds_until("Wed, 21 Oct 2015 07:28:00 GMT", 5) == 0 and judge.seconds_until("soon", 5) == 5
+
+
+def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch):
+    plan, got = server
+    path = tmp_path / "p"
+    path.write_text("".join(json.dumps(prediction(i)) + "\n" for i in range(8)))
+
+    def judged(*more):
+        capfd.readouterr()
+        status = evaluate.main(["--out", str(path), "--judge", "m", "--judge-rate", "1e6", *more])
+        return status, capfd.readouterr()
+
+    status, printed = judged("--dry-run")
+    assert status == 0 and printed.out.startswith("24 requests to m (0 already answered), about ") and not got
+    assert printed.out.endswith("nothing was sent\n") and not (tmp_path / "p.judge.jsonl").exists()
+    assert evaluate.main([*options(world, tmp_path / "none"), "--judge", "m", "--dry-run"]) == 0
+    assert capfd.readouterr().out.startswith("12 requests")  # 5 answers; two of them ask the same twice
+    for answer, word in (
+        (401, "HTTP 401"),
+        ((302, {"Location": "http://127.0.0.1:1/"}), "HTTP 302"),
+        (422, "in a row failed"),
+    ):
+        plan[:] = [answer] * 40
+        status, printed = judged()
+        errors = [line for line in printed.err.splitlines() if "error:" in line]
+        assert status == 2 and len(errors) == 1 and word in errors[0] and "Traceback" not in printed.err
+        assert "sk-test" not in printed.err
+    assert "file:" in judged("--judge-url", "file:///etc")[1].err
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "OPENAI_API_KEY" in judged("--judge-url", "https://api.openai.com/v1")[1].err
+    plan.clear()
+    status, printed = judged()
+    assert (
+        status == 0
+        and "0.500    0.500    0.500            8" in printed.out
+        and "judge: m, 0 marks failed" in printed.out
+    )
+    assert json.loads((tmp_path / "p.scores.json").read_text())["judge"]["model"] == "m"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+
+def written(path, predictions):
+    path.write_text("".join(json.dumps(p) + "\n" for p in predictions))
+    return str(path)
+
+
+def test_comparison_of_known_cases(tmp_path, capfd):
+    right = [prediction(i, f"Fire {i}." + " smoke" * (i * i % 7), "ab"[i % 2]) for i in range(40)]
+    wrong = [p | {"answer": "Nothing at all happens."} for p in right]
+    a, b = written(tmp_path / "a", right), written(tmp_path / "b", wrong)
+    lines, alone = compare.compare([a, a])
+    assert alone == 0 and {line["source"] for line in lines} == {"a", "b", "all"} and len(lines) == 12
+    assert all(line["difference"] == line["low"] == line["high"] == 0 for line in lines)
+    lines, _ = compare.compare([b, a])
+    for line in lines[:2] + lines[4:6] + lines[8:10]:
+        assert line["low"] > 0 and line["low"] <= line["difference"] <= line["high"]
+        of = [i for i, p in enumerate(right) if line["source"] in ("all", p["source"])]
+        texts = [[p[i]["answer"] for i in of] for p in (right, wrong)]
+        better, worse = (
+            evaluate.bleu(t, [right[i]["reference"] for i in of])[int(line["metric"][-1]) - 1] for t in texts
+        )
+        assert (line["a"], line["b"]) == pytest.approx((worse, better)) and line["clips"] == len(of)
+    assert compare.compare([b, a])[0] == lines != compare.compare([b, a], seed=1)[0]
+    mirrored = compare.compare([a, b])[0]
+    assert [line["low"] for line in mirrored] == pytest.approx([-line["high"] for line in lines])
+    assert compare.main([b, a]) == 0 and compare.main([b, written(tmp_path / "c", right[:30])]) == 0
+    printed = capfd.readouterr()
+    assert (
+        "describe, all, 40 clips" in printed.out
+        and "]*" in printed.out.replace(" ", "")
+        and "10 predictions" in printed.err
+    )
+    assert compare.main([a, "nowhere"]) == compare.main([a, written(tmp_path / "d", [prediction(99)])]) == 2
+    assert capfd.readouterr().err.count("\n") == 2
+
+
+def test_interval_of_a_mean():
+    """For the mean of one number a clip the interval is known: ±1.96 standard errors; questions of a clip go together."""
+    x = np.random.default_rng(1).normal(size=400)
+    counts = np.stack([x, np.ones(400)], axis=1)
+    a, b, low, high = compare.intervals(counts * [0, 1], counts, np.arange(400), compare.ratio, 2000)
+    error = x.std() / 20
+    assert (a, b) == (0, pytest.approx(x.mean())) and low == pytest.approx(b - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(b + 1.96 * error, abs=0.2 * error)
+    tied = compare.intervals(
+        np.repeat(counts, 4, 0) * [0, 1], np.repeat(counts, 4, 0), np.repeat(np.arange(400), 4), compare.ratio, 2000
+    )
+    assert tied[2] == pytest.approx(low) and tied[3] == pytest.approx(high)
+
+
+def test_judges_and_kinds_are_compared(tmp_path):
+    ours = [prediction(i, "It turns back." if i < 6 else "Fire.") | {"kind": "turn"} for i in range(8)]
+    theirs = [p | {"answer": "Nothing."} for p in ours]
+    paths = [written(tmp_path / name, ps) for name, ps in (("a", ours), ("b", theirs))]
+    for path, ps, mark in zip(paths, (ours, theirs), (0.75, 0.25), strict=True):
+        lines = [{"key": judge.key_of("m", c, p), "model": "m", "mark": mark} for p in ps[:7] for c in scores.CRITERIA]
+        written(Path(f"{path}.judge.jsonl"), lines)
+    lines = {
+        line["metric"]: line for line in compare.compare(paths, {"turn": "turns back"})[0] if line["source"] == "all"
+    }
+    assert lines["kind named"]["a"] == 0.75 and lines["kind named"]["b"] == 0 and lines["kind named"]["high"] < 0
+    for criterion in scores.CRITERIA:
+        line = lines[f"{criterion} (m)"]
+        assert (line["a"], line["b"], line["low"], line["high"]) == (0.75, 0.25, -0.5, -0.5)
