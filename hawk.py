@@ -29,10 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: the defaults are the published 7B model
 
-
+# ---- Configuration: the defaults are the published 7B model ----------------------------------------------------------
 @dataclass
 class HawkConfig:
     """Every size of the model, flat. `HawkConfig()` is the published model; `preset("tiny")` the one trained here."""
@@ -83,13 +81,8 @@ class HawkConfig:
             if dim % heads:
                 raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}")
 
-    @property
-    def image_id(self):  # token id of the placeholder that soft tokens replace
-        return self.vocab_size
-
-    @property
-    def n_visual(self):  # soft tokens that a clip becomes, appearance first
-        return len(BRANCHES) * self.n_video_queries
+    image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
+    n_visual = property(lambda self: len(BRANCHES) * self.n_video_queries)  # soft tokens of a clip, appearance first
 
     @classmethod
     def preset(cls, name):
@@ -117,21 +110,15 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Leaves: norms, attention, MLP
 
-
+# ---- Leaves: norms, attention, MLP -----------------------------------------------------------------------------------
 class LayerNorm(nn.LayerNorm):  # computed in float32 whatever the dtype of its input and weights
     def forward(self, x):
         y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
         return y.to(x.dtype)
 
 
-class RMSNorm(nn.Module):  # LLaMA's norm: x / rms(x) · weight, computed in float32
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
+class RMSNorm(nn.RMSNorm):  # LLaMA's norm: x / rms(x) · weight, computed in float32
     def forward(self, x):
         x32 = x.float()
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
@@ -160,10 +147,7 @@ def run(layers, x, *args, save_memory=False):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ViT: EVA-CLIP-g, as in BLIP-2
-
-
+# ---- ViT: EVA-CLIP-g, as in BLIP-2 -----------------------------------------------------------------------------------
 class ViTAttention(nn.Module):  # qkv is one weight; keys have no bias (it would cancel in the softmax)
     def __init__(self, dim, heads):
         super().__init__()
@@ -206,13 +190,8 @@ class ViT(nn.Module):
         return run(self.blocks, x, save_memory=self.save_memory)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Q-Former: a BERT whose input is learned queries that look at an image (or at a clip) through cross-attention
-
-
-class QFormerAttention(nn.Module):
-    """BERT attention, post-norm: norm(x + output(attention(x, context))). Self-attention when context is x."""
-
+# ---- Q-Former: a BERT whose input is learned queries that look at an image (or at a clip) through cross-attention ----
+class QFormerAttention(nn.Module):  # BERT's, post-norm: norm(x + output(attention(x, context)))
     def __init__(self, dim, heads, context_dim, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -256,10 +235,7 @@ class QFormer(nn.Module):
         return run(self.layers, x, context, save_memory=self.save_memory)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Branch: from ViT features of T frames to 32 soft tokens. Built twice: appearance and motion
-
-
+# ---- Branch: from ViT features of T frames to 32 soft tokens. Built twice: appearance and motion ---------------------
 class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its own for appearance and for motion
     def __init__(self, config):
         super().__init__()
@@ -291,10 +267,7 @@ class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its ow
         return self.decoder_2(x), self.encoder_1(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LLaMA-2
-
-
+# ---- LLaMA-2 ---------------------------------------------------------------------------------------------------------
 def rotate(x, cos, sin):
     """Rotary position: turns the pairs (x_i, x_{i + d/2}) by their angle (Hugging Face's layout). x (B, h, S, d)."""
     x32 = x.float()
@@ -312,15 +285,16 @@ class KVCache:
         self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
 
     def write(self, layer, k, v):
-        """Stores k, v (B, h, S, d) behind what is there; returns all keys and values so far."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end], self.v[layer, :, :, self.length : end] = k, v
+        """Stores k, v (B, h, S, d) of the last S positions; returns all keys and values so far."""
+        start, end = self.length - k.shape[2], self.length
+        self.k[layer, :, :, start:end], self.v[layer, :, :, start:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def positions_and_mask(self, S):
-        """For S more tokens: positions (B or 1, 1, S), and which of the keys each one sees (B or 1, 1, S, length + S)."""
-        key = torch.arange(self.length + S, device=self.k.device)
-        query = key[self.length :, None]  # (S, 1)
+    def extend(self, S):
+        """By S tokens: their positions (B or 1, 1, S), and which of all keys each one sees (B or 1, 1, S, length)."""
+        self.length += S
+        key = torch.arange(self.length, device=self.k.device)
+        query = key[-S:, None]  # (S, 1)
         mask = (self.padding <= key) & (key <= query) | (key == query)  # padding sees itself: its softmax is not 0 / 0
         return (query[:, 0] - self.padding[..., 0]).clamp_min(0), mask
 
@@ -375,24 +349,17 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
     def forward(self, x, cache=None):
         """Embeddings (B, S, D) -> hidden states (B, S, D) before the head. With a cache, x continues what is in it."""
         c, S = self.config, x.shape[1]
-        positions, mask = cache.positions_and_mask(S) if cache else (torch.arange(S, device=x.device), None)
+        positions, mask = cache.extend(S) if cache else (torch.arange(S, device=x.device), None)
         d = c.llama_dim // c.llama_heads
         frequency = c.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
-        angle = positions[..., None].float() * frequency
-        angle = torch.cat([angle, angle], dim=-1)  # (B or 1, 1, S, d) with a cache, else (S, d)
+        angle = positions[..., None].float() * frequency.repeat(2)  # (B or 1, 1, S, d) with a cache, else (S, d)
         save_memory = c.gradient_checkpointing and cache is None
-        x = run(self.layers, x, angle.cos(), angle.sin(), mask, cache, save_memory=save_memory)
-        if cache is not None:
-            cache.length += S
-        return self.norm(x)
+        return self.norm(run(self.layers, x, angle.cos(), angle.sin(), mask, cache, save_memory=save_memory))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA: a low-rank correction beside a frozen weight
-
-
+# ---- LoRA: a low-rank correction beside a frozen weight --------------------------------------------------------------
 class LoRALinear(nn.Linear):
-    """y = W x + (alpha / rank) · B A dropout(x). A is random and B zero, so that nothing changes at the start."""
+    """y = W x + (alpha / rank) · B A dropout(x); A is random and B zero at the start. `prepare.py merge` adds B A to W."""
 
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -405,24 +372,12 @@ class LoRALinear(nn.Linear):
         low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T
         return F.linear(x, self.weight) + self.scale * (low @ self.lora_B.T).to(x.dtype)
 
-    def merged(self):
-        """An ordinary Linear with the correction added to its weight."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
-        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
-        return linear
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hawk
-
-
+# ---- Hawk ------------------------------------------------------------------------------------------------------------
 @dataclass
-class Encoding:
-    """A batch of clips: soft tokens (B, 2·32, D), appearance first; tight features (B, 32, tight_dim) of each branch."""
-
-    tokens: torch.Tensor
-    appearance_tight: torch.Tensor
+class Encoding:  # of a batch of clips
+    tokens: torch.Tensor  # soft tokens (B, 2·32, D), appearance first
+    appearance_tight: torch.Tensor  # features (B, 32, tight_dim) for the consistency loss
     motion_tight: torch.Tensor
 
 
@@ -442,9 +397,7 @@ class Hawk(nn.Module):
         if config.lora_rank:
             self.add_lora()
 
-    @property
-    def device(self):
-        return self.llama.lm_head.weight.device
+    device = property(lambda self: self.llama.lm_head.weight.device)
 
     def set_trainable(self, mode):
         """Chooses what learns: "paper" everything after the frame Q-Formers but LLaMA; "released" the motion branch's
@@ -467,14 +420,6 @@ class Hawk(nn.Module):
         for attention in (block.self_attn for block in self.llama.layers):
             for target in self.config.lora_targets.split(","):
                 setattr(attention, target, LoRALinear(getattr(attention, target), self.config))
-
-    def merge_lora(self):
-        """Adds every LoRA correction to its weight and removes it; the output stays the same."""
-        for attention in (block.self_attn for block in self.llama.layers if self.config.lora_rank):
-            for target in self.config.lora_targets.split(","):
-                setattr(attention, target, getattr(attention, target).merged())
-        self.config.lora_rank = 0
-        return self
 
     def frame_features(self, *streams):
         """Frames (B, T, 3, H, W) in [0, 1] of each branch -> list of (B, T, Q, C): the frozen part, which can be cached."""
@@ -501,7 +446,7 @@ class Hawk(nn.Module):
 
     def language_loss(self, input_ids, labels, soft, per_sample=False):
         """Mean cross-entropy of the next token over all tokens with a label (not -100), or, per_sample, over those of each
-        row and then over the rows. The head sees only those positions: its output would be the largest of all tensors."""
+        row and then over the rows. Only their positions go through the head, whose output is the largest of all tensors."""
         hidden, target = self.llama(self.embed(input_ids, soft))[:, :-1], labels[:, 1:]
         kept = target != -100
         if not kept.any():
@@ -523,17 +468,11 @@ class Hawk(nn.Module):
         """Cosine of the two encoder_1 biases: near 1 when they alone satisfy the consistency loss."""
         return F.cosine_similarity(self.appearance.encoder_1.bias, self.motion.encoder_1.bias, dim=0).item()
 
-    def forward(
-        self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False
-    ):
-        """The losses of a batch of clips (frames or features, as in `encode`): see `losses`."""
-        encoding = self.encode(appearance, motion)
-        return self.losses(encoding, input_ids, labels, motion_input_ids, motion_labels, per_sample)
-
-    def losses(self, encoding, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False):
-        """By name (paper, Eq. 9: total is their weighted sum). Without a motion target, motion_language is video_language
-        again, as in the released stage 2."""
-        c = self.config
+    def forward(self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None,
+                per_sample=False, encoding=None):  # fmt: skip
+        """The losses of a batch of clips by name; total is their weighted sum (paper, Eq. 9). Without a motion target,
+        motion_language is video_language again, as in the released stage 2. `encoding` saves encoding the clips again."""
+        c, encoding = self.config, encoding or self.encode(appearance, motion)
         losses = {"video_language": self.language_loss(input_ids, labels, encoding.tokens, per_sample)}
         losses["motion_language"] = losses["video_language"]
         if motion_input_ids is not None:
@@ -567,16 +506,7 @@ class Hawk(nn.Module):
             if (on_token and on_token(token.tolist()) is False) or done.all():
                 break
             x = self.llama.embed_tokens(token[:, None])
-        return [cut(row, eos_id) for row in new.tolist()]
-
-    @torch.no_grad()
-    def generate_naive(self, appearance, motion, input_ids, max_new_tokens=128, eos_id=2):
-        """Greedy without a cache, the whole sequence again for every token: the reference that tests compare with."""
-        x, new = self.embed(input_ids, self.encode(appearance, motion).tokens), []
-        for _ in range(max_new_tokens):
-            new.append(self.llama.lm_head(self.llama(x)[:, -1]).argmax(-1))
-            x = torch.cat([x, self.llama.embed_tokens(new[-1])[:, None]], dim=1)
-        return [cut(row, eos_id) for row in torch.stack(new, dim=1).tolist()]
+        return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new.tolist()]
 
     def beam_search(self, x, max_new_tokens, beams, repetition_penalty, eos_id):
         """The `beams` best continuations of one prompt x (1, S, D), kept side by side; returns the best one by mean
@@ -658,14 +588,8 @@ def init_weights(module):
 def left_pad(rows, device):
     """Rows of ids of unequal length -> (B, S) with zeros in front, and the number of zeros of each row (B,)."""
     rows = [torch.as_tensor(row, device=device) for row in rows]
-    S = max(len(row) for row in rows)
-    padding = torch.tensor([S - len(row) for row in rows], device=device)
-    return torch.stack([F.pad(row, (S - len(row), 0)) for row in rows]), padding
-
-
-def cut(row, eos_id):
-    """A row of ids up to its end token, that included."""
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    return ids, torch.tensor([ids.shape[1] - len(row) for row in rows], device=device)
 
 
 def penalise(logits, new, penalty):
@@ -722,8 +646,7 @@ def replaced_folder(folder):
     """Yields an empty folder beside `folder` to write into, which takes its name when the block ends well."""
     folder, old = recover_folder(folder)
     new = folder.with_name(folder.name + ".tmp")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
@@ -740,6 +663,8 @@ def recover_folder(folder):
     """Undoes a replacement that was killed between its two renames; returns (folder, where the old one waits)."""
     folder = Path(folder)
     old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
         old.rename(folder)
     return folder, old

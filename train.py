@@ -45,10 +45,7 @@ from data import (
 )
 from hawk import BRANCHES, Hawk, HawkConfig, recover_folder, replaced_folder
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options
-
-
+# ---- Options ---------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what to train")
@@ -122,10 +119,7 @@ def parse_args(argv=None):
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 0: eyes and a language, each on its own
-
-
+# ---- Stage 0: eyes and a language, each on its own -------------------------------------------------------------------
 class Pretraining(nn.Module):
     """What a frame shows: is a thing of slot k (a type of object) there, where, and in which colour? Query k of the
     Q-Former has to answer, and so has the very patch of the ViT that holds the thing: the patch learns fast, and a
@@ -218,7 +212,7 @@ class ClipFacts(nn.Module):
 
     def forward(self, appearance, motion, facts, **texts):
         encoding = self.hawk.encode(appearance, motion)
-        losses, groups = self.hawk.losses(encoding, **texts), len(self.FIELDS)
+        losses, groups = self.hawk(None, None, **texts, encoding=encoding), len(self.FIELDS)
         tokens = encoding.tokens.unflatten(1, (len(BRANCHES), groups, -1)).mean(3)  # (B, branches, fields, D)
         for i, (field, head) in enumerate(zip(self.FIELDS, self.heads, strict=True)):
             losses[field] = F.cross_entropy(head(tokens[:, :, i].flatten(1)).float(), facts[:, i])
@@ -255,10 +249,7 @@ def answer_losses(answers, targets, colours):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Leaves: schedule, optimizer, order of the samples, log
-
-
+# ---- Leaves: schedule, optimizer, order of the samples, log ----------------------------------------------------------
 def learning_rate(step, args):
     """Linear warm-up from 1e-6, then the cosine of the whole run (which the warm-up does not shift, as released)."""
     if step < args.warmup:
@@ -359,10 +350,7 @@ class Log:
 NOT_LOSSES = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Setting up
-
-
+# ---- Setting up ------------------------------------------------------------------------------------------------------
 def start_processes(args):
     """(rank, processes, device): torchrun sets RANK; without it this is one process."""
     name = args.device or (
@@ -463,10 +451,7 @@ def inputs(batch, stage):
     return batch if stage == 0 else batch | {"per_sample": True}  # each clip counts the same, whatever the processes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
+# ---- The run ---------------------------------------------------------------------------------------------------------
 def main():
     args = parse_args()
     rank, world, device = start_processes(args)
