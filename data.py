@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import resource
 import subprocess
+import sys
 import tempfile
 import threading
 from array import array
@@ -859,3 +861,16 @@ def frozen_fingerprint(model):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().numpy().data)
     return digest.hexdigest()[:16]
+
+
+# ---- 5. The machine --------------------------------------------------------------------------------------------------
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def peak_memory_mb(device):
+    """The most memory this process has held: of the GPU if the model is there, else of the machine."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

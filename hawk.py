@@ -30,11 +30,9 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 
-# ---- Configuration: the defaults are the published 7B model ----------------------------------------------------------
+# ---- Configuration: every size, flat. The defaults are the published 7B model; preset "tiny" is the one trained here -
 @dataclass
 class HawkConfig:
-    """Every size of the model, flat. `HawkConfig()` is the published model; `preset("tiny")` the one trained here."""
-
     n_frames: int = 32  # rows of the frame position table: the most frames a clip may have
     image_size: int = 224
     patch_size: int = 14
@@ -101,21 +99,18 @@ class HawkConfig:
 
 
 BRANCHES = ("appearance", "motion")  # the streams, in the order of their soft tokens
-PRESETS = {
-    "7b": {},
-    "tiny": dict(
-        n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
-        qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32,
-        llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
-    ),
-}  # fmt: skip
+PRESETS = {"7b": {}, "tiny": dict(
+    n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
+    qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32,
+    llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
+)}  # fmt: skip
 
 
 # ---- Leaves: norms, attention, MLP -----------------------------------------------------------------------------------
 class LayerNorm(nn.LayerNorm):  # computed in float32 whatever the dtype of its input and weights
     def forward(self, x):
-        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return y.to(x.dtype)
+        w, b = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, w, b, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):  # LLaMA's norm: x / rms(x) · weight, computed in float32
@@ -172,9 +167,7 @@ class ViTBlock(nn.Module):  # pre-norm
         return x + self.mlp(self.norm2(x))
 
 
-class ViT(nn.Module):
-    """Equals the released `VisionTransformer.forward_features`: pixels not normalised, and no norm after the last block."""
-
+class ViT(nn.Module):  # equals the released `forward_features`: pixels not normalised, no norm after the last block
     def __init__(self, config):
         super().__init__()
         self.save_memory, C, patch = config.gradient_checkpointing, config.vit_dim, config.patch_size
@@ -220,10 +213,7 @@ class QFormerLayer(nn.Module):
         return self.mlp.norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
 
 
-class QFormer(nn.Module):
-    """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C). Equals the released
-    `Qformer.bert(query_embeds=…, encoder_hidden_states=…)` with its unused text half left out."""
-
+class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…, …)`, its unused text half left out
     def __init__(self, config, layers, context_dim, cross_every):
         super().__init__()
         self.dropout, self.save_memory = config.dropout, config.gradient_checkpointing
@@ -231,6 +221,7 @@ class QFormer(nn.Module):
         self.layers = nn.ModuleList(QFormerLayer(config, context_dim, i % cross_every == 0) for i in range(layers))
 
     def forward(self, queries, context):
+        """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C)."""
         x = F.dropout(self.norm(queries), self.dropout, self.training).expand(len(context), -1, -1)
         return run(self.layers, x, context, save_memory=self.save_memory)
 
@@ -275,14 +266,11 @@ def rotate(x, cos, sin):
     return (x32 * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once for `size` positions, of which `length` are filled. The first
-    `padding[b]` positions of row b are left padding, which is never attended to."""
-
+class KVCache:  # keys and values of every layer, allocated once for `size` positions, of which `length` are filled
     def __init__(self, config, batch, size, like, padding=0):
         shape = (config.llama_layers, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
         self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
-        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
+        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1): left padding
 
     def write(self, layer, k, v):
         """Stores k, v (B, h, S, d) of the last S positions; returns all keys and values so far."""
@@ -306,8 +294,8 @@ class LlamaAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, h, S, d)
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, h, S, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
@@ -357,10 +345,8 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
         return self.norm(run(self.layers, x, angle.cos(), angle.sin(), mask, cache, save_memory=save_memory))
 
 
-# ---- LoRA: a low-rank correction beside a frozen weight --------------------------------------------------------------
-class LoRALinear(nn.Linear):
-    """y = W x + (alpha / rank) · B A dropout(x); A is random and B zero at the start. `prepare.py merge` adds B A to W."""
-
+# ---- LoRA: a low-rank correction beside a frozen weight; `prepare.py merge` adds it to the weight --------------------
+class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); B is zero at the start, so nothing changes
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.scale, self.dropout = linear.weight, config.lora_alpha / config.lora_rank, config.lora_dropout
@@ -463,11 +449,6 @@ class Hawk(nn.Module):
             a, m = a - self.appearance.encoder_1.bias, m - self.motion.encoder_1.bias
         return (1 - F.cosine_similarity(a.flatten(1).float(), m.flatten(1).float())).mean()
 
-    @torch.no_grad()
-    def bias_cosine(self):
-        """Cosine of the two encoder_1 biases: near 1 when they alone satisfy the consistency loss."""
-        return F.cosine_similarity(self.appearance.encoder_1.bias, self.motion.encoder_1.bias, dim=0).item()
-
     def forward(self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None,
                 per_sample=False, encoding=None):  # fmt: skip
         """The losses of a batch of clips by name; total is their weighted sum (paper, Eq. 9). Without a motion target,
@@ -513,8 +494,7 @@ class Hawk(nn.Module):
         log-probability per token: a finished one, or at the limit perhaps the best of those still open."""
         cache = KVCache(self.config, beams, x.shape[1] + max_new_tokens, x)
         x, new = x.expand(beams, -1, -1), torch.empty(beams, 0, dtype=torch.long, device=x.device)
-        # all beams start equal: let only one of them spread in the first step
-        score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)
+        score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # equal at first: only one spreads
         finished = []
         for step in range(1, max_new_tokens + 1):
             logits = self.llama.lm_head(self.llama(x, cache)[:, -1]).float()
