@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import re
-import stat
+import resource
 import subprocess
+import sys
 import tempfile
 import threading
 from array import array
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,9 +24,7 @@ from sentencepiece import SentencePieceProcessor
 
 IGNORE = -100  # label of what is not learnt
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Video: decode, sample, motion
-
+# ---- 1. Video: decode, sample, motion --------------------------------------------------------------------------------
 # Formats that hold a video in themselves, whatever the file is called. Not among them: playlists, concat scripts and
 # image patterns, which open other files, and texts, which ffmpeg would draw.
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut,mxf,dv,wtv"
@@ -71,8 +71,7 @@ def make_clip(frames, fps, indices, motion="hard"):
         pairs = (torch.from_numpy(np.stack([frames[i] for i in which])) for which in (current - 1, current))
         masked = motion_mask(*pairs, motion).numpy()
     seconds = [round(i / fps, 1) for i in indices.tolist()]
-    times = ", ".join(map(str, seconds))
-    message = f"The video contains {len(seconds)} frames sampled at {times} seconds. "
+    message = f"The video contains {len(seconds)} frames sampled at {', '.join(map(str, seconds))} seconds. "
     return Clip(appearance, masked, seconds, message, indices)
 
 
@@ -96,28 +95,41 @@ def _decode(path, size, choose):
     the chosen frames comes out of the runs that decode, so memory does not grow with the video's length.
     """
     _check_file(path)
-    most = HELD_BYTES // (size * size * 3)
-    with _Ffmpeg(path, size, table=True) as run:
-        held = []
+    held, most = [], HELD_BYTES // (size * size * 3)
+    with _ffmpeg(path, size, table=True) as run:
         for frame in run.frames():
             held.append(frame)
-            if len(held) > most or len(held) == 1 and np.prod(run.announced()) > 1.1 * most:
+            if len(held) == 1:
+                container, codec, printed_rate, length = run.header()
+            if len(held) > most or printed_rate * length > 1.1 * most:
                 break
         else:
             run.check(len(held))
-            return dict(enumerate(held)), run.packets().rate, choose(len(held))
-        container, codec = run.kind()
+            return dict(enumerate(held)), run.packets(printed_rate).rate, choose(len(held))
     del held, frame
-    with _Ffmpeg(path, table=True, clean=CLEAN_KEYFRAMES.get(codec)) as run:
+    with _ffmpeg(path, table=True, clean=CLEAN_KEYFRAMES.get(codec)) as run:
         run.process.wait()
-        packets = run.packets()
-    frames = None
+        packets = run.packets(printed_rate)
     if packets.seekable and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
         indices = choose(len(packets.times))
-        frames = _seek(path, size, packets, _with_predecessors(indices))
-    if frames is None:
-        frames, indices = _decode_through(path, size, max(1, len(packets.times)), choose)
+        if (frames := _seek(path, size, packets, _with_predecessors(indices))) is not None:
+            return frames, packets.rate, indices
+    frames, indices = _decode_through(path, size, max(1, len(packets.times)), choose)
     return frames, packets.rate, indices
+
+
+def _check_file(path):
+    """Only a regular, readable file that is not empty goes to ffmpeg: a named pipe could block for ever."""
+    try:
+        os.stat(path)
+        reason = "is a folder" if os.path.isdir(path) else "" if os.path.isfile(path) else "is not a regular file"
+        if not reason:
+            with open(path, "rb") as file:
+                reason = "" if file.read(1) else "is empty"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+    if reason:
+        raise VideoError(path, reason)
 
 
 def _with_predecessors(indices):
@@ -129,7 +141,7 @@ def _decode_through(path, size, total, choose):
     for _ in range(2):
         indices, frames, count = choose(total), {}, 0
         wanted = set(_with_predecessors(indices))
-        with _Ffmpeg(path, size) as run:
+        with _ffmpeg(path, size) as run:
             for frame in run.frames():
                 if count in wanted:
                     frames[count] = frame
@@ -146,94 +158,79 @@ def _seek(path, size, packets, numbers):
 
     Call it where packets.seekable holds. A frame that is lost all the same does not come out at its time: it is missed.
     """
-    runs = {}  # keyframe -> frame numbers that are decoded from there
+    groups = {}  # keyframe -> frame numbers that are decoded from there
     for number in numbers:
         early = packets.keys[packets.keys <= max(0, number - SEEK_MARGIN)]
-        runs.setdefault(int(early[-1]) if len(early) else 0, []).append(number)
-    cost = sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in runs.items())
-    if cost > 0.7 * len(packets.times):
+        groups.setdefault(int(early[-1]) if len(early) else 0, []).append(number)
+    if sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in groups.items()) > 0.7 * len(packets.times):
         return None
 
     def decode(key, wanted):
-        select = "+".join(f"eq(pts,{packets.times[number]})" for number in wanted)
-        start = packets.times[max(key, min(wanted) - SEEK_MARGIN)] * packets.tick if key else None
-        with _Ffmpeg(path, size, select=select, start=start, most=len(wanted), threads=1) as run:
-            return dict(zip(wanted, run.frames(), strict=False))
+        start = packets.times[max(key, wanted[0] - SEEK_MARGIN)] * packets.tick if key else None
+        with _ffmpeg(path, size, times=[packets.times[number] for number in wanted], start=start) as run:
+            return zip(wanted, list(run.frames()), strict=False)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        frames = {n: frame for found in pool.map(decode, runs, runs.values()) for n, frame in found.items()}
+        frames = dict(pair for pairs in pool.map(decode, groups, groups.values()) for pair in pairs)
     return frames if len(frames) == len(numbers) else None
 
 
-def _check_file(path):
-    """Only a regular, readable file that is not empty goes to ffmpeg: a named pipe could block for ever."""
-    try:
-        status = os.stat(path)
-        with open(path, "rb") if stat.S_ISREG(status.st_mode) else nullcontext():
-            pass
-    except (OSError, ValueError) as error:
-        raise VideoError(path, getattr(error, "strerror", None) or error) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise VideoError(path, "is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
-    if status.st_size == 0:
-        raise VideoError(path, "is empty")
+@contextmanager
+def _ffmpeg(path, size=None, table=False, clean=None, times=(), start=None, stdin=None):
+    """One run of ffmpeg on one file -> _Run: no shell, no network, and an end with the `with` block.
+
+    size: frames come out, all or those at `times` (ticks). start: where to seek to (seconds). table: lists the packets.
+    clean: lists the packets that hold such kinds of NAL unit. stdin: an open file that takes the place of `path`, and is
+    waited for as long as it takes.
+    """
+    threads = 1 if times else min(torch.get_num_threads(), 8)  # one in a loader worker; seeks run side by side
+    options = f"-nostdin -hide_banner -nostats -v level+info -copyts -threads {threads} -filter_threads {threads} "
+    options += f"-max_pixels 100000000 -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} "
+    options += "" if start is None else f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}"
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        *options.split(),
+        "-i",
+        "pipe:0" if stdin else "file:" + os.fsdecode(path),
+    ]
+    copy = "-an -sn -dn -c copy -copyinkf -copypriorss 1 -f framecrc".split()
+    pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "pipesize": 1 << 20}
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "wb") as log:
+        if table:
+            command += [*copy, f"file:{folder}/table"]
+        if clean:
+            command += [*copy, "-bsf:v", "filter_units=pass_types=" + clean, f"file:{folder}/clean"]
+        if size:
+            select = f"select='{'+'.join(f'eq(pts,{time})' for time in times)}'," if times else ""
+            command += ["-an", "-sn", "-dn", "-vf", f"{select}scale={size}:{size}:flags=bilinear"]
+            command += ["-frames:v", str(len(times))] if times else []
+            command += "-fps_mode passthrough -f rawvideo -pix_fmt rgb24 pipe:1".split()
+        with subprocess.Popen(command, stderr=log, **pipes) as process:
+            limit = (
+                threading.TIMEOUT_MAX if stdin else 600 + os.path.getsize(path) / 1e5
+            )  # no file is waited for for ever
+            run = _Run(path, size, folder, process, threading.Timer(limit, process.kill))
+            run.timer.start()
+            try:
+                yield run
+            finally:
+                run.timer.cancel()
+                process.kill()
+
+
+# What the container says, without decoding. times: when frame i is shown, ascending, in ticks of `tick` seconds; keys:
+# numbers of the keyframes; rate: average, frames a second; seekable: each packet is one frame with a time of its own,
+# and decoding can start at any keyframe.
+_Packets = namedtuple("_Packets", "times keys tick rate seekable")
 
 
 @dataclass
-class _Packets:
-    """What the container says of the video, without decoding."""
-
-    times: np.ndarray  # ascending, in ticks: when frame i is shown
-    keys: np.ndarray  # numbers of the keyframes
-    tick: float  # seconds
-    rate: float  # average, frames a second
-    seekable: bool  # each is one frame with a time of its own, and decoding can start at any keyframe
-
-
-class _Ffmpeg:
-    """One run of ffmpeg on one file: no shell, no network, and an end with the `with` block. It reads standard input
-    only if given one, an open file that takes the place of `path`, and then waits for it as long as it takes."""
-
-    def __init__(
-        self, path, size=None, table=False, clean=None, select=None, start=None, most=None, threads=None, stdin=None
-    ):
-        self.path, self.size, self.folder = path, size, tempfile.TemporaryDirectory()
-        self.log_path, self.table_path, self.clean_path = (
-            os.path.join(self.folder.name, name) for name in ("log", "table", "clean")
-        )
-        threads = str(threads or min(torch.get_num_threads(), 8))  # one in a loader worker
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info"]
-        command += ["-copyts", "-threads", threads, "-filter_threads", threads, "-max_pixels", "100000000"]
-        command += ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS]
-        if start is not None:
-            command += ["-noaccurate_seek", "-seek_timestamp", "1", "-ss", f"{start:.6f}"]
-        command += ["-i", "pipe:0" if stdin else "file:" + os.fsdecode(path)]
-        copy = ["-an", "-sn", "-dn", "-c", "copy", "-copyinkf", "-copypriorss", "1", "-f", "framecrc"]
-        if table:
-            command += [*copy, "file:" + self.table_path]
-        if clean:
-            command += [*copy, "-bsf:v", "filter_units=pass_types=" + clean, "file:" + self.clean_path]
-        if size:
-            filters = (f"select='{select}'," if select else "") + f"scale={size}:{size}:flags=bilinear"
-            command += ["-an", "-sn", "-dn", "-vf", filters, "-fps_mode", "passthrough"]
-            command += ["-frames:v", str(most)] if most else []
-            command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
-        with open(self.log_path, "wb") as log:
-            pipes = dict(stdin=stdin or subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pipesize=1 << 20)
-            self.process = subprocess.Popen(command, **pipes)
-        limit = threading.TIMEOUT_MAX if stdin else 600 + os.path.getsize(path) / 1e5  # no file is waited for for ever
-        self.timer = threading.Timer(limit, self.process.kill)
-        self.timer.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.timer.cancel()
-        self.process.kill()
-        self.process.stdout.close()
-        self.process.wait()
-        self.folder.cleanup()
+class _Run:
+    path: str
+    size: int
+    folder: str  # of the log and the tables
+    process: subprocess.Popen
+    timer: threading.Timer
 
     def frames(self):
         """Yields (size, size, 3) uint8 arrays as they come."""
@@ -243,66 +240,61 @@ class _Ffmpeg:
                 return
             yield frame
 
-    def log(self):
-        with open(self.log_path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+    def lines(self, name):
+        with open(f"{self.folder}/{name}", encoding="utf-8", errors="replace") as file:
+            yield from file
+
+    def log(self, pattern):
+        """What the pattern finds at the starts of the lines that ffmpeg printed."""
+        return [found for line in self.lines("log") for found in re.findall("^" + pattern, line)]
+
+    def header(self):
+        """What is printed of the stream that is decoded: (container, codec, frames a second to two digits, seconds)."""
+        container = [*self.log(r"\[info\] Input #0, (\w+)"), ""][0]
+        stream, codec = [*self.log(r"\[info\]   Stream (#0:\d+) -> #\d:0 \((\w+) "), ("none", "")][0]
+        rate = [*self.log(rf"\[info\]   Stream {stream}\b.*? ([\d.]+k?) (?:fps|tbr),"), "0"][0]
+        hours, minutes, seconds = [*self.log(r"\[info\]   Duration: (\d+):(\d+):([\d.]+)"), (0, 0, 0)][0]
+        return container, codec, float(rate.replace("k", "e3")), int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
     def check(self, n_frames):
         """After the last frame: raises VideoError if there was none, or if the file is cut."""
         if self.process.wait() < 0:
-            raise VideoError(self.path, f"took too long to read, stopped after {self.timer.interval:.0f} s")
-        log = self.log()
-        errors = re.findall(r"^(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*)", log, re.M)
-        videos = re.findall(r"^\[info\]   Stream #0:\d+.*?: Video: (.*)", log, re.M)
+            raise VideoError(self.path, "took too long to read and was stopped")
+        errors = self.log(r"(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*)")
         if any(error.endswith(("partial file", "File ended prematurely")) for error in errors):
             raise VideoError(self.path, f"is cut short after {n_frames} frames; get the whole file again")
-        if "[info] Input #0" in log and all("(attached pic)" in video for video in videos):
+        pictures = r"\[info\]   Stream #0:\d+.*?: Video: (?!.*\(attached pic\))"
+        if self.log(r"\[info\] Input #0") and not self.log(pictures):
             raise VideoError(self.path, "holds no video stream")
         if n_frames == 0:
             reason = errors[0].split(" '")[0] if errors else "it has no frames"
             raise VideoError(self.path, f"cannot be read as a video ({reason})")
 
-    def kind(self):
-        """(container, codec) by their first names, like ("mov", "h264")."""
-        found = re.search(r"Input #0, (\w+)[^\0]*^\[info\]   Stream #0:\d+ -> #\d:0 \((\w+) ", self.log(), re.M)
-        return found.groups() if found else ("", "")
-
-    def announced(self):
-        """(seconds, frames a second) that ffmpeg prints for the stream it chose, to two digits; 0 if unknown."""
-        log = self.log()
-        chosen = re.search(r"^\[info\]   Stream (#0:\d+) -> ", log, re.M)
-        rate = chosen and re.search(rf"^\[info\]   Stream {chosen[1]}\b.*? ([\d.]+)(k?) (?:fps|tbr),", log, re.M)
-        clock = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.M)
-        hours, minutes, seconds = map(float, clock.groups()) if clock else (0, 0, 0)
-        return hours * 3600 + minutes * 60 + seconds, float(rate[1]) * (1000 if rate[2] else 1) if rate else 0
-
-    def packets(self):
-        """Reads the table. A packet's line: stream, dts, pts, duration, size, checksum, and flags unless just "key"."""
+    def packets(self, printed_rate):
+        """Reads the tables. A packet's line: stream, dts, pts, duration, size, checksum, and flags unless just "key"."""
         times, keys, duration, plain = array("q"), array("q"), 0, True
         num, den = 1, 1  # of the tick
-        with open(self.table_path) as file:
-            for line in file:
-                if line.startswith("#tb"):
-                    num, den = map(int, line.split()[-1].split("/"))
-                elif not line.startswith("#"):
-                    fields = line.split(",")
-                    flags = int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1
-                    times.append(int(fields[2]))
-                    duration += int(fields[3])
-                    plain &= flags & ~0x11 == 0  # no other than "key" and "disposable"
-                    if flags & 1:
-                        keys.append(times[-1])
-        log, printed = self.log(), self.announced()[1]
+        for line in self.lines("table"):
+            fields = line.split(",")
+            if line.startswith("#tb"):
+                num, den = map(int, line.split()[-1].split("/"))
+            elif not line.startswith("#"):
+                flags = int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1
+                times.append(int(fields[2]))
+                duration += int(fields[3])
+                plain &= flags & ~0x11 == 0  # no other than "key" and "disposable"
+                if flags & 1:
+                    keys.append(times[-1])
         # The printed rate is rounded; the packets' durations, or NTSC's 1000/1001, give it exactly.
         rates = [len(times) * den / (duration * num)] if duration > 0 else []
-        rates += [round(printed * 1.001) * 1000 / 1001] if printed else []
-        rate = next((exact for exact in rates if abs(exact - printed) < 0.0051), printed or (rates or [25.0])[0])
+        rates += [round(printed_rate * 1.001) * 1000 / 1001] if printed_rate else []
+        near = (rate for rate in rates if abs(rate - printed_rate) < 0.0051)
+        rate = next(near, printed_rate or (rates or [25.0])[0])
         times = np.sort(np.array(times))
         keys = np.searchsorted(times, np.sort(np.array(keys)))
-        seekable = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and "[error]" not in log
-        if os.path.exists(self.clean_path):
-            with open(self.clean_path) as file:
-                seekable = seekable and sum(not line.startswith("#") for line in file) == len(keys)
+        seekable = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
+        if os.path.exists(f"{self.folder}/clean"):
+            seekable = seekable and sum(not line.startswith("#") for line in self.lines("clean")) == len(keys)
         return _Packets(times, keys, num / den, rate, seekable)
 
 
@@ -346,7 +338,9 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
         frames, flow = torch.stack([previous.float(), current.float()]), None
         for scale in reversed(scales):
-            images = _pyramid_level(frames, scale)  # (2, B, h, w)
+            # Blurring and shrinking are linear and separable: one matrix for the rows and one for the columns.
+            rows, columns = (_blur_and_resize(n, round(n * scale), scale).to(frames.device) for n in frames.shape[-2:])
+            images = rows @ frames @ columns.T  # (2, B, h, w)
             if flow is None:
                 flow = torch.zeros_like(images)  # also (2, B, h, w): here 2 is x and y
             else:
@@ -381,12 +375,6 @@ def _in_blocks(function, previous, current, pixels):
         torch.set_num_threads(threads)
 
 
-def _pyramid_level(frames, scale):
-    """Blur and shrink: both are linear and separable, so one matrix for the rows and one for the columns does it."""
-    rows, columns = (_blur_and_resize(n, round(n * scale), scale).to(frames.device) for n in frames.shape[-2:])
-    return rows @ frames @ columns.T
-
-
 @lru_cache
 def _blur_and_resize(n, m, scale):
     """(m, n) matrix: Gaussian blur with mirrored borders, then bilinear interpolation from n to m samples."""
@@ -411,38 +399,21 @@ def _polynomial_expansion(image, n, sigma):
     everywhere, so the coefficients are sums of correlations of the image with g(x)g(y) times 1, x, y, x², y², xy.
     """
     g, xg, xxg, first, mixed, second, cross = _expansion_weights(n, sigma)
-    h, w = image.shape[-2:]
+
+    def correlate(image, weights, dim, sign=1):  # weights are those at 0…n; at -n…-1 they are `sign` times the same
+        size = image.shape[dim] - 2 * n
+        total = image.narrow(dim, n, size) * weights[0]
+        for k in range(1, n + 1):
+            before, after = image.narrow(dim, n - k, size), image.narrow(dim, n + k, size)
+            total.add_(torch.add(after, before, alpha=sign), alpha=weights[k])
+        return total
+
     padded = F.pad(image, (n, n, n, n), mode="replicate")
-    p0, p1, p2 = padded.new_zeros(3, *padded.shape[:-1], w)  # each row correlated with g, xg, x²g
-    p0.add_(padded[..., n : n + w], alpha=g[0])
-    for k in range(1, n + 1):
-        left, right = padded[..., n - k : n - k + w], padded[..., n + k : n + k + w]
-        total = left + right
-        p0.add_(total, alpha=g[k])
-        p2.add_(total, alpha=xxg[k])
-        p1.add_(torch.sub(right, left, out=total), alpha=xg[k])
-    result = image.new_zeros(*image.shape[:-2], 5, h, w)
-    y, x, yy, xx, xy = result.unbind(-3)
-    one = g[0] * p0[..., n : n + h, :]
-    x.add_(p1[..., n : n + h, :], alpha=g[0])
-    xx.add_(p2[..., n : n + h, :], alpha=g[0])
-    for k in range(1, n + 1):
-        up0, up1, up2 = (p[..., n - k : n - k + h, :] for p in (p0, p1, p2))
-        down0, down1, down2 = (p[..., n + k : n + k + h, :] for p in (p0, p1, p2))
-        total = up0 + down0
-        one.add_(total, alpha=g[k])
-        yy.add_(total, alpha=xxg[k])
-        y.add_(torch.sub(down0, up0, out=total), alpha=xg[k])
-        x.add_(torch.add(up1, down1, out=total), alpha=g[k])
-        xy.add_(torch.sub(down1, up1, out=total), alpha=xg[k])
-        xx.add_(torch.add(up2, down2, out=total), alpha=g[k])
-    one *= mixed
-    y *= first
-    x *= first
-    yy.mul_(second).add_(one)
-    xx.mul_(second).add_(one)
-    xy *= cross
-    return result
+    p0, p1, p2 = correlate(padded, g, -1), correlate(padded, xg, -1, -1), correlate(padded, xxg, -1)
+    one = correlate(p0, g, -2) * mixed
+    y, x = correlate(p0, xg, -2, -1) * first, correlate(p1, g, -2) * first
+    yy, xx = correlate(p0, xxg, -2).mul_(second).add_(one), correlate(p2, g, -2).mul_(second).add_(one)
+    return torch.stack([y, x, yy, xx, correlate(p1, xg, -2, -1) * cross], -3)
 
 
 @lru_cache
@@ -498,12 +469,9 @@ def _pad_to_power_of_two(image):
 @lru_cache
 def _border_weight(h, w):
     """(h, w) squared weight of a pixel, by its distance to the border."""
-    weights = []
-    for n in (h, w):
-        weight = torch.ones(n + 10)
-        weight[:5] = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472])
-        weights.append((weight[:n] * weight[:n].flip(0)) ** 2)
-    return weights[0][:, None] * weights[1]
+    ramp = torch.cat([torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472]), torch.ones(max(h, w))])
+    rows, columns = ((ramp[:n] * ramp[:n].flip(0)) ** 2 for n in (h, w))
+    return rows[:, None] * columns
 
 
 def _window_sums(planes, winsize):
@@ -539,31 +507,21 @@ def _solve(equations, winsize):
     return flow.div_(determinant)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Text: tokenizer and prompts
-
+# ---- 2. Text: tokenizer and prompts ----------------------------------------------------------------------------------
 DESCRIBE_QUESTIONS = [  # asked in place of a row's own first question when the answer is the description
-    "Can you describe the anomaly in the video?",
-    "What is unusual in this video?",
-    "Please describe what goes wrong in the video.",
-    "Tell me about the abnormal event in this clip.",
+    "Can you describe the anomaly in the video?", "What is unusual in this video?",
+    "Please describe what goes wrong in the video.", "Tell me about the abnormal event in this clip.",
     "Which abnormal event does the video show?",
     "Does anything out of the ordinary happen in the video, and what is it?",
-    "Give a description of the anomaly that you see.",
-    "How would you describe the strange event in this video?",
-    "Explain what is abnormal in the clip.",
-    "What happens in this video that should not happen?",
-    "Describe any unexpected behaviour in the video.",
-    "Summarise the anomaly in the video.",
-    "What stands out as abnormal in this scene?",
-    "Look at the video and report what is not normal.",
-    "Could you say what anomaly occurs in the video?",
-    "In a few words, what is odd about this clip?",
-    "Write down what the abnormal event is and how it unfolds.",
-    "What kind of anomaly can be seen in the video?",
+    "Give a description of the anomaly that you see.", "How would you describe the strange event in this video?",
+    "Explain what is abnormal in the clip.", "What happens in this video that should not happen?",
+    "Describe any unexpected behaviour in the video.", "Summarise the anomaly in the video.",
+    "What stands out as abnormal in this scene?", "Look at the video and report what is not normal.",
+    "Could you say what anomaly occurs in the video?", "In a few words, what is odd about this clip?",
+    "Write down what the abnormal event is and how it unfolds.", "What kind of anomaly can be seen in the video?",
     "Is there an anomaly in the video? Describe it.",
     "Please tell me in detail about the irregular event in the video.",
-]
+]  # fmt: skip
 
 SYSTEM = " "  # the released system text: a single space
 PROMPT_MARKER = re.compile(r"(\[(?=/?INST\])|<(?=</?SYS>>|/?Video>))")  # first character of a marker of the prompt
@@ -647,9 +605,7 @@ class Tokenizer:
         return self.sp.decode([i for i in text if not self.sp.is_control(i)]).strip()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Datasets: index files, samples, batches
-
+# ---- 3. Datasets: index files, samples, batches ----------------------------------------------------------------------
 SLOTS = ("car", "bus", "truck", "motorbike", "person", "cyclist", "dog", "bag", "fire", "crash")  # stage-0 targets
 COLOURS = ("red", "blue", "green", "yellow", "white", "purple")
 STILL = 0.25  # pixels: an object that moved less than this between two frames is absent from the motion frame
@@ -677,15 +633,15 @@ def check_row(row):
     """The row, or a ValueError that says which field is wrong."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    if not isinstance(row.get("video"), str) or not row["video"] or "\0" in row["video"]:
+    video, qa = row.get("video"), row.get("qa") or []
+    if not isinstance(video, str) or not video or "\0" in video:
         raise ValueError('"video" must be the path of a file')
     for field, kind in (("description", str), ("motion", str), ("qa", list), ("flags", list), ("objects", list)):
         if not isinstance(row.get(field), (kind, type(None))):
             raise ValueError(f'"{field}" must be a {"text" if kind is str else "list"}')
-    for turn in row.get("qa") or []:
-        if not isinstance(turn, dict) or not isinstance(turn.get("q"), str) or not isinstance(turn.get("a"), str):
-            raise ValueError('each entry of "qa" must be {"q": text, "a": text}')
-    if not row.get("description") and not any(turn["a"] for turn in row.get("qa") or []):
+    if not all(isinstance(turn, dict) and isinstance(turn.get(key), str) for turn in qa for key in "qa"):
+        raise ValueError('each entry of "qa" must be {"q": text, "a": text}')
+    if not row.get("description") and not any(turn["a"] for turn in qa):
         raise ValueError('needs a "description", or "qa" with an answer')
     return row
 
@@ -734,8 +690,7 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def read(self, i, sampling, generator):
         """-> (appearance, motion) uint8 tensors (T, 3, H, W), Clip"""
-        how = {"motion": self.motion, "sampling": sampling, "generator": generator}
-        clip = read_clip(self.rows[i]["video"], self.n_frames, self.image_size, **how)
+        clip = read_clip(self.rows[i]["video"], self.n_frames, self.image_size, self.motion, sampling, generator)
         frames = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in (clip.appearance, clip.motion))
         return *frames, clip
 
@@ -813,19 +768,14 @@ class FrameDataset(ClipDataset):
         row = self.rows[i]
         appearance, motion, clip = self.read(i, "uniform", generator)
         targets, colours = frame_targets(row["objects"], clip.indices, self.image_size)
-        drawn = torch.from_numpy(
-            np.sort(generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False))
-        )
-        described = [{"q": DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))], "a": row["description"]}]
-        ids, labels = self.tokenizer.encode_conversation(
-            described if generator.random() < 0.5 else row["qa"], clip.message, 0
-        )
+        drawn = generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False)
+        drawn = torch.from_numpy(np.sort(drawn))
+        question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
+        qa = [{"q": question, "a": row["description"]}] if generator.random() < 0.5 else row["qa"]
+        ids, labels = self.tokenizer.encode_conversation(qa, clip.message, 0)
         sample = {"index": torch.tensor(i), "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        return sample | {
-            "frames": torch.cat([appearance, motion])[drawn],
-            "targets": targets[drawn],
-            "colours": colours[drawn],
-        }
+        frames = torch.cat([appearance, motion])[drawn]
+        return sample | {"frames": frames, "targets": targets[drawn], "colours": colours[drawn]}
 
 
 def frame_targets(objects, indices, image_size):
@@ -863,9 +813,8 @@ def collate(samples, pad_id=0):
     for key in good[0] if good else ():
         values = [s[key] for s in good]
         if values[0].dim() > 0:
-            longest = max(map(len, values))
             fill = pad_id if key.endswith("input_ids") else IGNORE if key.endswith("labels") else None
-            values = [pad_to(v, longest, fill) for v in values]
+            values = [pad_to(v, max(map(len, values)), fill) for v in values]
         batch[key] = torch.stack(values)
     return batch
 
@@ -876,8 +825,8 @@ def pad_to(tensor, length, fill):
     return torch.cat([tensor, tensor[-1:].expand(missing) if fill is None else tensor.new_full(missing, fill)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Feature cache: what `prepare.py features` writes
+# ---- 4. Feature cache: what `prepare.py features` writes -------------------------------------------------------------
+CachedClip = namedtuple("CachedClip", "appearance motion message indices")  # streams: tensors (T, Q, C)
 
 
 class CachedFeatures:
@@ -892,9 +841,8 @@ class CachedFeatures:
                 meta = json.load(file)
             with open(os.path.join(folder, "clips.jsonl")) as file:
                 clips = [json.loads(line) for line in file]
-            self.streams = [
-                np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in ("appearance", "motion")
-            ]
+            files = (os.path.join(folder, name) for name in ("appearance.npy", "motion.npy"))
+            self.streams = [np.load(file, mmap_mode="r") for file in files]
         except (OSError, ValueError) as e:
             raise ValueError(f"{folder}: not a feature cache ({e}); make it with `python prepare.py features`") from e
         for key, value in {**expected, "videos": videos_digest(rows)}.items():
@@ -902,10 +850,9 @@ class CachedFeatures:
                 raise ValueError(f"{folder}: made with {key} {meta.get(key)!r}, this run has {value!r}; make it again")
         self.choices = meta["choices"]
         self.clips = {(clip["row"], clip["choice"]): clip for clip in clips}
-        if len(self.clips) < len(rows) * self.choices:
-            raise ValueError(
-                f"{folder}: only {len(self.clips)} of {len(rows) * self.choices} clips are done; run it again"
-            )
+        done, needed = len(self.clips), len(rows) * self.choices
+        if done < needed:
+            raise ValueError(f"{folder}: only {done} of {needed} clips are done; run it again")
 
     def load(self, i, choice):
         """Row i, variant `choice` -> CachedClip; VideoError if that video could not be read when the cache was made."""
@@ -914,14 +861,6 @@ class CachedFeatures:
             raise VideoError(clip["video"], clip["error"])
         appearance, motion = (torch.tensor(x[i, choice, : len(clip["indices"])]) for x in self.streams)
         return CachedClip(appearance, motion, clip["message"], clip["indices"])
-
-
-@dataclass
-class CachedClip:
-    appearance: torch.Tensor  # (T, Q, C)
-    motion: torch.Tensor
-    message: str
-    indices: list
 
 
 def videos_digest(rows):
@@ -937,3 +876,16 @@ def frozen_fingerprint(model):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().numpy().data)
     return digest.hexdigest()[:16]
+
+
+# ---- 5. The machine --------------------------------------------------------------------------------------------------
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def peak_memory_mb(device):
+    """The most memory this process has held: of the GPU if the model is there, else of the machine."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

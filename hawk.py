@@ -29,14 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: the defaults are the published 7B model
 
-
+# ---- Configuration: every size, flat. The defaults are the published 7B model; preset "tiny" is the one trained here -
 @dataclass
 class HawkConfig:
-    """Every size of the model, flat. `HawkConfig()` is the published model; `preset("tiny")` the one trained here."""
-
     n_frames: int = 32  # rows of the frame position table: the most frames a clip may have
     image_size: int = 224
     patch_size: int = 14
@@ -83,13 +79,8 @@ class HawkConfig:
             if dim % heads:
                 raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}")
 
-    @property
-    def image_id(self):  # token id of the placeholder that soft tokens replace
-        return self.vocab_size
-
-    @property
-    def n_visual(self):  # soft tokens that a clip becomes, appearance first
-        return len(BRANCHES) * self.n_video_queries
+    image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
+    n_visual = property(lambda self: len(BRANCHES) * self.n_video_queries)  # soft tokens of a clip, appearance first
 
     @classmethod
     def preset(cls, name):
@@ -108,30 +99,21 @@ class HawkConfig:
 
 
 BRANCHES = ("appearance", "motion")  # the streams, in the order of their soft tokens
-PRESETS = {
-    "7b": {},
-    "tiny": dict(
-        n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
-        qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32,
-        llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
-    ),
-}  # fmt: skip
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Leaves: norms, attention, MLP
+PRESETS = {"7b": {}, "tiny": dict(
+    n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
+    qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32,
+    llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
+)}  # fmt: skip
 
 
+# ---- Leaves: norms, attention, MLP -----------------------------------------------------------------------------------
 class LayerNorm(nn.LayerNorm):  # computed in float32 whatever the dtype of its input and weights
     def forward(self, x):
-        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return y.to(x.dtype)
+        w, b = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, w, b, self.eps).to(x.dtype)
 
 
-class RMSNorm(nn.Module):  # LLaMA's norm: x / rms(x) · weight, computed in float32
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
+class RMSNorm(nn.RMSNorm):  # LLaMA's norm: x / rms(x) · weight, computed in float32
     def forward(self, x):
         x32 = x.float()
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
@@ -160,10 +142,7 @@ def run(layers, x, *args, save_memory=False):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ViT: EVA-CLIP-g, as in BLIP-2
-
-
+# ---- ViT: EVA-CLIP-g, as in BLIP-2 -----------------------------------------------------------------------------------
 class ViTAttention(nn.Module):  # qkv is one weight; keys have no bias (it would cancel in the softmax)
     def __init__(self, dim, heads):
         super().__init__()
@@ -188,9 +167,7 @@ class ViTBlock(nn.Module):  # pre-norm
         return x + self.mlp(self.norm2(x))
 
 
-class ViT(nn.Module):
-    """Equals the released `VisionTransformer.forward_features`: pixels not normalised, and no norm after the last block."""
-
+class ViT(nn.Module):  # equals the released `forward_features`: pixels not normalised, no norm after the last block
     def __init__(self, config):
         super().__init__()
         self.save_memory, C, patch = config.gradient_checkpointing, config.vit_dim, config.patch_size
@@ -206,13 +183,8 @@ class ViT(nn.Module):
         return run(self.blocks, x, save_memory=self.save_memory)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Q-Former: a BERT whose input is learned queries that look at an image (or at a clip) through cross-attention
-
-
-class QFormerAttention(nn.Module):
-    """BERT attention, post-norm: norm(x + output(attention(x, context))). Self-attention when context is x."""
-
+# ---- Q-Former: a BERT whose input is learned queries that look at an image (or at a clip) through cross-attention ----
+class QFormerAttention(nn.Module):  # BERT's, post-norm: norm(x + output(attention(x, context)))
     def __init__(self, dim, heads, context_dim, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -241,10 +213,7 @@ class QFormerLayer(nn.Module):
         return self.mlp.norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
 
 
-class QFormer(nn.Module):
-    """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C). Equals the released
-    `Qformer.bert(query_embeds=…, encoder_hidden_states=…)` with its unused text half left out."""
-
+class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…, …)`, its unused text half left out
     def __init__(self, config, layers, context_dim, cross_every):
         super().__init__()
         self.dropout, self.save_memory = config.dropout, config.gradient_checkpointing
@@ -252,14 +221,12 @@ class QFormer(nn.Module):
         self.layers = nn.ModuleList(QFormerLayer(config, context_dim, i % cross_every == 0) for i in range(layers))
 
     def forward(self, queries, context):
+        """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C)."""
         x = F.dropout(self.norm(queries), self.dropout, self.training).expand(len(context), -1, -1)
         return run(self.layers, x, context, save_memory=self.save_memory)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Branch: from ViT features of T frames to 32 soft tokens. Built twice: appearance and motion
-
-
+# ---- Branch: from ViT features of T frames to 32 soft tokens. Built twice: appearance and motion ---------------------
 class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its own for appearance and for motion
     def __init__(self, config):
         super().__init__()
@@ -291,10 +258,7 @@ class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its ow
         return self.decoder_2(x), self.encoder_1(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LLaMA-2
-
-
+# ---- LLaMA-2 ---------------------------------------------------------------------------------------------------------
 def rotate(x, cos, sin):
     """Rotary position: turns the pairs (x_i, x_{i + d/2}) by their angle (Hugging Face's layout). x (B, h, S, d)."""
     x32 = x.float()
@@ -302,25 +266,23 @@ def rotate(x, cos, sin):
     return (x32 * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once for `size` positions, of which `length` are filled. The first
-    `padding[b]` positions of row b are left padding, which is never attended to."""
-
+class KVCache:  # keys and values of every layer, allocated once for `size` positions, of which `length` are filled
     def __init__(self, config, batch, size, like, padding=0):
         shape = (config.llama_layers, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
         self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
-        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
+        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1): left padding
 
     def write(self, layer, k, v):
-        """Stores k, v (B, h, S, d) behind what is there; returns all keys and values so far."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end], self.v[layer, :, :, self.length : end] = k, v
+        """Stores k, v (B, h, S, d) of the last S positions; returns all keys and values so far."""
+        start, end = self.length - k.shape[2], self.length
+        self.k[layer, :, :, start:end], self.v[layer, :, :, start:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def positions_and_mask(self, S):
-        """For S more tokens: positions (B or 1, 1, S), and which of the keys each one sees (B or 1, 1, S, length + S)."""
-        key = torch.arange(self.length + S, device=self.k.device)
-        query = key[self.length :, None]  # (S, 1)
+    def extend(self, S):
+        """By S tokens: their positions (B or 1, 1, S), and which of all keys each one sees (B or 1, 1, S, length)."""
+        self.length += S
+        key = torch.arange(self.length, device=self.k.device)
+        query = key[-S:, None]  # (S, 1)
         mask = (self.padding <= key) & (key <= query) | (key == query)  # padding sees itself: its softmax is not 0 / 0
         return (query[:, 0] - self.padding[..., 0]).clamp_min(0), mask
 
@@ -332,8 +294,8 @@ class LlamaAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin, mask, cache):
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, h, S, d)
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, h, S, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
@@ -375,25 +337,16 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
     def forward(self, x, cache=None):
         """Embeddings (B, S, D) -> hidden states (B, S, D) before the head. With a cache, x continues what is in it."""
         c, S = self.config, x.shape[1]
-        positions, mask = cache.positions_and_mask(S) if cache else (torch.arange(S, device=x.device), None)
+        positions, mask = cache.extend(S) if cache else (torch.arange(S, device=x.device), None)
         d = c.llama_dim // c.llama_heads
         frequency = c.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
-        angle = positions[..., None].float() * frequency
-        angle = torch.cat([angle, angle], dim=-1)  # (B or 1, 1, S, d) with a cache, else (S, d)
+        angle = positions[..., None].float() * frequency.repeat(2)  # (B or 1, 1, S, d) with a cache, else (S, d)
         save_memory = c.gradient_checkpointing and cache is None
-        x = run(self.layers, x, angle.cos(), angle.sin(), mask, cache, save_memory=save_memory)
-        if cache is not None:
-            cache.length += S
-        return self.norm(x)
+        return self.norm(run(self.layers, x, angle.cos(), angle.sin(), mask, cache, save_memory=save_memory))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA: a low-rank correction beside a frozen weight
-
-
-class LoRALinear(nn.Linear):
-    """y = W x + (alpha / rank) · B A dropout(x). A is random and B zero, so that nothing changes at the start."""
-
+# ---- LoRA: a low-rank correction beside a frozen weight; `prepare.py merge` adds it to the weight --------------------
+class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); B is zero at the start, so nothing changes
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.scale, self.dropout = linear.weight, config.lora_alpha / config.lora_rank, config.lora_dropout
@@ -405,24 +358,12 @@ class LoRALinear(nn.Linear):
         low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T
         return F.linear(x, self.weight) + self.scale * (low @ self.lora_B.T).to(x.dtype)
 
-    def merged(self):
-        """An ordinary Linear with the correction added to its weight."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
-        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
-        return linear
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hawk
-
-
+# ---- Hawk ------------------------------------------------------------------------------------------------------------
 @dataclass
-class Encoding:
-    """A batch of clips: soft tokens (B, 2·32, D), appearance first; tight features (B, 32, tight_dim) of each branch."""
-
-    tokens: torch.Tensor
-    appearance_tight: torch.Tensor
+class Encoding:  # of a batch of clips
+    tokens: torch.Tensor  # soft tokens (B, 2·32, D), appearance first
+    appearance_tight: torch.Tensor  # features (B, 32, tight_dim) for the consistency loss
     motion_tight: torch.Tensor
 
 
@@ -442,9 +383,7 @@ class Hawk(nn.Module):
         if config.lora_rank:
             self.add_lora()
 
-    @property
-    def device(self):
-        return self.llama.lm_head.weight.device
+    device = property(lambda self: self.llama.lm_head.weight.device)
 
     def set_trainable(self, mode):
         """Chooses what learns: "paper" everything after the frame Q-Formers but LLaMA; "released" the motion branch's
@@ -467,14 +406,6 @@ class Hawk(nn.Module):
         for attention in (block.self_attn for block in self.llama.layers):
             for target in self.config.lora_targets.split(","):
                 setattr(attention, target, LoRALinear(getattr(attention, target), self.config))
-
-    def merge_lora(self):
-        """Adds every LoRA correction to its weight and removes it; the output stays the same."""
-        for attention in (block.self_attn for block in self.llama.layers if self.config.lora_rank):
-            for target in self.config.lora_targets.split(","):
-                setattr(attention, target, getattr(attention, target).merged())
-        self.config.lora_rank = 0
-        return self
 
     def frame_features(self, *streams):
         """Frames (B, T, 3, H, W) in [0, 1] of each branch -> list of (B, T, Q, C): the frozen part, which can be cached."""
@@ -501,7 +432,7 @@ class Hawk(nn.Module):
 
     def language_loss(self, input_ids, labels, soft, per_sample=False):
         """Mean cross-entropy of the next token over all tokens with a label (not -100), or, per_sample, over those of each
-        row and then over the rows. The head sees only those positions: its output would be the largest of all tensors."""
+        row and then over the rows. Only their positions go through the head, whose output is the largest of all tensors."""
         hidden, target = self.llama(self.embed(input_ids, soft))[:, :-1], labels[:, 1:]
         kept = target != -100
         if not kept.any():
@@ -518,22 +449,11 @@ class Hawk(nn.Module):
             a, m = a - self.appearance.encoder_1.bias, m - self.motion.encoder_1.bias
         return (1 - F.cosine_similarity(a.flatten(1).float(), m.flatten(1).float())).mean()
 
-    @torch.no_grad()
-    def bias_cosine(self):
-        """Cosine of the two encoder_1 biases: near 1 when they alone satisfy the consistency loss."""
-        return F.cosine_similarity(self.appearance.encoder_1.bias, self.motion.encoder_1.bias, dim=0).item()
-
-    def forward(
-        self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False
-    ):
-        """The losses of a batch of clips (frames or features, as in `encode`): see `losses`."""
-        encoding = self.encode(appearance, motion)
-        return self.losses(encoding, input_ids, labels, motion_input_ids, motion_labels, per_sample)
-
-    def losses(self, encoding, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False):
-        """By name (paper, Eq. 9: total is their weighted sum). Without a motion target, motion_language is video_language
-        again, as in the released stage 2."""
-        c = self.config
+    def forward(self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None,
+                per_sample=False, encoding=None):  # fmt: skip
+        """The losses of a batch of clips by name; total is their weighted sum (paper, Eq. 9). Without a motion target,
+        motion_language is video_language again, as in the released stage 2. `encoding` saves encoding the clips again."""
+        c, encoding = self.config, encoding or self.encode(appearance, motion)
         losses = {"video_language": self.language_loss(input_ids, labels, encoding.tokens, per_sample)}
         losses["motion_language"] = losses["video_language"]
         if motion_input_ids is not None:
@@ -567,24 +487,14 @@ class Hawk(nn.Module):
             if (on_token and on_token(token.tolist()) is False) or done.all():
                 break
             x = self.llama.embed_tokens(token[:, None])
-        return [cut(row, eos_id) for row in new.tolist()]
-
-    @torch.no_grad()
-    def generate_naive(self, appearance, motion, input_ids, max_new_tokens=128, eos_id=2):
-        """Greedy without a cache, the whole sequence again for every token: the reference that tests compare with."""
-        x, new = self.embed(input_ids, self.encode(appearance, motion).tokens), []
-        for _ in range(max_new_tokens):
-            new.append(self.llama.lm_head(self.llama(x)[:, -1]).argmax(-1))
-            x = torch.cat([x, self.llama.embed_tokens(new[-1])[:, None]], dim=1)
-        return [cut(row, eos_id) for row in torch.stack(new, dim=1).tolist()]
+        return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new.tolist()]
 
     def beam_search(self, x, max_new_tokens, beams, repetition_penalty, eos_id):
         """The `beams` best continuations of one prompt x (1, S, D), kept side by side; returns the best one by mean
         log-probability per token: a finished one, or at the limit perhaps the best of those still open."""
         cache = KVCache(self.config, beams, x.shape[1] + max_new_tokens, x)
         x, new = x.expand(beams, -1, -1), torch.empty(beams, 0, dtype=torch.long, device=x.device)
-        # all beams start equal: let only one of them spread in the first step
-        score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)
+        score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # equal at first: only one spreads
         finished = []
         for step in range(1, max_new_tokens + 1):
             logits = self.llama.lm_head(self.llama(x, cache)[:, -1]).float()
@@ -658,14 +568,8 @@ def init_weights(module):
 def left_pad(rows, device):
     """Rows of ids of unequal length -> (B, S) with zeros in front, and the number of zeros of each row (B,)."""
     rows = [torch.as_tensor(row, device=device) for row in rows]
-    S = max(len(row) for row in rows)
-    padding = torch.tensor([S - len(row) for row in rows], device=device)
-    return torch.stack([F.pad(row, (S - len(row), 0)) for row in rows]), padding
-
-
-def cut(row, eos_id):
-    """A row of ids up to its end token, that included."""
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    return ids, torch.tensor([ids.shape[1] - len(row) for row in rows], device=device)
 
 
 def penalise(logits, new, penalty):
@@ -722,8 +626,7 @@ def replaced_folder(folder):
     """Yields an empty folder beside `folder` to write into, which takes its name when the block ends well."""
     folder, old = recover_folder(folder)
     new = folder.with_name(folder.name + ".tmp")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
@@ -740,6 +643,8 @@ def recover_folder(folder):
     """Undoes a replacement that was killed between its two renames; returns (folder, where the old one waits)."""
     folder = Path(folder)
     old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
         old.rename(folder)
     return folder, old

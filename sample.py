@@ -16,7 +16,6 @@ cannot be read does not stop the others. Exit status: 0, or 2 if anything failed
 import argparse
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -28,20 +27,14 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 
-from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, read_clip
+from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, best_device, peak_memory_mb, read_clip
 from hawk import Encoding, Hawk
 
 WEIGHTS = Path(__file__).parent / "weights"
 PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # what a wrong file, question or machine raises
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model, video, answer: what other programs import
 
-
-def best_device():
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
+# ---- Model, video, answer: what other programs import ----------------------------------------------------------------
 def load(weights, device=None, dtype=None):
     """A folder of weights -> (model, tokenizer). Raises ValueError, one line, for anything that does not fit."""
     device = device or best_device()
@@ -167,37 +160,17 @@ def write_motion_sheet(clip, path, columns=8):
     order = np.unique(np.linspace(0, T - 1, min(columns, T)).astype(int))
     rows = [np.concatenate(stream[order], axis=1) for stream in (clip.appearance, clip.motion)]
     sheet = np.ascontiguousarray(np.concatenate(rows))
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
-    command += [
-        "-s",
-        f"{sheet.shape[1]}x{sheet.shape[0]}",
-        "-i",
-        "pipe:0",
-        "-frames:v",
-        "1",
-        "-c:v",
-        "png",
-        "-f",
-        "image2",
-    ]
+    options = f"-nostdin -v error -y -f rawvideo -pix_fmt rgb24 -s {sheet.shape[1]}x{sheet.shape[0]} -i pipe:0 "
+    options += "-frames:v 1 -c:v png -f image2 -update 1"
     temporary = path.with_name(path.name + ".tmp")
-    done = subprocess.run([*command, "-update", "1", f"file:{temporary}"], input=sheet.tobytes(), capture_output=True)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), f"file:{temporary}"]
+    done = subprocess.run(command, input=sheet.tobytes(), capture_output=True)
     if done.returncode:
         raise ValueError(f"{path}: cannot be written ({done.stderr.decode(errors='replace').strip()})")
     os.replace(temporary, path)
 
 
-def peak_memory_mb(device):
-    """The most memory this process has held: of the GPU if the model is there, else of the machine."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Chat
-
+# ---- Chat ------------------------------------------------------------------------------------------------------------
 HELP = """Write a question and press enter. ctrl-C stops an answer, ctrl-D ends.
 /new         forget what was said about this video
 /video PATH  look at another video
@@ -223,10 +196,9 @@ class Chat:
             raise ValueError("no video yet: /video PATH")
         length = self.generation["max_new_tokens"]
         _, kept, _ = fit_prompt(self.model, self.tokenizer, self.seen, question, self.history, self.system, length)
-        if len(kept) < len(self.history):
-            note(
-                f"forgot the {len(self.history) - len(kept)} oldest round(s): the conversation has outgrown the context"
-            )
+        forgotten = len(self.history) - len(kept)
+        if forgotten:
+            note(f"forgot the {forgotten} oldest round(s): the conversation has outgrown the context")
         self.history, said, first, start = kept, [], [], time.perf_counter()
 
         def show(text):
@@ -303,10 +275,7 @@ def typed_lines():
     return iter(read, "")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 def note(text):
     print(text, file=sys.stderr, flush=True)
 
@@ -341,12 +310,10 @@ def number(kind, low, high=float("inf")):
 
 
 def add_model_options(p):
-    g = p.add_argument_group("model")
-    g.add_argument("--weights", help="folder of weights (default: weights/hawk-7b if it is there, else weights/tiny)")
-    g.add_argument("--device", help="default: cuda, else mps, else cpu")
-    g.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32"
-    )
+    add = p.add_argument_group("model").add_argument
+    add("--weights", help="folder of weights (default: weights/hawk-7b if it is there, else weights/tiny)")
+    add("--device", help="default: cuda, else mps, else cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
 
 
 def weights_folder(args):
@@ -368,24 +335,21 @@ def load_from_options(args):
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--video", nargs="+", action="extend", default=[], metavar="PATH", help="one or more video files")
-    p.add_argument("--question", help=f"default: {DESCRIBE_QUESTIONS[0]}")
-    p.add_argument("--chat", action="store_true", help="ask round after round (questions from stdin)")
-    p.add_argument(
-        "--show-motion", metavar="FILE", help="also write a PNG: frames above, what the motion branch sees below"
-    )
-    p.add_argument("--json", action="store_true", help="one JSON object a video: answer, seconds, tokens, peak memory")
-    p.add_argument("--system", default=SYSTEM, help="system text of the prompt (default: a space, as in training)")
+    add = p.add_argument
+    add("--video", nargs="+", action="extend", default=[], metavar="PATH", help="one or more video files")
+    add("--question", help=f"default: {DESCRIBE_QUESTIONS[0]}")
+    add("--chat", action="store_true", help="ask round after round (questions from stdin)")
+    add("--show-motion", metavar="FILE", help="also write a PNG: frames above, what the motion branch sees below")
+    add("--json", action="store_true", help="one JSON object a video: answer, seconds, tokens, peak memory")
+    add("--system", default=SYSTEM, help="system text of the prompt (default: a space, as in training)")
     add_model_options(p)
-    g = p.add_argument_group("generation")
-    g.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="longest answer (default: 128)")
-    g.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest word (default)")
-    g.add_argument(
-        "--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest words that reach this"
-    )
-    g.add_argument("--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side")
-    g.add_argument("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
-    g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of --temperature")
+    add = p.add_argument_group("generation").add_argument
+    add("--max-new-tokens", type=number(int, 1), default=128, help="longest answer (default: 128)")
+    add("--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest word (default)")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample from the likeliest words that reach this")
+    add("--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side")
+    add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of --temperature")
     args = p.parse_args(argv)
     if args.beams > 1 and args.temperature > 0:
         p.error("--beams and --temperature exclude each other")

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -39,81 +38,52 @@ from data import (
     FrameDataset,
     HawkDataset,
     Tokenizer,
+    best_device,
     collate,
     frozen_fingerprint,
+    peak_memory_mb,
     read_index,
 )
 from hawk import BRANCHES, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options
 
-
+# ---- Options ---------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("what to train")
-    g.add_argument("--preset", choices=["tiny", "7b"], help="start from nothing at this size")
-    g.add_argument("--weights", help="start from this folder of weights")
-    g.add_argument("--stage", type=int, choices=[0, 1, 2], default=2, help="0 towers and text, 1 captions, 2 questions")
-    g.add_argument(
-        "--train", choices=["released", "paper", "lora", "all"], help="what learns (default: paper; all with --preset)"
-    )
-    g.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config field, e.g. consistency=debiased",
-    )
-    g = p.add_argument_group("data")
-    g.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
-    g.add_argument("--features", help="folder that `prepare.py features` wrote: no video is read, no ViT is run")
-    g.add_argument(
-        "--augment", action=argparse.BooleanOptionalAction, default=False, help="random crops, as in the release"
-    )
-    g.add_argument(
-        "--motion-targets",
-        action="store_true",
-        help="stage 2 with a motion caption as the motion branch's target (the paper's text)",
-    )
-    g.add_argument(
-        "--ask-facts",
-        type=float,
-        default=0.0,
-        metavar="WEIGHT",
-        help="toy world: also ask kind, object, colour and place of the soft tokens directly, as a loss of this weight",
-    )
-    g.add_argument("--facts-only", action="store_true", help="ask those and nothing else: no words, five times as fast")
-    g.add_argument("--workers", type=int, default=2, help="loader processes")
-    g = p.add_argument_group(
-        "recipe (the defaults are the released ones; examples/train_tiny.sh has those of the tiny preset)"
-    )
-    g.add_argument("--steps", type=int, default=400_000)
-    g.add_argument("--batch-size", type=int, default=4, help="global: over all processes and accumulation steps")
-    g.add_argument(
-        "--accumulate", type=int, default=1, help="split a process's share of the batch into this many passes"
-    )
-    g.add_argument("--lr", type=float, default=1e-5)
-    g.add_argument("--min-lr", type=float, default=1e-6)
-    g.add_argument("--warmup", type=int, default=1000, help="steps from 1e-6 to --lr")
-    g.add_argument("--weight-decay", type=float, default=0.05)
-    g.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as released")
-    g.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="auto: float32 on the CPU, else bfloat16 where supported",
-    )
-    g.add_argument("--seed", type=int, default=42)
-    g.add_argument("--device", help="default: cuda, else mps, else cpu")
-    g = p.add_argument_group("the run's folder")
-    g.add_argument("--out", required=True)
-    g.add_argument("--save-every", type=int, default=500)
-    g.add_argument("--eval-every", type=int, default=500)
-    g.add_argument(
-        "--eval-samples", type=int, default=64, help="held-out clips for the loss; a few of them are answered too"
-    )
-    g.add_argument("--resume", action="store_true", help="go on from OUT/last")
+    add = p.add_argument_group("what to train").add_argument
+    add("--preset", choices=["tiny", "7b"], help="start from nothing at this size")
+    add("--weights", help="start from this folder of weights")
+    add("--stage", type=int, choices=[0, 1, 2], default=2, help="0 towers and text, 1 captions, 2 questions")
+    add("--train", choices=["released", "paper", "lora", "all"], help="what learns (default: paper; all with --preset)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a config field, e.g. consistency=debiased")
+    add = p.add_argument_group("data").add_argument
+    add("--data", required=True, help="folder with train.jsonl and test.jsonl")
+    add("--features", help="folder that `prepare.py features` wrote: no video is read, no ViT is run")
+    add("--augment", action=argparse.BooleanOptionalAction, default=False, help="random crops, as in the release")
+    add("--motion-targets", action="store_true", help="stage 2: a motion caption as the motion branch's target (paper)")
+    add("--ask-facts", type=float, default=0.0, metavar="WEIGHT",
+        help="toy world: also ask kind, object, colour and place of the soft tokens directly, as a loss of this weight")  # fmt: skip
+    add("--facts-only", action="store_true", help="ask those and nothing else: no words, many times as fast")
+    add("--workers", type=int, default=2, help="loader processes")
+    add = p.add_argument_group("recipe (defaults as released; examples/train_tiny.sh: the tiny preset's)").add_argument
+    add("--steps", type=int, default=400_000)
+    add("--batch-size", type=int, default=4, help="global: over all processes and accumulation steps")
+    add("--accumulate", type=int, default=1, help="split a process's share of the batch into this many passes")
+    add("--lr", type=float, default=1e-5)
+    add("--min-lr", type=float, default=1e-6)
+    add("--warmup", type=int, default=1000, help="steps from 1e-6 to --lr")
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as released")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="auto: float32 on the CPU, else bfloat16 where supported")  # fmt: skip
+    add("--seed", type=int, default=42)
+    add("--device", help="default: cuda, else mps, else cpu")
+    add = p.add_argument_group("the run's folder").add_argument
+    add("--out", required=True)
+    add("--save-every", type=int, default=500)
+    add("--eval-every", type=int, default=500)
+    add("--eval-samples", type=int, default=64, help="held-out clips for the loss; a few of them are answered too")
+    add("--resume", action="store_true", help="go on from OUT/last")
     args = p.parse_args(argv)
     if bool(args.preset) == bool(args.weights):
         p.error("say where to start: either --preset tiny|7b or --weights FOLDER")
@@ -125,10 +95,7 @@ def parse_args(argv=None):
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 0: eyes and a language, each on its own
-
-
+# ---- Stage 0: eyes and a language, each on its own -------------------------------------------------------------------
 class Pretraining(nn.Module):
     """What a frame shows: is a thing of slot k (a type of object) there, where, and in which colour? Query k of the
     Q-Former has to answer, and so has the very patch of the ViT that holds the thing: the patch learns fast, and a
@@ -139,9 +106,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.hawk, answers = hawk, 2 + sum(PLACE_CELLS) + len(COLOURS)  # presence, lying, place cells, colours
         self.query_head = nn.Linear(hawk.config.qformer_dim, answers)
-        self.query_presence = nn.Parameter(
-            torch.zeros(len(SLOTS), hawk.config.qformer_dim)
-        )  # "is it my kind of thing?"
+        self.query_presence = nn.Parameter(torch.zeros(len(SLOTS), hawk.config.qformer_dim))  # "is my kind here?"
         self.patch_head = nn.Linear(hawk.config.vit_dim, answers)
         self.patch_kind = nn.Linear(hawk.config.vit_dim, len(SLOTS))
 
@@ -156,9 +121,8 @@ class Pretraining(nn.Module):
         losses = answer_losses(answers, targets, colours)
         from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
         kind = torch.arange(len(SLOTS), device=patch.device).expand_as(patch)[patch > 0]
-        losses["patches"] = sum(from_patch.values()) + F.cross_entropy(
-            self.patch_kind(patches[patch > 0]).float(), kind
-        )
+        kind_loss = F.cross_entropy(self.patch_kind(patches[patch > 0]).float(), kind)
+        losses["patches"] = sum(from_patch.values()) + kind_loss
         losses["pointing"] = self.pointing_loss(features, patch)
         logits = self.hawk.llama.lm_head(self.hawk.llama(self.hawk.llama.embed_tokens(input_ids))[:, :-1]).float()
         losses["language"] = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -206,22 +170,18 @@ class ClipFacts(nn.Module):
     def __init__(self, hawk, train_set, held_out, weight, alone=False):
         super().__init__()
         if any(field not in row for dataset in (train_set, held_out) for row in dataset.rows for field in self.FIELDS):
-            raise ValueError(
-                f"--ask-facts needs {', '.join(self.FIELDS)} in each row of the index, as toy rows have them"
-            )
+            raise ValueError(f"--ask-facts needs {', '.join(self.FIELDS)} in each row of the index, as toy rows have")
         words = [sorted({row[field] for row in train_set.rows}) for field in self.FIELDS]
+        fields = list(zip(words, self.FIELDS, strict=True))
         for dataset in (train_set, held_out):
-            rows = [
-                [w.index(row[f]) if row[f] in w else -100 for w, f in zip(words, self.FIELDS, strict=True)]
-                for row in dataset.rows
-            ]
+            rows = [[w.index(row[f]) if row[f] in w else -100 for w, f in fields] for row in dataset.rows]
             dataset.facts = torch.tensor(rows)
         self.hawk, self.weight, self.alone = hawk, weight, alone
         self.heads = nn.ModuleList(nn.Linear(len(BRANCHES) * hawk.config.llama_dim, len(w)) for w in words)
 
     def forward(self, appearance, motion, facts, **texts):
         encoding = self.hawk.encode(appearance, motion)
-        losses = {"total": 0.0} if self.alone else self.hawk.losses(encoding, **texts)
+        losses = {"total": 0.0} if self.alone else self.hawk(None, None, **texts, encoding=encoding)
         groups = len(self.FIELDS)
         tokens = encoding.tokens.unflatten(1, (len(BRANCHES), groups, -1)).mean(3)  # (B, branches, fields, D)
         for i, (field, head) in enumerate(zip(self.FIELDS, self.heads, strict=True)):
@@ -247,10 +207,8 @@ def place_cells(xy):
 
 def answer_losses(answers, targets, colours):
     """Losses of the answers (N, slots, 2 + cells + colours); all but presence only where a thing is present."""
-    present, (presence, lying, places, colour) = (
-        targets[..., 0] > 0,
-        answers.split([1, 1, sum(PLACE_CELLS), len(COLOURS)], -1),
-    )
+    present = targets[..., 0] > 0
+    presence, lying, places, colour = answers.split([1, 1, sum(PLACE_CELLS), len(COLOURS)], -1)
     return {
         "presence": F.binary_cross_entropy_with_logits(presence[..., 0], targets[..., 0]),
         "position": (places - place_cells(targets[..., 1:3]))[present].square().sum(-1).mean(),
@@ -259,10 +217,7 @@ def answer_losses(answers, targets, colours):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Leaves: schedule, optimizer, order of the samples, log
-
-
+# ---- Leaves: schedule, optimizer, order of the samples, log ----------------------------------------------------------
 def learning_rate(step, args):
     """Linear warm-up from 1e-6, then the cosine of the whole run (which the warm-up does not shift, as released)."""
     if step < args.warmup:
@@ -348,9 +303,7 @@ class Log:
         for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - NOT_LOSSES):
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes[0].plot(*zip(*points, strict=True), label=name.replace("_", " "), lw=1.5 if "held" in name else 0.8)
-        axes[1].plot(
-            [x["step"] for x in lines if "lr" in x], [x["lr"] for x in lines if "lr" in x], label="learning rate"
-        )
+        axes[1].plot([line["step"] for line in lines], [line["lr"] for line in lines])
         axes[0].set(yscale="log", xlabel="step", title="losses")
         axes[1].set(xlabel="step", title="learning rate")
         axes[0].legend(fontsize=8)
@@ -363,15 +316,10 @@ class Log:
 NOT_LOSSES = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Setting up
-
-
+# ---- Setting up ------------------------------------------------------------------------------------------------------
 def start_processes(args):
     """(rank, processes, device): torchrun sets RANK; without it this is one process."""
-    name = args.device or (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
+    name = args.device or best_device()
     if "RANK" not in os.environ:
         return 0, 1, torch.device(name)
     dist.init_process_group("nccl" if name == "cuda" else "gloo")
@@ -441,39 +389,25 @@ def datasets(args, model, tokenizer):
         rows, train = read_index(path) if path.exists() or split == "train" else [], split == "train"
         features = CachedFeatures(Path(args.features) / split, rows, expected) if args.features and rows else None
         rows = rows if train else rows[: args.eval_samples]
-        if args.stage == 0:
-            made.append(FrameDataset(rows, tokenizer, c.n_frames, c.image_size, seed=args.seed, motion=c.motion))
-            continue
-        made.append(
-            HawkDataset(
-                rows, tokenizer, n_frames=c.n_frames, image_size=c.image_size, n_visual=c.n_visual, stage=args.stage,
-                seed=args.seed, train=train, augment=args.augment and train, motion=c.motion, features=features,
-                motion_targets=args.motion_targets,
-            )
-        )  # fmt: skip
+        how = dict(n_frames=c.n_frames, image_size=c.image_size, seed=args.seed, motion=c.motion)
+        if args.stage:
+            how |= dict(n_visual=c.n_visual, stage=args.stage, train=train, augment=args.augment and train)
+            how |= dict(features=features, motion_targets=args.motion_targets)
+        made.append((HawkDataset if args.stage else FrameDataset)(rows, tokenizer, **how))
     return made
 
 
-def to_device(batch, device):
-    """Tensors of a collated batch, on the device; uint8 frames become float in [0, 1]."""
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-    return {k: v.float() / 255 if v.dtype == torch.uint8 else v for k, v in batch.items()}
+def inputs(batch, device, stage):
+    """What the objective takes of a collated batch, on the device; uint8 frames become float in [0, 1]."""
+    unused = ("errors", "index", "indices")
+    batch = {name: x.to(device, non_blocking=True) for name, x in batch.items() if name not in unused}
+    batch = {name: x.float() / 255 if x.dtype == torch.uint8 else x for name, x in batch.items()}
+    if stage == 0:  # (clips, frames of a clip, …) -> (frames, …)
+        return batch | {name: batch[name].flatten(0, 1) for name in ("frames", "targets", "colours") if name in batch}
+    return batch | {"per_sample": True}  # each clip counts the same, whatever the processes
 
 
-def inputs(batch, stage):
-    names = ["appearance", "motion", "input_ids", "labels", "motion_input_ids", "motion_labels", "facts"]
-    if stage == 0:
-        names = ["frames", "targets", "colours", "input_ids", "labels"]
-    batch = {name: batch[name] for name in names if name in batch}
-    frame_wise = ("frames", "targets", "colours")  # (clips, frames of a clip, …) -> (frames, …)
-    batch = {name: x.flatten(0, 1) if name in frame_wise else x for name, x in batch.items()}
-    return batch if stage == 0 else batch | {"per_sample": True}  # each clip counts the same, whatever the processes
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
+# ---- The run ---------------------------------------------------------------------------------------------------------
 def main():
     args = parse_args()
     rank, world, device = start_processes(args)
@@ -501,9 +435,8 @@ def main():
     stop = []  # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
     loading = dict(num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_sigterm)
-    batches = iter(
-        DataLoader(train_set, batch_sampler=StepBatches(len(train_set), args, start, rank, world), **loading)
-    )
+    order = StepBatches(len(train_set), args, start, rank, world)
+    batches = iter(DataLoader(train_set, batch_sampler=order, **loading))
     held_out = DataLoader(test_set, batch_size=16, **loading) if len(test_set) and rank == 0 else None
     module = objective
     if world > 1:
@@ -525,9 +458,7 @@ def main():
             raise ValueError(f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1")
         bad += list_bad(errors, out)
         if bad > 20 and bad > 0.05 * (step - start) * args.batch_size / world:
-            raise ValueError(
-                f"step {step}: {bad} videos could not be read, more than 5%; see {out / 'bad_videos.jsonl'}"
-            )
+            raise ValueError(f"step {step}: {bad} videos (over 5%) could not be read; see {out / 'bad_videos.jsonl'}")
         losses["stop"] = torch.tensor(float(len(stop)), device=device)  # all processes end after the same step
         values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
         stopping = values.pop("stop") > 0
@@ -535,7 +466,8 @@ def main():
             rate = (step - start) * args.batch_size / (time.time() - began)
             values |= {"samples_per_s": round(rate, 2), "memory_mb": peak_memory_mb(device)}
             if args.stage:
-                values["bias_cosine"] = model.bias_cosine()
+                biases = [getattr(model, name).encoder_1.bias for name in BRANCHES]
+                values["bias_cosine"] = F.cosine_similarity(*biases, dim=0).item()  # 1: they alone satisfy consistency
             if held_out and (step % args.eval_every == 0 or step == args.steps):
                 values |= evaluate(objective, model, held_out, args, device, precision, tokenizer)
             log.write(step, values)
@@ -572,7 +504,7 @@ def train_step(module, batches, train_set, optimizer, precision, scaler, args, d
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
         with together, attention:
             with precision():
-                losses = module(**inputs(to_device(batch, device), args.stage))
+                losses = module(**inputs(batch, device, args.stage))
             scaler.scale(losses["total"] * weight).backward()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach() * weight
@@ -600,7 +532,7 @@ def evaluate(module, model, loader, args, device, precision, tokenizer):
     module.eval()
     sums, n, answers = {}, 0, []
     for batch in loader:
-        x, size = inputs(to_device(batch, device), args.stage), len(batch.get("input_ids", ()))
+        x, size = inputs(batch, device, args.stage), len(batch.get("input_ids", ()))
         if not size:
             continue
         with precision():
@@ -632,12 +564,6 @@ def list_bad(errors, out):
     return len(errors)
 
 
-def peak_memory_mb(device):
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10), 1)
-
-
 def save(step, model, objective, optimizer, tokenizer_path, args, last):
     """OUT/last: the weights (only what trains, when that is the smaller part), and all else that the loop carries."""
     if args.stage == 0:
@@ -645,13 +571,10 @@ def save(step, model, objective, optimizer, tokenizer_path, args, last):
     n_trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     base = args.weights if n_trained * 2 < sum(p.numel() for p in model.parameters()) else None
     heads = {k: v for k, v in objective.state_dict().items() if objective is not model and not k.startswith("hawk.")}
-    model.save_pretrained(last.with_name("next"), tokenizer=tokenizer_path, base=base)
     with replaced_folder(last) as new:
-        for file in last.with_name("next").iterdir():
-            file.rename(new / file.name)
+        model.save_pretrained(new, tokenizer=tokenizer_path, base=base)
         torch.save({"optimizer": optimizer.state_dict(), "step": step, "heads": heads}, new / "state.pt")
         (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-    last.with_name("next").rmdir()
 
 
 def load_state(last, objective, optimizer, device):

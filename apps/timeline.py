@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import CONTAINERS, DESCRIBE_QUESTIONS, VideoError, _check_file, _Ffmpeg, make_clip, sample_frames
+from data import CONTAINERS, DESCRIBE_QUESTIONS, VideoError, _check_file, _ffmpeg, make_clip, sample_frames
 from hawk import KVCache
 from sample import PROBLEMS, Parser, add_model_options, complain, encode_clips, load_from_options, number, small_world
 
@@ -78,7 +78,7 @@ def windows(frames, length, step):
 
 def frame_rate(run):
     """Of a run that has given a frame. ffmpeg prints two digits: 29.97 is 30000 / 1001."""
-    printed = run.announced()[1] or 25.0
+    printed = run.header()[2] or 25.0
     exact = round(printed * 1.001) * 1000 / 1001
     return exact if abs(exact - printed) < 0.0051 else printed
 
@@ -89,7 +89,7 @@ def read_windows(path, config, window, stride, bar):
     stdin = sys.stdin if path == "-" else None
     if stdin is None:
         _check_file(path)
-    with _Ffmpeg(path, config.image_size, stdin=stdin) as run:
+    with _ffmpeg(path, config.image_size, stdin=stdin) as run:
         frames = checked(run)
         head = next(frames)
         rate = frame_rate(run)
@@ -98,7 +98,7 @@ def read_windows(path, config, window, stride, bar):
             raise VideoError(path, f"has no usable frame rate ({rate:.0f}); give it one with ffmpeg -i IN -r 25 OUT")
         if length * head.size > MOST_BYTES:
             raise VideoError(path, f"a window of {window} s has {length} frames, too many to hold; use a shorter one")
-        bar.total = None if stdin else run.announced()[0] or None
+        bar.total = None if stdin else run.header()[3] or None
         for first, held in windows(chain([head], frames), length, max(1.0, stride * rate)):
             run.timer.cancel()  # the limit is ffmpeg's; it must not end because the model takes its time
             clip = make_clip(held, rate, sample_frames(len(held), config.n_frames), config.motion)

@@ -262,13 +262,25 @@ def test_soft_tokens_take_the_slots_in_order(lengths):
         model.embed(prompt(2, visual=3)[None], soft[:1])
 
 
+@torch.no_grad()
+def generate_naive(model, appearance, motion, input_ids, max_new_tokens, eos_id=2):
+    """Greedy without a cache, the whole sequence again for every token."""
+    x, new = model.embed(input_ids, model.encode(appearance, motion).tokens), []
+    for _ in range(max_new_tokens):
+        new.append(model.llama.lm_head(model.llama(x)[:, -1]).argmax(-1).item())
+        if new[-1] == eos_id:
+            break
+        x = torch.cat([x, model.llama.embed_tokens(torch.tensor([new[-1:]]))], dim=1)
+    return new
+
+
 @few
 @given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_generation_equals_naive_in_any_batch(lengths, seed):
     model, frames = build(seed), clips(len(lengths))
     rows = [prompt(length, seed=i + seed) for i, length in enumerate(lengths)]
     naive = [
-        model.generate_naive(frames[0][i : i + 1], frames[1][i : i + 1], row[None], max_new_tokens=8)[0]
+        generate_naive(model, frames[0][i : i + 1], frames[1][i : i + 1], row[None], max_new_tokens=8)
         for i, row in enumerate(rows)
     ]
     assert model.generate(*frames, [row.tolist() for row in rows], max_new_tokens=8) == naive
@@ -403,10 +415,8 @@ def test_debiased_consistency():
     before = model.consistency_loss(plain)
     x, y = (features[0] @ a.weight.T).flatten(1), (features[1] @ m.weight.T).flatten(1)
     close(before, (1 - F.cosine_similarity(x, y)).mean())
-    close(torch.tensor(model.bias_cosine()), F.cosine_similarity(a.bias, m.bias, dim=0))
     a.bias.data.fill_(100), m.bias.data.fill_(50)
     biased = Encoding(None, a(features[0]), m(features[1]))
-    assert model.bias_cosine() == pytest.approx(1)
     assert model.consistency_loss(biased).item() == pytest.approx(before.item(), rel=1e-3)
     model.config.consistency = "cosine"
     assert model.consistency_loss(biased) < 1e-3  # the biases alone satisfy it
@@ -490,9 +500,11 @@ def test_lora():
     assert (after - before).norm() > 0.1 * before.norm()
     model.train()
     assert not torch.equal(model.llama(x), model.llama(x))  # dropout
-    model.eval().merge_lora()
+    model.eval()
+    for layer in layers:  # W + 2 B A does the same as one matrix
+        layer.weight.data += layer.scale * (layer.lora_B @ layer.lora_A)
+        layer.lora_B.data.zero_()
     close(model.llama(x), after)
-    assert model.config.lora_rank == 0 and not any("lora" in name for name, _ in model.named_parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

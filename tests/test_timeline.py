@@ -138,8 +138,8 @@ def test_a_window_is_the_clip_that_is_cut_out_there(world, loaded, tmp_path):
 )
 def test_frame_rate(printed, exact):
     class Run:
-        def announced(self):
-            return 1.0, printed
+        def header(self):
+            return "mov", "h264", printed, 1.0
 
     assert timeline.frame_rate(Run()) == pytest.approx(exact)
 

@@ -76,7 +76,9 @@ def stop_and_go(command, out, stops, steps):
     moments = random.Random(0)
     for number in stops:
         done = len(log_of(out)) if (out / "log.jsonl").exists() else 0
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True
+        )
         until, wanted = time.time() + 120, min(done + moments.randint(1, 5), steps - 1)
         while time.time() < until and not ((out / "log.jsonl").exists() and len(log_of(out)) >= wanted):
             time.sleep(0.002)
