@@ -76,6 +76,7 @@ def parse_args(argv=None):
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as released")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: float32 on the CPU, else bfloat16 where supported")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the model: minutes at the start, then faster steps")
     add("--seed", type=int, default=42)
     add("--device", help="default: cuda, else mps, else cpu")
     add = p.add_argument_group("the run's folder").add_argument
@@ -330,12 +331,13 @@ def start_processes(args):
 
 
 def choose_precision(args, device):
-    """(autocast context maker, gradient scaler): bfloat16 where the GPU has it, else float16; float32 on the CPU."""
-    kind = args.dtype
-    if kind == "auto":
-        kind = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    scaler = torch.amp.GradScaler(device.type, enabled=kind == "float16")
-    return lambda: torch.autocast(device.type, getattr(torch, kind), enabled=kind != "float32"), scaler
+    """(autocast context maker, gradient scaler); resolves --dtype auto: bfloat16 where the GPU has it, else float16;
+    float32 on the CPU."""
+    if args.dtype == "auto":
+        on_gpu = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+        args.dtype = on_gpu if device.type == "cuda" else "float32"
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+    return lambda: torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"), scaler
 
 
 def override(config, settings):
@@ -362,11 +364,14 @@ def build(args, last):
         model = Hawk(override(config, args.set))
     else:
         tokenizer = folder / "tokenizer.model"
-        stored, config = (read_chain(folder)[0] for _ in range(2))
-        override(config, args.set)
-        rank, config.lora_rank = config.lora_rank, stored.lora_rank or 0
-        model = Hawk.from_pretrained(folder, config=config)
-        config.lora_rank = stored.lora_rank or rank  # which set_trainable adds
+        stored, config = read_chain(folder)[0], override(read_chain(folder)[0], args.set)
+        rank = config.lora_rank
+        if stored.lora_rank not in (0, rank):
+            raise ValueError(f"--set lora_rank={rank}: {folder} already holds a LoRA of rank {stored.lora_rank}")
+        config.lora_rank = stored.lora_rank
+        stays = torch.float32 if args.dtype == "float32" else None  # under autocast what is frozen stays as it is stored
+        model = Hawk.from_pretrained(folder, dtype=stays, config=config)
+        config.lora_rank = rank if args.train == "lora" else stored.lora_rank  # set_trainable adds it
     if args.stage == 0:
         objective = Pretraining(model)
         objective.set_trainable()
@@ -424,12 +429,15 @@ def main():
     if world > 1:
         dist.barrier()
     args.resume = args.resume and last.exists()
+    precision, scaler = choose_precision(args, device)
     model, tokenizer_path, objective = build(args, last)
     tokenizer = Tokenizer(tokenizer_path)
     train_set, test_set = datasets(args, model, tokenizer)
     if args.ask_facts:
         objective = ClipFacts(model, train_set, test_set, args.ask_facts, args.facts_only)
     objective.to(device).train()
+    for p in objective.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data  # small steps need all the digits
     optimizer = make_optimizer(objective, args)
     start = load_state(last, objective, optimizer, device) if args.resume else 0
     stop = []  # SIGTERM: finish the step, save, end
@@ -439,10 +447,11 @@ def main():
     batches = iter(DataLoader(train_set, batch_sampler=order, **loading))
     held_out = DataLoader(test_set, batch_size=16, **loading) if len(test_set) and rank == 0 else None
     module = objective
+    if args.compile:
+        objective.compile(dynamic=True)  # in place: the names of the weights stay
     if world > 1:
         devices = [device] if device.type == "cuda" else None
         module = DistributedDataParallel(objective, devices, find_unused_parameters=args.facts_only)
-    precision, scaler = choose_precision(args, device)
 
     log = Log(out, start) if rank == 0 else None
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
