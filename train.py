@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -369,7 +370,9 @@ def build(args, last):
         if stored.lora_rank not in (0, rank):
             raise ValueError(f"--set lora_rank={rank}: {folder} already holds a LoRA of rank {stored.lora_rank}")
         config.lora_rank = stored.lora_rank
-        stays = torch.float32 if args.dtype == "float32" else None  # under autocast what is frozen stays as it is stored
+        stays = (
+            torch.float32 if args.dtype == "float32" else None
+        )  # under autocast what is frozen stays as it is stored
         model = Hawk.from_pretrained(folder, dtype=stays, config=config)
         config.lora_rank = rank if args.train == "lora" else stored.lora_rank  # set_trainable adds it
     if args.stage == 0:
@@ -442,7 +445,7 @@ def main():
     start = load_state(last, objective, optimizer, device) if args.resume else 0
     stop = []  # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    loading = dict(num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_sigterm)
+    loading = dict(num_workers=args.workers, collate_fn=collate, worker_init_fn=obey_parent_only)
     order = StepBatches(len(train_set), args, start, rank, world)
     batches = iter(DataLoader(train_set, batch_sampler=order, **loading))
     held_out = DataLoader(test_set, batch_size=16, **loading) if len(test_set) and rank == 0 else None
@@ -492,9 +495,16 @@ def main():
         dist.destroy_process_group()
 
 
-def ignore_sigterm(_):
-    """For the loader's processes: schedulers send SIGTERM to all, but it is the loop that must end, and in order."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def obey_parent_only(_):
+    """For the loader's processes: schedulers send SIGTERM to all, but it is the loop that must end first, in order."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def wait():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def train_step(module, batches, train_set, optimizer, precision, scaler, args, device, world):

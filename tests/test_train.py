@@ -184,3 +184,15 @@ def test_every_sample_comes_once_an_epoch():
 def test_errors_are_one_line(tmp_path, flags, word):
     done = run("train.py", *flags, "--out", tmp_path, check=False)
     assert done.returncode and done.stderr.startswith("error:") and word in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_own_videos_as_the_readme_shows(tmp_path):
+    """The walk-through's commands, as they stand there, in a folder that looks like the repository."""
+    commands = (ROOT / "README.md").read_text().split("**Your own videos.**")[1].split("```")[1].strip("\n")
+    for name in ("hawk.py", "data.py", "train.py", "sample.py", "examples", "weights"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shell = ["bash", "-euo", "pipefail", "-c", commands]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "Call the doctor: somebody lies on the ground."

@@ -1,0 +1,191 @@
+"""How fast, beside what one would otherwise run: one JSON object a line, then a table.
+
+    python tests/bench.py --quick            # under two minutes on a CPU
+    python tests/bench.py                    # also the 10-minute video and the LLaMA of a billion parameters
+    python tests/bench.py --only flow encode
+
+{"name", "ours", "peer", "ratio", "unit", "note"}: ratio above 1 means that we are faster. Ours and the peer run one after
+the other in this process, on the same machine, with the same threads, each once to warm up; the median of some runs
+counts. Peers: decord + OpenCV (pip install decord) for reading a clip as the released code does, OpenCV's flow,
+transformers' BLIP-2 towers and LLaMA on the same weights; for training, the same training without the cache.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import farneback, read_clip, sample_frames  # noqa: E402
+from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
+
+
+def seconds(run, repeat):
+    """Median time of `repeat` runs after one that does not count."""
+    run()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def compare(name, ours, peer, repeat=3, note="", unit="s"):
+    """Times both. A peer of None is one that is not installed."""
+    a, b = seconds(ours, repeat), seconds(peer, repeat) if peer else None
+    return row(name, a, b, b and b / a, unit, note)
+
+
+def row(name, ours, peer, ratio, unit, note):
+    digits = {"ours": ours, "peer": peer, "ratio": ratio}
+    return {"name": name} | {k: v and float(f"{v:.3g}") for k, v in digits.items()} | {"unit": unit, "note": note}
+
+
+# ---- Reading a clip --------------------------------------------------------------------------------------------------
+def make_video(path, duration):
+    """720p at 25 frames a second, moving, as a camera's encoder would write it."""
+    source = f"testsrc2=size=1280x720:rate=25:duration={duration},noise=alls=6:allf=t"
+    options = "-loglevel error -y -f lavfi -i".split(), "-c:v libx264 -preset ultrafast -g 50 -pix_fmt yuv420p".split()
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *options[0], source, *options[1], str(path)], check=True)
+
+
+def released_reading(path):
+    """What the released code does: all frames decoded at 224×224, then the flow of each sampled frame by OpenCV."""
+    import cv2
+    import decord
+
+    reader = decord.VideoReader(str(path), height=224, width=224)
+    frames = reader.get_batch(range(len(reader))).asnumpy()
+    for i in sample_frames(len(frames), 32):
+        gray = [cv2.cvtColor(frames[max(i, 1) - back], cv2.COLOR_RGB2GRAY) for back in (1, 0)]
+        flow = cv2.calcOpticalFlowFarneback(*gray, None, 0.5, 3, 10, 3, 5, 1.2, 0)
+        frames[i] * (np.linalg.norm(flow, axis=-1) > 0.2)[..., None]
+
+
+def reading(args):
+    try:
+        import decord  # noqa: F401
+    except ImportError:
+        decord = None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, duration in [("clip, 6 s of 720p", 6)] + [("clip, 10 min of 720p", 600)] * (not args.quick):
+            path = Path(folder) / f"{duration}.mp4"
+            make_video(path, duration)
+            peer = decord and (lambda path=path: released_reading(path))
+            note = "decord + OpenCV" if decord else "decord is not installed"
+            yield compare(name, lambda path=path: read_clip(path), peer, 3 if duration < 60 else 1, note)
+
+
+def flow(args):
+    import cv2
+
+    generator = np.random.default_rng(0)
+    first = cv2.GaussianBlur(generator.uniform(0, 255, (16, 224, 224)).astype(np.float32).transpose(1, 2, 0), (9, 9), 2)
+    first = np.ascontiguousarray(first.transpose(2, 0, 1)).astype(np.uint8)
+    second = np.roll(first, 2, axis=2)
+
+    def peer():
+        for a, b in zip(first, second, strict=True):
+            cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 10, 3, 5, 1.2, 0)
+
+    yield compare("optical flow, 16 pairs", lambda: farneback(first, second), peer, 5, "OpenCV")
+    if torch.cuda.is_available():
+        pair = [torch.from_numpy(x).cuda() for x in (first, second)]
+        yield compare("optical flow, 16 pairs, GPU", lambda: farneback(*pair).cpu(), peer, 5, "OpenCV on the CPU")
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def encode(args):
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    config = HawkConfig(vit_depth=2 if args.quick else 4, llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
+    images, vit = torch.rand(8, 3, 224, 224), Hawk(config).vit.eval()
+    reference = Blip2VisionModel(Blip2VisionConfig(
+        hidden_size=config.vit_dim, intermediate_size=config.vit_mlp, num_hidden_layers=config.vit_depth,
+        num_attention_heads=config.vit_heads, image_size=224, patch_size=14, hidden_act="gelu",
+    )).eval()  # fmt: skip
+    note = f"transformers' BLIP-2 tower of the same size, {config.vit_depth} of 39 blocks, float32"
+    yield compare("ViT-g, 8 frames", lambda: vit(images), lambda: reference(images), 3, note)
+
+
+@torch.no_grad()
+def generation(args):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"0.1B": dict(llama_dim=768, llama_layers=12, llama_heads=12, llama_mlp=2048, vocab_size=8000)}
+    if not args.quick:
+        sizes["1B"] = dict(llama_dim=2048, llama_layers=20, llama_heads=16, llama_mlp=5632)
+    small = dict(vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64, qformer_dim=64, qformer_layers=1, qformer_heads=2)
+    for name, size in sizes.items():
+        model = Hawk(HawkConfig(**small, qformer_mlp=64, **size)).eval()
+        c, new = model.config, 32 if args.quick else 64
+        peer = LlamaForCausalLM(LlamaConfig(
+            hidden_size=c.llama_dim, intermediate_size=c.llama_mlp, num_hidden_layers=c.llama_layers,
+            num_attention_heads=c.llama_heads, vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps,
+        )).eval()  # fmt: skip
+        weights = {
+            name if name.startswith("lm_head") else f"model.{name}": p for name, p in model.llama.state_dict().items()
+        }
+        peer.load_state_dict(weights)
+        encoding = Encoding(torch.randn(1, c.n_visual, c.llama_dim), None, None)
+        ids = torch.cat([torch.full((1, c.n_visual), c.image_id), torch.randint(3, c.vocab_size, (1, 40))], dim=1)
+        embeds = model.embed(ids, encoding.tokens)
+        fixed = dict(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        ours = lambda: model.generate(None, None, ids, new, eos_id=-1, encoding=encoding)  # noqa: E731, B023
+        note = f"transformers' generate, {new} tokens, float32"
+        yield compare(f"generate, LLaMA {name}", ours, lambda: peer.generate(inputs_embeds=embeds, **fixed), 3, note)  # noqa: B023
+
+
+def training(args):
+    """Samples a second of `train.py --stage 2` on the tiny preset, from the cache and from the videos."""
+    steps, data = 12 if args.quick else 40, ["--data", "toy"]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(*command):
+            subprocess.run([sys.executable, *map(str, command)], cwd=folder, check=True, capture_output=True)
+
+        run(ROOT / "prepare.py", "toy", "--out", "toy", "--n-train", 64, "--n-test", 2)
+        run(ROOT / "prepare.py", "features", "--weights", ROOT / "weights/tiny", *data, "--out", "features")
+        common = ["--weights", ROOT / "weights/tiny", "--stage", 2, *data, "--batch-size", 16, "--steps", steps]
+        rates = []
+        for out, more in (("cached", ["--features", "features"]), ("videos", [])):
+            run(ROOT / "train.py", *common, "--out", out, *more)
+            rates.append(json.loads((Path(folder) / out / "log.jsonl").read_text().splitlines()[-1])["samples_per_s"])
+    note = "the same training from the videos, tiny preset, mode paper"
+    yield row("stage 2 from cached features", *rates, rates[0] / rates[1], "samples/s", note)
+
+
+PARTS = {"reading": reading, "flow": flow, "encode": encode, "generation": generation, "training": training}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes only")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="these parts only")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    for part in args.only:
+        for found in PARTS[part](args):
+            rows.append(found)
+            print(json.dumps(found), flush=True)
+    print(f"\n{'':32}{'ours':>9}{'peer':>9}{'ratio':>8}   unit, peer ({torch.get_num_threads()} threads)")
+    for r in rows:
+        ours, peer, ratio = (f"{r[key]:g}" if r[key] else "-" for key in ("ours", "peer", "ratio"))
+        print(f"{r['name']:32}{ours:>9}{peer:>9}{ratio:>8}   {r['unit']}, {r['note']}")
+
+
+if __name__ == "__main__":
+    main()
