@@ -167,7 +167,54 @@ def training(args):
     yield row("stage 2 from cached features", *rates, rates[0] / rates[1], "samples/s", note)
 
 
-PARTS = {"reading": reading, "flow": flow, "encode": encode, "generation": generation, "training": training}
+def saved_bytes(model, run):
+    """Bytes that the backward pass of run() needs, without the weights."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = {}
+
+    def keep(x):
+        if (key := x.untyped_storage()._cdata) not in weights:
+            saved[key] = x  # kept alive, so that no other tensor takes its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = run()  # what it refers to must live until all is counted
+        return sum(x.untyped_storage().nbytes() for x in saved.values()) if result is not None else 0
+
+
+def memory(args):
+    """What training the 7B preset needs at least, by tensor, computed without any memory; nothing is timed."""
+    for mode, save_memory in (("paper", False), ("paper", True), ("lora", False), ("lora", True)):
+        with torch.device("meta"):
+            model = Hawk(HawkConfig(gradient_checkpointing=save_memory)).to(torch.bfloat16)
+            model.set_trainable(mode)
+            c = model.config
+            frames = torch.empty(1, 32, c.n_queries, c.qformer_dim, dtype=torch.bfloat16)
+
+            text = torch.empty(1, 256, c.llama_dim, dtype=torch.bfloat16)
+
+            def step(model=model, frames=frames, text=text):
+                tokens = model.encode(frames, frames).tokens
+                return model.llama.lm_head(model.llama(torch.cat([tokens, text], dim=1))).float().log_softmax(-1)
+
+            activations = saved_bytes(model, step)
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        stays = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        parts = {"frozen, 2 bytes each": 2 * stays, "trained, gradient, two moments": 16 * learns}
+        parts["activations a sample of 320 tokens"] = activations
+        note = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        name = f"7B, {mode}, cached" + ", checkpointing" * save_memory
+        yield row(name, sum(parts.values()) / 1e9, None, None, "GB", note)
+
+
+PARTS = {
+    "reading": reading,
+    "flow": flow,
+    "encode": encode,
+    "generation": generation,
+    "training": training,
+    "memory": memory,
+}
 
 
 def main():
