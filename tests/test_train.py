@@ -189,7 +189,7 @@ def test_errors_are_one_line(tmp_path, flags, word):
 def test_own_videos_as_the_readme_shows(tmp_path):
     """The walk-through's commands, as they stand there, in a folder that looks like the repository."""
     commands = (ROOT / "README.md").read_text().split("**Your own videos.**")[1].split("```")[1].strip("\n")
-    for name in ("hawk.py", "data.py", "train.py", "sample.py", "examples", "weights"):
+    for name in ("hawk.py", "data.py", "prepare.py", "train.py", "sample.py", "examples", "weights"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     shell = ["bash", "-euo", "pipefail", "-c", commands]
