@@ -195,7 +195,7 @@ def test_own_videos_as_the_readme_shows(tmp_path):
     commands = (ROOT / "README.md").read_text().split("**Your own videos.**")[1].split("```")[1].strip("\n")
     for name in ("hawk.py", "data.py", "prepare.py", "train.py", "sample.py", "examples", "weights"):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     shell = ["bash", "-euo", "pipefail", "-c", commands]
     done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
