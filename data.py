@@ -187,12 +187,8 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), start=None, stdi
     options = f"-nostdin -hide_banner -nostats -v level+info -copyts -threads {threads} -filter_threads {threads} "
     options += f"-max_pixels 100000000 -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} "
     options += "" if start is None else f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}"
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        *options.split(),
-        "-i",
-        "pipe:0" if stdin else "file:" + os.fsdecode(path),
-    ]
+    source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), "-i", source]
     copy = "-an -sn -dn -c copy -copyinkf -copypriorss 1 -f framecrc".split()
     pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "pipesize": 1 << 20}
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "wb") as log:
@@ -206,9 +202,8 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), start=None, stdi
             command += ["-frames:v", str(len(times))] if times else []
             command += "-fps_mode passthrough -f rawvideo -pix_fmt rgb24 pipe:1".split()
         with subprocess.Popen(command, stderr=log, **pipes) as process:
-            limit = (
-                threading.TIMEOUT_MAX if stdin else 600 + os.path.getsize(path) / 1e5
-            )  # no file is waited for for ever
+            # a stream is waited for as long as it takes, a file is not
+            limit = threading.TIMEOUT_MAX if stdin else 600 + os.path.getsize(path) / 1e5
             run = _Run(path, size, folder, process, threading.Timer(limit, process.kill))
             run.timer.start()
             try:

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -365,15 +366,15 @@ def build(args, last):
         model = Hawk(override(config, args.set))
     else:
         tokenizer = folder / "tokenizer.model"
-        stored, config = read_chain(folder)[0], override(read_chain(folder)[0], args.set)
+        stored = read_chain(folder)[0]
+        config = override(replace(stored), args.set)
         rank = config.lora_rank
         if stored.lora_rank not in (0, rank):
             raise ValueError(f"--set lora_rank={rank}: {folder} already holds a LoRA of rank {stored.lora_rank}")
         config.lora_rank = stored.lora_rank
-        stays = (
-            torch.float32 if args.dtype == "float32" else None
-        )  # under autocast what is frozen stays as it is stored
-        model = Hawk.from_pretrained(folder, dtype=stays, config=config)
+        # under autocast what is frozen stays in the type that it is stored in
+        dtype = torch.float32 if args.dtype == "float32" else None
+        model = Hawk.from_pretrained(folder, dtype=dtype, config=config)
         config.lora_rank = rank if args.train == "lora" else stored.lora_rank  # set_trainable adds it
     if args.stage == 0:
         objective = Pretraining(model)

@@ -113,9 +113,8 @@ def checked(run):
     for count, frame in enumerate(run.frames(), 1):  # noqa: B007
         yield frame
     if run.path == "-" and not count:
-        raise VideoError(
-            "-", "gives no frames; an mp4 in a pipe needs its index in front (ffmpeg -movflags +faststart)"
-        )
+        reason = "gives no frames; an mp4 in a pipe needs its index in front (ffmpeg -movflags +faststart)"
+        raise VideoError("-", reason)
     run.check(count)
 
 

@@ -10,7 +10,7 @@ cached="--train all --data data/toy --features $out/features --min-lr 1e-5 --cli
 python train.py --weights "$out/stage0/last" --stage 1 $cached --out "$out/facts" \
     --facts-only --ask-facts 1 --steps 2000 --batch-size 64 --lr 3e-3 --warmup 100
 python train.py --weights "$out/facts/last" --stage 1 $cached --out "$out/stage1" \
-    --ask-facts 0.5 --steps 800 --batch-size 32 --lr 1e-3 --warmup 50
+    --ask-facts 0.5 --steps 500 --batch-size 32 --lr 1e-3 --warmup 50
 python train.py --weights "$out/stage1/last" --stage 2 $cached --out "$out/stage2" \
-    --ask-facts 0.5 --steps 700 --batch-size 32 --lr 1e-3 --warmup 50
+    --ask-facts 0.5 --steps 650 --batch-size 32 --lr 1e-3 --warmup 50
 python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16

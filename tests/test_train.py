@@ -152,6 +152,33 @@ def test_stage_0_shares_its_eyes(world, tmp_path):
     assert {"presence", "position", "colour", "pointing", "language", "held_out_total"} <= log_of(tmp_path)[-1].keys()
 
 
+def test_settings_reach_what_starts_from_weights():
+    """--set reaches the modules, the LoRA has the rank asked for, and under autocast the weights come as stored, in float16."""
+    more = ["--stage", "2", "--train", "lora", "--set", "lora_rank=3", "--set", "dropout=0.3", "--dtype", "bfloat16"]
+    args = train.parse_args(["--weights", str(ROOT / "weights" / "tiny"), "--data", "x", "--out", "y", *more])
+    model = train.build(args, None)[0]
+    assert model.motion.video_qformer.layers[0].mlp.fc1.weight.dtype == torch.float16
+    assert model.motion.video_qformer.dropout == model.motion.video_qformer.layers[1].cross_attention.dropout == 0.3
+    assert {p.shape[0] for name, p in model.named_parameters() if name.endswith("lora_A")} == {3}
+    assert not model.llama.lm_head.weight.requires_grad and model.config.lora_rank == 3
+
+
+def test_place_cells_peak_where_the_thing_is():
+    cells = train.place_cells(torch.tensor([[4 / 11, 10 / 23], [0.0, 1.0]]))
+    columns, rows = cells.split(train.PLACE_CELLS, dim=-1)
+    assert columns.argmax(-1).tolist() == [4, 0] and rows.argmax(-1).tolist() == [10, 23]
+    assert columns.amax() == pytest.approx(1) and columns[0, 5] == pytest.approx(columns[0, 3]) and columns[0, 8] < 1e-6
+
+
+def test_facts_without_words_teach_the_bridge_alone(world, tmp_path):
+    run("train.py", *options(world, tmp_path, 3, "--stage", 1, "--ask-facts", 1, "--facts-only"))
+    losses = log_of(tmp_path)[-1]
+    assert {"kind", "object", "colour", "place", "total"} <= losses.keys() and "video_language" not in losses
+    before, after = (Hawk.from_pretrained(folder).state_dict() for folder in (world / "weights", tmp_path / "last"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "motion.video_queries" in changed and not any(name.startswith(("llama", "vit")) for name in changed)
+
+
 def test_released_schedule_and_decay_groups():
     args = train.parse_args(["--preset", "tiny", "--data", "x", "--out", "y"])
     assert train.learning_rate(0, args) == 1e-6 and train.learning_rate(500, args) == pytest.approx(5.5e-6)
