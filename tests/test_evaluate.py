@@ -12,40 +12,21 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import sacrebleu
-import sentencepiece
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps import compare, evaluate, judge, scores
-from hawk import PRESETS, Hawk, HawkConfig
 
 ROOT = Path(__file__).parent.parent
-TEXT = "A red car drives the wrong way in the near lane. Nothing unusual happens on the road. What is it? It is a dog."
-SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32, qformer_layers=1, llama_layers=1)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with weights, clips, a broken one, an index and its kinds."""
-    folder = tmp_path_factory.mktemp("world")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
-    torch.manual_seed(0)
-    model = Hawk(HawkConfig.from_dict(PRESETS["tiny"] | SMALL | {"vocab_size": vocabulary}))
-    model.save_pretrained(folder / "weights", tokenizer=folder / "tokenizer.model")
-    for name, frames in (("a b", 6), ("c", 3)):  # one is shorter than n_frames
-        source = f"testsrc=size=64x48:rate=5:duration={frames / 5}"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, folder / f"{name}.mp4"]
-        subprocess.run(command, check=True)
-    (folder / "broken.mp4").write_text("no video")
+def world(world):
+    """The folder of weights and clips, with an index of them and its kinds."""
+    folder = world
     rows = [
         {"video": "a b.mp4", "source": "toy", "description": "A car turns back.", "kind": "turn", "colour": "red"},
         {"video": "c.mp4", "source": "toy", "description": "As an AI language model, I cannot.", "flags": ["refusal"]},
