@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0: no clipping, as released")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: float32 on the CPU, else bfloat16 where supported")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile the model: minutes at the start, then faster steps")
+    add("--compile", action="store_true", help="torch.compile the model; meant for GPUs, takes many minutes on a CPU")
     add("--seed", type=int, default=42)
     add("--device", help="default: cuda, else mps, else cpu")
     add = p.add_argument_group("the run's folder").add_argument
