@@ -68,7 +68,7 @@ def write(path, content):
 FPS, FRAMES, SIZE, LONG_FRAMES = 8, 32, 224, 320  # a clip lasts 4 s; time below is in clips, 0 to 1
 SPLITS = ["train", "test", "long"]
 BANDS = ["on the far pavement", "in the far lane", "in the near lane", "on the near pavement"]
-BAND_Y, BAND_SCALE, LANES = [0.34, 0.48, 0.64, 0.82], [0.88, 0.9, 1.05, 1.12], {1: -1, 2: 1}  # lane: direction
+BAND_Y, BAND_SCALE, LANES = [0.33, 0.48, 0.64, 0.82], [1.2, 0.9, 1.05, 1.5], {1: -1, 2: 1}  # lane: direction
 SIDES = {"on the left": (0.16, 0.34), "in the middle": (0.43, 0.57), "on the right": (0.66, 0.84)}
 MOMENTS = {"near the start of the clip": 0.25, "halfway through the clip": 0.5, "near the end of the clip": 0.75}
 V, W, no, yes = ["car", "bus", "truck", "motorbike"], ["person", "cyclist", "dog"], False, True
@@ -80,7 +80,7 @@ COLOURS |= {"white": (243, 243, 243), "purple": (165, 50, 190)}
 SPEEDS = {kind: [(0.28, 0.4), (0.38, 0.5)] for kind in ("sudden_stop", "turn_back", "falling")}
 SPEEDS |= {"normal": [(0.28, 0.4), (0.38, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
 PACE = {"sudden_stop": 0, "fire": 0, "falling": 0, "collision": 0, "crossing": 0.02}  # after the event began
-EFFECTS = {"collision": ("crash", 0), "fire": ("fire", -0.06), "left_bag": ("bag", 0.045)}  # what, how far down
+EFFECTS = {"collision": ("crash", 0), "fire": ("fire", -0.06), "left_bag": ("bag", 0.04)}  # what, how far down
 # The phrase stands in every description of a kind and in no other's. point: it happens at one moment, which is named.
 # sided: left, middle or right is named. motion_only: each single frame of it could come from a normal clip.
 Kind = make_dataclass("Kind", ["phrase", "actors", "point", "sided", "motion_only", "reason", "consequences"])
@@ -142,7 +142,7 @@ def plan(rng, kind, t):
         speed = rng.uniform(*SPEEDS.get(kind, SPEEDS["normal"])[band in LANES])
         path = PACE.get(kind, -speed if kind == "turn_back" else speed) * (s if spec.sided else s - 0.5)
         if kind == "loitering":  # a triangle wave: to and fro at constant speed
-            path = rng.uniform(0.05, 0.07) * (np.abs((rng.uniform(1.6, 2.2) * s + rng.uniform()) % 1 * 4 - 2) - 1)
+            path = rng.uniform(0.07, 0.09) * (np.abs((rng.uniform(1.6, 2.2) * s + rng.uniform()) % 1 * 4 - 2) - 1)
         x = where + (-forward if kind == "wrong_way" else forward) * path + forward * speed * (t - begin - s)
     actor = new_track(rng, band, USERS[band], x)
     during = (t >= begin) & (t < begin + 1)
@@ -151,7 +151,7 @@ def plan(rng, kind, t):
             2 * np.pi * (rng.uniform(1.5, 2.5) * s + rng.uniform())
         )
     if kind == "crossing":
-        actor.y, actor.scale = actor.y + (BAND_Y[3 - band] - BAND_Y[band]) * np.clip(s / 0.8 - 0.125, 0, 1), 1.0
+        actor.y, actor.scale = actor.y + (BAND_Y[3 - band] - BAND_Y[band]) * np.clip(s / 0.8 - 0.125, 0, 1), 1.35
     if kind == "falling":  # lies after four frames: a dog on its back
         fallen = np.where(during, np.clip(s * FRAMES / 4, 0, 1), 0)
         actor.y, actor.pose = actor.y + 0.03 * fallen, fallen * forward * (180 if actor.object == "dog" else 90)
@@ -252,8 +252,8 @@ SPRITES = {
                 ("box", 0, -3, 5.2, 7.5, -0.1, BODY), ("disc", 0, -13, 3.4, 3.4, 0, SKIN)],
     "dog": [*[("box", u, 7, 1.6, 5, 0, DARK) for u in (-9, -5, 5, 9)], ("disc", 0, 0, 12, 5.5, 0, BODY),
             ("disc", -12.5, -4.5, 4.6, 4.2, 0, BODY), ("disc", 12.5, -4.5, 4.6, 4.2, 0, BODY)],
-    "bag": [("disc", 0, -4, 4, 4, 0, DARK), ("box", 0, 1.5, 7.5, 5, 0, (95, 60, 35)),
-            ("box", 0, 0, 7.5, 1, 0, (225, 200, 150))],
+    "bag": [("disc", 0, -5, 5.5, 5.5, 0, DARK), ("box", 0, 2, 10, 6.5, 0, (95, 60, 35)),
+            ("box", 0, 0, 10, 1.3, 0, (225, 200, 150))],
     "crash": [("star", 0, 0, 17, 17, 9, (250, 150, 30)), ("star", 0, 0, 11, 11, 7, (255, 245, 170)),
               *[("box", u, 13, 2.2, 1.4, 0, DARK) for u in (-17, -9, 9, 17)]],
     "arrow": [("box", 0, 4, 1.1, 7, 0, (200, 200, 192)), ("box", 0, -6, 3, 4, 0.75, (200, 200, 192))],
