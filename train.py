@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="random crops, as in the release")
     add("--motion-targets", action="store_true", help="stage 2: a motion caption as the motion branch's target (paper)")
     add("--ask-facts", type=float, default=0.0, metavar="WEIGHT",
-        help="toy world: also ask kind, object, colour and place of the soft tokens directly, as a loss of this weight")  # fmt: skip
+        help="toy world: also ask kind, object, colour, place and moment of the soft tokens, as a loss of this weight")  # fmt: skip
     add("--facts-only", action="store_true", help="ask those and nothing else: no words, many times as fast")
     add("--workers", type=int, default=2, help="loader processes")
     add = p.add_argument_group("recipe (defaults as released; examples/train_tiny.sh: the tiny preset's)").add_argument
@@ -164,11 +164,11 @@ class Pretraining(nn.Module):
 
 
 class ClipFacts(nn.Module):
-    """For small models that learn from nothing: kind, object, colour and place of the event (fields of the toy rows) are
-    also asked of the soft tokens directly, each of a quarter of every branch's tokens. Through LLaMA alone the video
-    Q-Formers take long to find out what is worth telling. The heads are thrown away afterwards."""
+    """For small models that learn from nothing: kind, object, colour, place and moment of the event (fields of the toy
+    rows) are also asked of the soft tokens directly, each of a share of every branch's tokens. Through LLaMA alone the
+    video Q-Formers take long to find out what is worth telling. The heads are thrown away afterwards."""
 
-    FIELDS = ("kind", "object", "colour", "place")
+    FIELDS = ("kind", "object", "colour", "place", "moment")
 
     def __init__(self, hawk, train_set, held_out, weight, alone=False):
         super().__init__()
@@ -185,10 +185,9 @@ class ClipFacts(nn.Module):
     def forward(self, appearance, motion, facts, **texts):
         encoding = self.hawk.encode(appearance, motion)
         losses = {"total": 0.0} if self.alone else self.hawk(None, None, **texts, encoding=encoding)
-        groups = len(self.FIELDS)
-        tokens = encoding.tokens.unflatten(1, (len(BRANCHES), groups, -1)).mean(3)  # (B, branches, fields, D)
-        for i, (field, head) in enumerate(zip(self.FIELDS, self.heads, strict=True)):
-            losses[field] = F.cross_entropy(head(tokens[:, :, i].flatten(1)).float(), facts[:, i])
+        shares = encoding.tokens.unflatten(1, (len(BRANCHES), -1)).tensor_split(len(self.FIELDS), dim=2)
+        for i, (field, head, share) in enumerate(zip(self.FIELDS, self.heads, shares, strict=True)):
+            losses[field] = F.cross_entropy(head(share.mean(2).flatten(1)).float(), facts[:, i])  # (B, branches * D) ->
             losses["total"] = losses["total"] + self.weight * losses[field]
         return losses
 
