@@ -69,11 +69,11 @@ def train(args, out, start, step, seed, settings):
     """One call of train.py, which goes on where it was stopped; returns the folder of weights."""
     done = out / step / "done"
     if not done.exists():
-        steps, clips = args.steps[list(RECIPE).index(step)], args.batch_size * (2 if step == "facts" else 1)
+        steps, clips = args.steps[list(RECIPE).index(step)], args.batch_size * (4 if step == "facts" else 1)
         options = ["--weights", start, "--data", args.data, "--features", args.features, "--out", out / step]
         options += f"--seed {seed} --steps {steps} --warmup {max(1, steps // 15)} --batch-size {clips}".split()
         options += [x for key, value in settings.items() for x in ("--set", f"{key}={value}")]
-        options += ["--dtype", args.dtype, *RECIPE[step].split(), *COMMON.split()]
+        options += ["--eval-samples", args.limit, "--dtype", args.dtype, *RECIPE[step].split(), *COMMON.split()]
         out.mkdir(parents=True, exist_ok=True)
         launch(out / f"{step}.txt", "train.py", *options, threads=args.threads)
         done.touch()
@@ -100,7 +100,7 @@ def run(args, variant, seed):
     return {
         "variant": variant, "seed": seed, "kinds": scores["kinds"]["kinds"], "facts": scores["facts"],
         "bleu_4": scores["bleu"]["describe"]["all"]["bleu"][3], "bias_cosine": last["bias_cosine"],
-        "held_out": {name: last[name] for name in last if name.startswith("held_out_")},
+        "held_out_loss": last["held_out_video_language"],
         "minutes": round((time.time() - began) / 60, 2),
     }  # fmt: skip
 
@@ -147,12 +147,12 @@ def share(counts):
 
 
 def numbers(result):
-    """{column of the table: number} of one run. A kind counts when it is named and no other is."""
+    """{column: number} of one run. A kind counts when it is named and no other is; loss: video-language, held-out."""
     kinds = result["kinds"]
     moving, other = ([kinds[k] for k in kinds if KINDS[k].motion_only == only] for only in (True, False))
     columns = {"all kinds": share(moving + other), "motion-only kinds": share(moving), "other kinds": share(other)}
     columns |= {fact: share([result["facts"][fact]]) for fact in FACTS}
-    return columns | {"BLEU-4": result["bleu_4"], "bias cosine": result["bias_cosine"]}
+    return columns | {"BLEU-4": result["bleu_4"], "loss": result["held_out_loss"], "bias cosine": result["bias_cosine"]}
 
 
 def summary(result):
@@ -196,16 +196,14 @@ def plot(results, path):
     import matplotlib.pyplot as plt
 
     names = [v for v in VARIANTS if any(r["variant"] == v for r in results)]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3), sharey=True, width_ratios=[3, 2, 2])
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), sharey=True, width_ratios=[3, 2, 2], layout="constrained")
     panels = (["motion-only kinds", "other kinds"], ["BLEU-4"], ["bias cosine"])
     for axis, columns in zip(axes, panels, strict=True):
         for i, column in enumerate(columns):
             points = [(numbers(r)[column], names.index(r["variant"]) + 0.2 * i) for r in results]
             axis.plot(*zip(*points, strict=True), "o", alpha=0.6)
         axis.legend(columns, fontsize=8)
-    axes[0].set(yticks=range(len(names)), yticklabels=names)
-    axes[0].invert_yaxis()
-    figure.tight_layout()
+    axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
     path.with_suffix(".tmp.png").replace(path)
     plt.close(figure)
@@ -220,8 +218,8 @@ def parse_args(argv=None):
     add("--out", type=Path, required=True, help="folder of the runs, results and tables; gone on with if it is there")
     add("--seeds", type=positive, default=3, metavar="N", help="seeds 1 to N (default: 3)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    add("--steps", type=positive, nargs=3, default=[800, 100, 100], metavar="N", help="facts, captions, questions")
-    add("--batch-size", type=positive, default=32, help="clips a step, and twice as many for facts (default: 32)")
+    add("--steps", type=positive, nargs=3, default=[500, 150, 80], metavar="N", help="facts, captions, questions")
+    add("--batch-size", type=positive, default=16, help="clips a step, four times as many for facts (default: 16)")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training (default: bfloat16)")
     add("--limit", type=positive, default=200, help="held-out clips that are described (default: 200)")
     add("--jobs", type=positive, default=2, help="runs side by side (default: 2)")
