@@ -19,7 +19,7 @@ import prepare
 import sample
 import train
 from data import DESCRIBE_QUESTIONS, Clip, HawkDataset, Tokenizer, clip_generator, collate, read_index
-from hawk import Hawk, HawkConfig
+from hawk import BRANCHES, Hawk, HawkConfig
 
 ROOT = Path(__file__).parents[1]
 QA = [{"q": "Who is it?", "a": "A red car."}, {"q": "Why?", "a": "It is a dog."}]
@@ -331,6 +331,8 @@ def test_a_process_without_a_readable_clip_waits_for_no_one(world, tmp_path, mai
     assert all(entry["video"].endswith("broken.mp4") and "broken.mp4" in entry["error"] for entry in bad[1])
     one, two = map(log_of, folders)
     assert [line["step"] for line in two] == [1, 2, 3, 4]
+    biases = [getattr(Hawk.from_pretrained(folders[0] / "run" / "last"), name).encoder_1.bias for name in BRANCHES]
+    assert one[-1]["bias_cosine"] == pytest.approx(torch.cosine_similarity(*biases, dim=0).item(), abs=1e-6)
     for a, b in zip(one, two, strict=True):  # what cannot be read adds nothing, however many processes there are
         assert b["total"] == pytest.approx(a["total"], rel=2e-3) and b["grad_norm"] == pytest.approx(
             a["grad_norm"], rel=2e-3
