@@ -70,7 +70,7 @@ class HawkConfig:
 
     def __post_init__(self):
         if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft", "none"):
-            raise ValueError(f"consistency {self.consistency}, motion {self.motion}: cosine|debiased, hard|soft|none")
+            raise ValueError(f"consistency {self.consistency!r}, motion {self.motion}: cosine|debiased, hard|soft|none")
         for name, value in vars(self).items():
             if type(value) is int and value < (0 if name == "lora_rank" else 1):
                 raise ValueError(f"{name} is {value}")

@@ -218,7 +218,7 @@ def parse_args(argv=None):
     add("--out", type=Path, required=True, help="folder of the runs, results and tables; gone on with if it is there")
     add("--seeds", type=positive, default=3, metavar="N", help="seeds 1 to N (default: 3)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    add("--steps", type=positive, nargs=3, default=[500, 150, 80], metavar="N", help="facts, captions, questions")
+    add("--steps", type=positive, nargs=3, default=[600, 180, 80], metavar="N", help="facts, captions, questions")
     add("--batch-size", type=positive, default=16, help="clips a step, four times as many for facts (default: 16)")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training (default: bfloat16)")
     add("--limit", type=positive, default=200, help="held-out clips that are described (default: 200)")
