@@ -754,8 +754,8 @@ class FrameDataset(ClipDataset):
     the row's text without its video. Of the 2·T frames of a clip, `per_clip` are drawn: neighbours are alike."""
 
     def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=16):
-        if any("objects" not in row for row in rows):
-            raise ValueError('stage 0 needs "objects" in each row of the index, which only the toy world has')
+        if motion == "none" or any("objects" not in row for row in rows):
+            raise ValueError('stage 0 needs motion, and in each row "objects", which only the toy world has')
         super().__init__(rows, n_frames, image_size, seed, train, motion)
         self.tokenizer, self.per_clip = tokenizer, per_clip
 

@@ -61,7 +61,7 @@ class HawkConfig:
     video_language_weight: float = 1.0
     motion_language_weight: float = 0.1
     consistency_weight: float = 0.1
-    motion: str = "hard"  # the motion mask the weights were trained on; "soft" is the paper's Eq. 4
+    motion: str = "hard"  # the motion mask trained on; "soft": the paper's Eq. 4; "none": the branch sees nothing
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
@@ -69,8 +69,8 @@ class HawkConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft"):
-            raise ValueError(f"consistency {self.consistency!r}, motion {self.motion!r}: cosine|debiased, hard|soft")
+        if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft", "none"):
+            raise ValueError(f"consistency {self.consistency!r}, motion {self.motion}: cosine|debiased, hard|soft|none")
         for name, value in vars(self).items():
             if type(value) is int and value < (0 if name == "lora_rank" else 1):
                 raise ValueError(f"{name} is {value}")
@@ -417,7 +417,8 @@ class Hawk(nn.Module):
     def encode(self, appearance, motion):
         """Frames (B, T, 3, H, W) in [0, 1], or their cached features (B, T, Q, C), of the two streams -> Encoding."""
         streams = self.frame_features(appearance, motion) if appearance.ndim == 5 else (appearance, motion)
-        tokens, tight = zip(self.appearance.video(streams[0]), self.motion.video(streams[1]), strict=True)
+        motion = streams[1] * (self.config.motion != "none")  # zeros then, also of cached features
+        tokens, tight = zip(self.appearance.video(streams[0]), self.motion.video(motion), strict=True)
         return Encoding(torch.cat(tokens, dim=1), *tight)
 
     def embed(self, input_ids, soft):
@@ -503,8 +504,7 @@ class Hawk(nn.Module):
             rows, token = best // logits.shape[1], best % logits.shape[1]
             for i in (token[:beams] == eos_id).nonzero()[:, 0].tolist():
                 finished.append((score[i].item() / step, [*new[rows[i]].tolist(), eos_id]))
-            alive = (token != eos_id).nonzero()[:beams, 0]
-            score, rows, token = score[alive], rows[alive], token[alive]
+            score, rows, token = (x[token != eos_id][:beams] for x in (score, rows, token))
             new = torch.cat([new[rows], token[:, None]], dim=1)
             if len(finished) >= beams and sorted(finished)[-beams][0] >= score[0].item() / step:
                 break

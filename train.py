@@ -391,7 +391,8 @@ def build(args, last):
 def datasets(args, model, tokenizer):
     """(training set, held-out set or None)"""
     c, made = model.config, []
-    expected = {"weights": frozen_fingerprint(model), "motion": c.motion} if args.features else {}
+    mask = {} if c.motion == "none" else {"motion": c.motion}  # without motion the other half of any cache will do
+    expected = {"weights": frozen_fingerprint(model)} | mask if args.features else {}
     for split in ("train", "test"):
         path = Path(args.data) / f"{split}.jsonl"
         rows, train = read_index(path) if path.exists() or split == "train" else [], split == "train"

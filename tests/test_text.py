@@ -232,27 +232,6 @@ def test_samples_depend_on_seed_epoch_and_index_alone(make, stage):
     assert all(equal(make(stage=stage, seed=3)[i], one[i]) for i in range(6))
 
 
-def test_what_training_draws(make):
-    """Stage 1 draws its frames (headtail), stage 2 does not; both crop, unless told otherwise."""
-    plain = make(train=False)[0]
-    for stage, uniform in ((1, False), (2, True)):
-        assert (make(stage=stage)[0]["indices"].tolist() == [0, 1, 2, 3]) == uniform
-        assert not torch.equal(make(stage=stage)[0]["appearance"], plain["appearance"])
-        assert torch.equal(make(stage=stage, augment=False)[0]["appearance"], plain["appearance"])
-        assert torch.equal(make(stage=stage, train=False)[0]["indices"], plain["indices"])
-
-
-def test_stage_2_asks_for_the_description_half_of_the_time(make, tok):
-    dataset, described = make(augment=False), 0
-    for epoch in range(60):
-        qa = dataset.conversation(ROWS[0], data.clip_generator(0, epoch, 0))
-        described += qa[0]["q"] in DESCRIBE_QUESTIONS and qa[0]["a"] == ROWS[0]["description"]
-        assert qa[1:] == ROWS[0]["qa"][1:] and (qa[0]["q"] in DESCRIBE_QUESTIONS or qa == ROWS[0]["qa"])
-    assert 15 < described < 45 and ROWS[0]["qa"][0] == {"q": "Who?", "a": "A car."}  # the row itself is never edited
-    sample = dataset[0]
-    assert "4 frames. " in tok.decode(sample["input_ids"]) and "motion_labels" not in sample
-
-
 def test_evaluation_is_plain(make, tok):
     sample = make(train=False)[2]
     ids, labels = tok.encode_conversation(

@@ -179,21 +179,6 @@ def test_facts_without_words_teach_the_bridge_alone(world, tmp_path):
     assert "motion.video_queries" in changed and not any(name.startswith(("llama", "vit")) for name in changed)
 
 
-def test_released_schedule_and_decay_groups():
-    args = train.parse_args(["--preset", "tiny", "--data", "x", "--out", "y"])
-    assert train.learning_rate(0, args) == 1e-6 and train.learning_rate(500, args) == pytest.approx(5.5e-6)
-    assert train.learning_rate(200_000, args) == pytest.approx(5.5e-6)  # half of the cosine from 1e-5 to 1e-6
-    assert train.learning_rate(400_000, args) == pytest.approx(1e-6)
-    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
-    decayed, plain = train.make_optimizer(module, args).param_groups
-    assert (
-        [p.ndim for p in decayed["params"]] == [2]
-        and decayed["weight_decay"] == 0.05
-        and decayed["betas"] == (0.9, 0.999)
-    )
-    assert [p.ndim for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0.0
-
-
 def test_every_sample_comes_once_an_epoch():
     args = train.parse_args(
         ["--preset", "tiny", "--data", "x", "--out", "y", "--steps", "6", "--batch-size", "4", "--accumulate", "2"]
