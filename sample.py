@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -287,12 +288,15 @@ def typed_lines():
     sys.stdin.reconfigure(errors="replace")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return iter(sys.stdin.readline, "")
-    import readline  # noqa: F401  (gives input() its line editing)
+    import readline  # gives input() its line editing
+
+    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one question, whatever its lines
 
     def read():
         try:
             return input("> ") + "\n"
         except EOFError:
+            print()
             return ""
 
     return iter(read, "")
@@ -414,9 +418,7 @@ def main(argv=None):
         chat = Chat(model, tokenizer, args.system, generation)
         if args.video:
             chat.open(args.video[0])
-        if args.question:
-            chat.say(args.question)
-        return chat.run(typed_lines())
+        return chat.run(chain([args.question or ""], typed_lines()))
     except PROBLEMS as error:
         complain(error)
         return 2

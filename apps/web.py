@@ -19,6 +19,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -169,7 +170,7 @@ def build(gr, page, examples):
 
     def ask(question, beams, temperature, request: gr.Request):
         for shown in page.ask(request.session_hash, question, beams, temperature):
-            yield shown, ""
+            yield [m | {"content": escape(m["content"], quote=False)} for m in shown], ""  # Gradio takes it for HTML
 
     def stop(request: gr.Request):
         page.stop(request.session_hash)
@@ -219,7 +220,7 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
-    add("--port", type=number(int, 0, 65535), default=7860, help="0: any that is free (default: 7860)")
+    add("--port", type=number(int, 1, 65535), default=7860, help="default: 7860")
     add("--max-upload-mb", type=number(float, 0.001), default=200, help="largest video that is taken (default: 200)")
     add("--max-new-tokens", type=number(int, 1), default=128, help="longest answer (default: 128)")
     add_model_options(p)

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -190,7 +191,9 @@ def test_uploads_are_removed_and_nothing_else(world, page, monkeypatch):
 @contextmanager
 def served(*options):
     """python -m apps.web at a free port -> (its URL, the process, the folder that holds its folder of uploads)"""
-    command = [sys.executable, "-m", "apps.web", "--port", "0", "--device", "cpu", *map(str, options)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "apps.web", "--port", port, "--device", "cpu", *map(str, options)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
@@ -225,7 +228,7 @@ class Tab:
         self.page, self.elsewhere, self.errors = running.new_page(viewport={"width": 1280, "height": 900}), [], []
         self.page.set_default_timeout(120_000)
         self.page.on("request", self.requested)
-        self.page.on("pageerror", self.errors.append)
+        self.page.on("pageerror", lambda error: self.errors.append(error))
         self.page.goto(url)
         self.page.wait_for_selector("#question textarea")
 
