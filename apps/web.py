@@ -232,11 +232,14 @@ def serve(gr, page, args):
     examples = sorted(EXAMPLES.glob("*.mp4")) if small_world(page.model.config) else []
     gr.set_static_paths([str(path) for path in examples])  # served from where they are, not copied
     blocks = build(gr, page, examples)
-    _, url, _ = blocks.queue(api_open=False).launch(
-        server_name=args.host, server_port=args.port, max_file_size=int(args.max_upload_mb * 1e6), share=False,
-        prevent_thread_lock=True, quiet=True, footer_links=[], ssr_mode=False, mcp_server=False,
-        css=CSS, theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
-    )  # fmt: skip
+    try:
+        _, url, _ = blocks.queue(api_open=False).launch(
+            server_name=args.host, server_port=args.port, max_file_size=int(args.max_upload_mb * 1e6), share=False,
+            prevent_thread_lock=True, quiet=True, footer_links=[], ssr_mode=False, mcp_server=False,
+            css=CSS, theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
+        )  # fmt: skip
+    except OSError:  # which speaks of settings that this program does not have
+        raise OSError(f"cannot listen at {args.host}, port {args.port}; if it is in use, take another --port") from None
     note(f"{url}  (ctrl-C ends)")
     try:
         threading.Event().wait()

@@ -205,7 +205,7 @@ def served(*options):
         yield lines[-1].split()[0], process
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 @contextmanager
@@ -315,7 +315,7 @@ def test_a_visit(running, url, tiny, world, tmp_path):
         assert tab.upload(broken).startswith(f"error: {broken.name}: ")
         tab.submit("What?")
         assert "there is no video" in tab.answers(1)[0]
-    tab.page.click("button:text-is('collision')")  # an example
+    tab.page.get_by_role("button", name="collision", exact=True).click()  # an example
     tab.until("document.querySelector('#status textarea').value.startsWith('collision.mp4: read')")
     tab.submit(questions[0])
     assert tab.answers(1)[0].startswith(expected(tiny, "collision.mp4", questions[:1])[0])
@@ -396,7 +396,7 @@ def take_picture(path):
     """Of the page with an example answered, in 128 colours."""
     with browser() as running, served("--weights", ROOT / "weights" / "tiny") as (url, _):
         tab = Tab(running, url)
-        tab.page.click("button:text-is('falling')")
+        tab.page.get_by_role("button", name="falling", exact=True).click()
         tab.until("document.querySelector('#status textarea').value != ''")
         for n, question in enumerate(("Can you describe the anomaly in the video?", "Who is involved?"), 1):
             tab.submit(question)
