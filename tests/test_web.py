@@ -5,7 +5,7 @@ python tests/test_web.py examples/web.png                       # a picture of t
 """
 
 import http.client
-import os
+import json
 import re
 import shutil
 import signal
@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -369,6 +371,24 @@ def post(url, n_bytes):
     return response.status, response.read().decode()
 
 
+def test_only_what_was_uploaded_is_read_or_given(url):
+    """Through the doors that Gradio opens: its files, and the event that opens a video."""
+    with urllib.request.urlopen(f"{url}config") as config:
+        dependencies = json.load(config)["dependencies"]
+    (changed,) = (d["id"] for d in dependencies if [event for _, event in d["targets"]] == ["change"])
+    for path in ("/etc/passwd", ROOT / "README.md", ROOT / "weights" / "tiny" / "config.json"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{url}gradio_api/file={path}")
+        video = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        event = {"data": [video], "fn_index": changed, "session_hash": "somebody"}
+        head = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/queue/join", json.dumps(event).encode(), head))
+        with urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash=somebody") as events:
+            assert b'"success":false' in events.read()
+    with urllib.request.urlopen(f"{url}gradio_api/file={EXAMPLES / 'falling.mp4'}") as given:
+        assert given.read() == (EXAMPLES / "falling.mp4").read_bytes()
+
+
 def test_nothing_is_left_behind(running, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="needs gradio")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -389,7 +409,7 @@ def test_nothing_is_left_behind(running, tmp_path, monkeypatch):
         assert videos() == [] and list(tmp_path.rglob("motion.png")) == []
         tab = Tab(running, url)
         tab.upload(EXAMPLES / "falling.mp4")
-    assert process.returncode == 143 and os.listdir(tmp_path) == []
+    assert process.returncode == 143 and videos() == [] and not list(tmp_path.glob("hawk-web-*"))
 
 
 def take_picture(path):
@@ -398,9 +418,9 @@ def take_picture(path):
         tab = Tab(running, url)
         tab.page.get_by_role("button", name="falling", exact=True).click()
         tab.until("document.querySelector('#status textarea').value != ''")
-        for n, question in enumerate(("Can you describe the anomaly in the video?", "Who is involved?"), 1):
-            tab.submit(question)
-            tab.answers(n)
+        tab.page.set_viewport_size({"width": 1280, "height": 940})
+        tab.submit("Can you describe the anomaly in the video?")
+        tab.answers(1)
         tab.page.wait_for_timeout(1000)  # the pictures fade in
         few = "split[a][b];[a]palettegen=128[p];[b][p]paletteuse=dither=none"
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", "-", "-vf", few, "-update", "1", path]
