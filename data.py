@@ -75,6 +75,14 @@ def make_clip(frames, fps, indices, motion="hard"):
     return Clip(appearance, masked, seconds, message, indices)
 
 
+def read_flow(path, indices, image_size=224):
+    """The flow that the motion frames are made of: from the frame before to each numbered frame -> (T, H, W, 2) float32."""
+    frames, _, indices = _decode(path, image_size, lambda total: indices)
+    current = np.maximum(indices, min(1, len(frames) - 1))  # frame 0 as in make_clip
+    pairs = (torch.from_numpy(np.stack([frames[i] for i in which])) for which in (np.maximum(current - 1, 0), current))
+    return farneback(*map(rgb_to_gray, pairs)).numpy() * (len(frames) > 1)  # a lone frame does not move
+
+
 def sample_frames(total, n_frames, sampling="uniform", generator=None):
     """Ascending frame numbers, min(n_frames, total) of them."""
     n = min(n_frames, total)

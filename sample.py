@@ -21,13 +21,14 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import torch
 
-from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, best_device, peak_memory_mb, read_clip
+from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, best_device, peak_memory_mb, read_clip, read_flow
 from hawk import Encoding, Hawk
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -154,18 +155,33 @@ def ask(model, tokenizer, video, question=DESCRIBE_QUESTIONS[0], history=(), sys
     return Answer(seen.path, question, answer, seconds, len(new), peak_memory_mb(model.device))
 
 
-def write_motion_sheet(clip, path, columns=8):
-    """A picture of a clip: rows of frames, and under each row the same frames as the motion branch sees them."""
-    path, T = Path(path), len(clip.appearance)
+def flow_colours(flow):
+    """Flow (…, 2) -> (…, 3) uint8. The hue is the direction (right red, down green, left cyan, up violet), the brightness
+    the speed: the fastest of all, if it is a pixel a frame or more, is as bright as can be."""
+    angle, speed = np.arctan2(flow[..., 1:], flow[..., :1]), np.hypot(flow[..., 1:], flow[..., :1])  # (…, 1)
+    hue = np.clip(0.5 + np.cos(angle - np.arange(3) * (2 * np.pi / 3)), 0, 1)  # (…, 3)
+    return np.rint(255 * hue * speed / max(speed.max(), 1)).astype(np.uint8)
+
+
+def motion_sheet(path, clip, columns=8):
+    """A picture (H, W, 3) of a clip: frames, below them the same frames as the motion branch sees them, and the flow from
+    the frame before each, for which the video is read once more. Raises VideoError."""
+    T = len(clip.appearance)
     order = np.unique(np.linspace(0, T - 1, min(columns, T)).astype(int))
-    rows = [np.concatenate(stream[order], axis=1) for stream in (clip.appearance, clip.motion)]
-    sheet = np.ascontiguousarray(np.concatenate(rows))
+    flow = flow_colours(read_flow(path, clip.indices[order], clip.appearance.shape[1]))
+    return np.concatenate([np.concatenate(row, axis=1) for row in (clip.appearance[order], clip.motion[order], flow)])
+
+
+def write_picture(sheet, path):
+    """(H, W, 3) uint8 -> PNG file"""
+    path = Path(path)
     options = f"-nostdin -v error -y -f rawvideo -pix_fmt rgb24 -s {sheet.shape[1]}x{sheet.shape[0]} -i pipe:0 "
     options += "-frames:v 1 -c:v png -f image2 -update 1"
     temporary = path.with_name(path.name + ".tmp")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), f"file:{temporary}"]
     done = subprocess.run(command, input=sheet.tobytes(), capture_output=True)
     if done.returncode:
+        temporary.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written ({done.stderr.decode(errors='replace').strip()})")
     os.replace(temporary, path)
 
@@ -176,6 +192,14 @@ HELP = """Write a question and press enter. ctrl-C stops an answer, ctrl-D ends.
 /video PATH  look at another video
 /save FILE   write all rounds so far, one line a video: an index that train.py reads
 /help        this text"""
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(text):
+    print(text, end="", flush=True)
 
 
 class Chat:
@@ -190,33 +214,33 @@ class Chat:
         self.waited = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seen.seconds.items())
         self.transcript.append({"video": os.path.abspath(path), "qa": []})
 
-    def say(self, question):
-        """Prints the answer as it is made, and its times on stderr; what was said is remembered, also if stopped."""
+    def say(self, question, write=write, tell=note):
+        """Writes the answer as it is made, and tells its times; what was said is remembered, also if stopped."""
         if self.seen is None:
             raise ValueError("no video yet: /video PATH")
         length = self.generation["max_new_tokens"]
         _, kept, _ = fit_prompt(self.model, self.tokenizer, self.seen, question, self.history, self.system, length)
         forgotten = len(self.history) - len(kept)
         if forgotten:
-            note(f"forgot the {forgotten} oldest round(s): the conversation has outgrown the context")
+            tell(f"forgot the {forgotten} oldest round(s): the conversation has outgrown the context")
         self.history, said, first, start = kept, [], [], time.perf_counter()
 
         def show(text):
             first.append(time.perf_counter() - start)
             said.append(text)
-            print(text, end="", flush=True)
+            write(text)
 
         try:
             given = {"history": kept, "system": self.system, "on_text": show}
             ask(self.model, self.tokenizer, self.seen, question, **given, **self.generation)
         finally:
-            print()
             answer = "".join(said).strip()
             if answer:
                 self.history.append((question, answer))
                 self.transcript[-1]["qa"].append({"q": question, "a": answer})
+            write("\n")
         after = f" after {self.waited} for the video" if self.waited else ""
-        note(f"first word {first[0] if first else 0:.2f} s{after}, whole answer {time.perf_counter() - start:.2f} s")
+        tell(f"first word {first[0] if first else 0:.2f} s{after}, whole answer {time.perf_counter() - start:.2f} s")
         self.waited = ""
 
     def save(self, path):
@@ -264,22 +288,21 @@ def typed_lines():
     sys.stdin.reconfigure(errors="replace")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return iter(sys.stdin.readline, "")
-    import readline  # noqa: F401  (gives input() its line editing)
+    import readline  # gives input() its line editing
+
+    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one question, whatever its lines
 
     def read():
         try:
             return input("> ") + "\n"
         except EOFError:
+            print()
             return ""
 
     return iter(read, "")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-def note(text):
-    print(text, file=sys.stderr, flush=True)
-
-
 def complain(error):
     """The error as one line; returns True, for "something failed"."""
     note(f"error: {' '.join(str(error).split())}")
@@ -339,7 +362,7 @@ def parse_args(argv=None):
     add("--video", nargs="+", action="extend", default=[], metavar="PATH", help="one or more video files")
     add("--question", help=f"default: {DESCRIBE_QUESTIONS[0]}")
     add("--chat", action="store_true", help="ask round after round (questions from stdin)")
-    add("--show-motion", metavar="FILE", help="also write a PNG: frames above, what the motion branch sees below")
+    add("--show-motion", metavar="FILE", help="also write a PNG: frames, what the motion branch sees, optical flow")
     add("--json", action="store_true", help="one JSON object a video: answer, seconds, tokens, peak memory")
     add("--system", default=SYSTEM, help="system text of the prompt (default: a space, as in training)")
     add_model_options(p)
@@ -370,7 +393,7 @@ def answer_all(model, tokenizer, args, generation):
             question = DESCRIBE_QUESTIONS[0] if args.question is None else args.question
             seen = look(model, path)
             if args.show_motion:
-                write_motion_sheet(seen.clip, args.show_motion)
+                write_picture(motion_sheet(path, seen.clip), args.show_motion)
             result = ask(model, tokenizer, seen, question, system=args.system, **generation)
         except PROBLEMS as error:
             failed = complain(error)
@@ -395,9 +418,7 @@ def main(argv=None):
         chat = Chat(model, tokenizer, args.system, generation)
         if args.video:
             chat.open(args.video[0])
-        if args.question:
-            chat.say(args.question)
-        return chat.run(typed_lines())
+        return chat.run(chain([args.question or ""], typed_lines()))
     except PROBLEMS as error:
         complain(error)
         return 2

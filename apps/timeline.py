@@ -293,7 +293,8 @@ def write_plot(seen, threshold, path):
     axes.axhline(threshold, color="grey", linestyle=":")
     for start, end, _ in events(seen, threshold):
         axes.axvspan(start, end, color="red", alpha=0.1)
-    axes.set(xlim=(0, seen[-1].end), ylim=(0, 1.02), xlabel="seconds", ylabel="anomaly score", title=seen[0].video)
+    axes.set(xlim=(0, seen[-1].end), ylim=(0, 1.02), xlabel="seconds", ylabel="anomaly score")
+    axes.set_title(seen[0].video, parse_math=False)  # a file's name may hold a $
     temporary = f"{path}.tmp"
     figure.savefig(temporary, format="png", dpi=120)
     os.replace(temporary, path)
@@ -366,6 +367,8 @@ def parse_args(argv=None):
     for file in outputs:
         if not file.parent.is_dir():
             p.error(f"{file.parent}: no such folder")
+        if file.resolve() == Path(args.video[0]).resolve():
+            p.error(f"{file}: is the video itself")
     if args.plot:
         try:
             import matplotlib  # noqa: F401
@@ -387,13 +390,19 @@ def scorer(args, config):
 
 
 def timeline(path, watched, args):
-    """Shows the windows of one video as the options want it; returns them."""
-    seen = []
+    """Shows the windows of one video as the options want it; returns those that are still needed."""
+    seen, keep = [], not args.json or args.annotations or args.plot or args.out_video  # else a stream goes on for ever
     with tqdm(desc=path, unit="s of video", leave=False, disable=args.json, file=sys.stderr) as bar:
-        for window in watched(path, bar=bar):
-            seen.append(window)
-            if args.json:
-                print(json.dumps(asdict(window)), flush=True)
+        try:
+            for window in watched(path, bar=bar):
+                if keep:
+                    seen.append(window)
+                if args.json:
+                    print(json.dumps(asdict(window)), flush=True)
+        except KeyboardInterrupt:
+            if path != "-" or not seen:
+                raise
+            # ctrl-C is how a stream ends: what was seen of it is shown
     if args.video and not args.json:
         print_timeline(seen, args.threshold)
     if args.plot:

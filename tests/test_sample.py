@@ -3,15 +3,22 @@
 import io
 import json
 import os
+import pty
+import re
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import sentencepiece
 from conftest import TEXT
 
 import sample
+from data import read_clip
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,6 +127,47 @@ def test_words_appear_whole(world, loaded, monkeypatch):
     assert "\ufffd" not in "".join(pieces) and len(pieces) > 10
 
 
+def test_flow_colours():
+    right, left, down, up = [8, 0], [-8, 0], [0, 4], [0, -8]
+    found = sample.flow_colours(np.float32([right, left, down, up, [0, 0]]))
+    expected = np.array([[255, 0, 0], [0, 255, 255], [64, 128, 0], [128, 0, 255], [0, 0, 0]])
+    assert found.dtype == np.uint8 and np.abs(found - expected).max() <= 1
+    assert not sample.flow_colours(np.zeros((2, 3, 2))).any()
+
+
+def test_sheet_of_frames_motion_and_flow(world, cli, tmp_path):
+    """Of a picture that slides to the left, all of it: frames, the same frames, and cyan."""
+    picture = np.random.default_rng(0).integers(0, 256, (7, 7, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    slide, still, png = tmp_path / "slide.mkv", tmp_path / "still.mkv", tmp_path / "sheet 1.png"
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    for path, n_frames in ((slide, 6), (still, 1)):
+        frames = np.stack([np.roll(picture, -2 * k, axis=1) for k in range(n_frames)])
+        raw = [*ffmpeg, "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "56x56", "-i", "-", "-c:v", "ffv1", path]
+        subprocess.run(raw, input=frames.tobytes(), check=True)
+    assert cli("--video", slide, "--show-motion", png, "--max-new-tokens", 1)[0] == 0
+    shown = subprocess.run([*ffmpeg, "-i", png, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True).stdout
+    frames, motion, flow = np.frombuffer(shown, np.uint8).reshape(3, 28, 4, 28, 3).swapaxes(1, 2)  # (4, 28, 28, 3) each
+    clip = read_clip(slide, 4, 28)
+    assert np.array_equal(frames, clip.appearance) and np.array_equal(motion, clip.motion)
+    red, green, blue = flow[:, 8:20, 8:20].mean((0, 1, 2))
+    assert red < 10 and green > 80 and blue > 80
+    assert sorted(os.listdir(tmp_path)) == [png.name, slide.name, still.name]
+    alone = sample.motion_sheet(still, read_clip(still, 4, 28))
+    assert alone.shape == (84, 28, 3) and alone[:28].any() and not alone[28:].any()
+    status, out, err = cli("--video", slide, "--show-motion", tmp_path / "nowhere" / "x.png")
+    assert status == 2 and out == "" and "x.png: cannot be written" in err[-1]
+
+
+def test_the_example_of_the_readme(capsys, monkeypatch):
+    """README.md's Python block, run as it stands, prints what sample.py answers."""
+    blocks = re.findall("^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 1, f"README.md has {len(blocks)} ```python blocks, and should have one"
+    monkeypatch.chdir(ROOT)
+    exec(compile(blocks[0], "README.md", "exec"), {})
+    expected = sample.ask(*sample.load(ROOT / "weights" / "tiny", "cpu"), "examples/falling.mp4").answer
+    assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat
 
@@ -187,6 +235,101 @@ def test_ctrl_c_stops_the_answer_only(world, loaded, capsys, monkeypatch):
     c.history = [("Who?", "A dog.")]
     assert c.run(lines) == 0 and c.history == []  # it went on to /new
     assert "stopped" in capsys.readouterr().err
+
+
+def test_words_are_written_as_they_are_made(world, loaded, monkeypatch):
+    generate, made, written = loaded[0].generate, [], []
+
+    def counted(*args, on_token, **kwargs):
+        return generate(*args, on_token=lambda tokens: (made.append(tokens), on_token(tokens))[1], **kwargs)
+
+    monkeypatch.setattr(loaded[0], "generate", counted)
+    c = chat(loaded)
+    c.open(world / "c.mp4")
+    c.say("What?", lambda text: written.append(len(made)))
+    assert written[0] < 5 and len(set(written)) > 10  # not all at the end
+
+
+class Terminal:
+    """sample.py --chat at a terminal; each token takes 20 ms more."""
+
+    SLOW = """if True:
+        import sys, time, sample
+        generate = sample.Hawk.generate
+        def slow(*args, on_token, **kwargs):
+            return generate(*args, on_token=lambda tokens: (time.sleep(0.02), on_token(tokens))[1], **kwargs)
+        sample.Hawk.generate = slow
+        sys.exit(sample.main())"""
+
+    def __init__(self, *options):
+        command = [sys.executable, "-c", self.SLOW, "--device", "cpu", "--chat", *map(str, options)]
+        self.seen = ""
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ |= {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+            os.execv(command[0], command)
+
+    def read(self):
+        try:
+            data = os.read(self.file, 65536)
+        except OSError:  # so ends a terminal
+            data = b""
+        self.seen += data.decode(errors="replace")
+        return data
+
+    def type(self, text):
+        """A terminal echoes what is typed: who does not read on blocks it."""
+        data = text.encode()
+        while data:
+            readable, writable, _ = select.select([self.file], [self.file], [], 60)
+            if readable:
+                self.read()
+            if writable:
+                data = data[os.write(self.file, data[:256]) :]
+
+    def until(self, pattern, seconds=120):
+        """What is shown up to the pattern's end"""
+        limit = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen, re.DOTALL)):
+            assert time.monotonic() < limit, f"no {pattern!r} in {self.seen!r}"
+            if select.select([self.file], [], [], 1)[0]:
+                assert self.read(), f"ended without {pattern!r}: {self.seen!r}"
+        self.seen, shown = self.seen[found.end() :], self.seen[: found.end()]
+        return shown
+
+    def end(self):
+        while self.read():
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_chat_at_a_terminal(world):
+    options = ["--weights", world / "weights", "--video", world / "a b.mp4", "--max-new-tokens", 40]
+    terminal, saved = Terminal(*options, "--question", "What is it?"), world / "terminal.jsonl"
+    first = terminal.until(r"first word \S+ s.* whole answer \S+ s\r\n.*> ")
+    assert "read " in first
+    terminal.type("Wer fährt da? 火事\n")
+    second = terminal.until(r"first word \S+ s.* whole answer \S+ s\r\n.*> ")
+    waits = [sum(map(float, re.findall(r"(?:word|read|encode) (\S+) s", shown))) for shown in (first, second)]
+    assert "read " not in second and waits[1] < waits[0]
+    terminal.type("half a question\x03")
+    terminal.until(r"\(stopped; ctrl-D ends\)\r\n.*> ")
+    terminal.type("Why?\n")
+    terminal.until(r"2004l\r\s*\S")  # the end of the pasting, and the first of the answer
+    terminal.type("\x03")
+    assert "whole answer" not in terminal.until(r"\(stopped; ctrl-D ends\)\r\n.*> ")
+    terminal.type("why " * 1000 + "\n")
+    terminal.until(r"error: the question is too long: \d+ tokens with the video[^\n]*\n.*> ")
+    terminal.type("\x1b[200~Is it\na dog?\x1b[201~\n")  # pasted
+    terminal.until(r"whole answer \S+ s\r\n.*> ")
+    terminal.type(f"/save {saved}\n")
+    terminal.until(r"1 video\(s\)\r\n.*> ")
+    terminal.type("\x04")  # ctrl-D
+    assert terminal.end() == 2  # as there was an error
+    rounds = json.loads(saved.read_text(encoding="utf-8"))["qa"]
+    assert [turn["q"] for turn in rounds] == ["What is it?", "Wer fährt da? 火事", "Why?", "Is it\na dog?"]
+    assert len(rounds[2]["a"]) < len(rounds[0]["a"])
 
 
 def test_typed_lines_survive_bad_bytes(monkeypatch):

@@ -289,6 +289,34 @@ def test_plot_and_video(world, cli, tmp_path, monkeypatch):
     assert lines[0] == 0 and (np.diff(lines) >= 0).all() and 620 < lines[-1] < 640
 
 
+def test_a_name_is_no_formula(tmp_path):
+    pytest.importorskip("matplotlib")
+    timeline.write_plot([Window("a$x^$.mp4", 0, 4, 0.3, None)], 0.5, tmp_path / "plot.png")
+    assert os.listdir(tmp_path) == ["plot.png"]
+
+
+def test_ctrl_c_ends_a_stream_and_shows_it(capsys):
+    def watched(path, bar):
+        yield Window(path, 0.0, 4.0, 0.25, None)
+        raise KeyboardInterrupt
+
+    args = timeline.parse_args(["--video", "x"])
+    assert len(timeline.timeline("-", watched, args)) == 1
+    assert "the highest score is 0.25 at 0.0-4.0 s" in capsys.readouterr().out
+    for path, options in (("x", []), ("-", ["--json"])):
+        with pytest.raises(KeyboardInterrupt):
+            timeline.timeline(path, watched, timeline.parse_args(["--video", "x", *options]))
+
+
+def test_only_what_is_needed_is_kept(capsys):
+    def watched(path, bar):
+        yield from (Window(path, 2.0 * k, 2.0 * k + 4, 0.5, None) for k in range(5))
+
+    assert timeline.timeline("x", watched, timeline.parse_args(["--video", "x", "--json"])) == []
+    assert len(timeline.timeline("x", watched, timeline.parse_args(["--annotations", "x", "--json"]))) == 5
+    assert len(capsys.readouterr().out.splitlines()) == 10
+
+
 def test_strip():
     strip = timeline.draw_strip([Window("v", 0, 1, 0.0, None), Window("v", 1, 2, 1.0, None)], 0.5, 10, 8)
     assert strip.shape == (8, 10, 3) and (strip[:4, :5] == 24).all() and (strip[:4, 5:] == (255, 50, 60)).all()
@@ -357,6 +385,7 @@ def test_bad_streams(world, cli, monkeypatch):
     "options",
     ["", "--video x --annotations y", "--video x --stride 5", "--video x --window 0", "--video x y --plot p.png",
      "--video - --out-video v.mp4", "--video x --plot nowhere/p.png", "--video x --threshold 2", "--annotations nowhere",
+     "--video x --out-video ./x",
      "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(world, cli, options):
