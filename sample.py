@@ -157,10 +157,10 @@ def ask(model, tokenizer, video, question=DESCRIBE_QUESTIONS[0], history=(), sys
 
 def flow_colours(flow):
     """Flow (…, 2) -> (…, 3) uint8. The hue is the direction (right red, down green, left cyan, up violet), the brightness
-    the speed: the fastest of all, if it is a pixel a frame or more, is as bright as can be."""
+    the root of the speed: the fastest of all, if it is a pixel a frame or more, is as bright as can be."""
     angle, speed = np.arctan2(flow[..., 1:], flow[..., :1]), np.hypot(flow[..., 1:], flow[..., :1])  # (…, 1)
     hue = np.clip(0.5 + np.cos(angle - np.arange(3) * (2 * np.pi / 3)), 0, 1)  # (…, 3)
-    return np.rint(255 * hue * speed / max(speed.max(), 1)).astype(np.uint8)
+    return np.rint(255 * hue * np.sqrt(speed / max(speed.max(), 1))).astype(np.uint8)
 
 
 def motion_sheet(path, clip, columns=8):

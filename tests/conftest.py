@@ -1,5 +1,6 @@
 """What several test files build on: a small random model with a tokenizer, two short clips and a file that is none."""
 
+import os
 import subprocess
 
 import imageio_ffmpeg
@@ -8,6 +9,10 @@ import sentencepiece
 import torch
 
 from hawk import PRESETS, Hawk, HawkConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side must not share the cores among their threads as well
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 TEXT = "A red car drives the wrong way in the near lane. Nothing unusual happens on the road. What is it? It is a dog."
 SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32, qformer_layers=1, llama_layers=1)

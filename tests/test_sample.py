@@ -130,7 +130,7 @@ def test_words_appear_whole(world, loaded, monkeypatch):
 def test_flow_colours():
     right, left, down, up = [8, 0], [-8, 0], [0, 4], [0, -8]
     found = sample.flow_colours(np.float32([right, left, down, up, [0, 0]]))
-    expected = np.array([[255, 0, 0], [0, 255, 255], [64, 128, 0], [128, 0, 255], [0, 0, 0]])
+    expected = np.array([[255, 0, 0], [0, 255, 255], [90, 180, 0], [128, 0, 255], [0, 0, 0]])
     assert found.dtype == np.uint8 and np.abs(found - expected).max() <= 1
     assert not sample.flow_colours(np.zeros((2, 3, 2))).any()
 
