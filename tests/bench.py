@@ -30,6 +30,14 @@ from data import farneback, read_clip, sample_frames  # noqa: E402
 from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
 
 
+SMALL_EYES = dict(
+    vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
+    qformer_dim=64, qformer_layers=1, qformer_heads=2, qformer_mlp=64,
+)  # fmt: skip
+ONE_BILLION = dict(llama_dim=2048, llama_layers=20, llama_heads=16, llama_mlp=5632)
+GPU_ONLY = "needs a GPU, none is here"
+
+
 def seconds(run, repeat):
     """Median time of `repeat` runs after one that does not count."""
     run()
@@ -170,10 +178,9 @@ def generation(args):
 
     sizes = {"0.1B": dict(llama_dim=768, llama_layers=12, llama_heads=12, llama_mlp=2048, vocab_size=8000)}
     if not args.quick:
-        sizes["1B"] = dict(llama_dim=2048, llama_layers=20, llama_heads=16, llama_mlp=5632)
-    small = dict(vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64, qformer_dim=64, qformer_layers=1, qformer_heads=2)
+        sizes["1B"] = ONE_BILLION
     for name, size in sizes.items():
-        model = Hawk(HawkConfig(**small, qformer_mlp=64, **size)).eval()
+        model = Hawk(HawkConfig(**SMALL_EYES, **size)).eval()
         c, new = model.config, 32 if args.quick else 64
         peer = LlamaForCausalLM(LlamaConfig(
             hidden_size=c.llama_dim, intermediate_size=c.llama_mlp, num_hidden_layers=c.llama_layers,
@@ -252,12 +259,6 @@ def memory(args):
 
 
 # ---- int8, growth, GPU -----------------------------------------------------------------------------------------------
-SMALL_EYES = dict(vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64, qformer_dim=64, qformer_layers=1, qformer_heads=2,
-                  qformer_mlp=64)  # fmt: skip
-ONE_BILLION = dict(llama_dim=2048, llama_layers=20, llama_heads=16, llama_mlp=5632)
-GPU_ONLY = "needs a GPU, none is here"
-
-
 def random_model(device, **size):
     """A Hawk in bfloat16 with uniform weights, made on the device without an initialisation that takes minutes."""
     with torch.device("meta"):
@@ -333,11 +334,7 @@ def gpu(args):
     if not torch.cuda.is_available():
         yield row("decoding and training on a GPU", None, None, None, "-", GPU_ONLY)
         return
-    block = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
-    copy = gpu_seconds(lambda: block[: 1 << 30].copy_(block[1 << 30 :]))
-    bandwidth = 2 * (1 << 30) / copy  # bytes read and written
-    del block
-    model = random_model("cuda")
+    bandwidth, model = copy_bandwidth(), random_model("cuda")
     read = sum(p.nbytes for name, p in model.llama.named_parameters() if "embed_tokens" not in name)
     each = generation_times(model, 65)[1]
     note = f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; the ratio is the share of the limit"
@@ -355,6 +352,12 @@ def gpu(args):
     done = 4 * layers * x.shape[0] * x.shape[1] / gpu_seconds(step)
     note = "a bf16 matrix product of 8192²; frozen LLaMA, 8 x 512 tokens, forward and backward"
     yield row("7B, training step", done / 1e12, peak / 1e12, done / peak, "TFLOP/s", note)
+
+
+def copy_bandwidth():
+    """Bytes a second, read and written, of the largest simple thing: a copy within the card."""
+    source, target = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda")
+    return 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source))
 
 
 def gpu_seconds(run):
