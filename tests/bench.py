@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 from data import farneback, read_clip, sample_frames  # noqa: E402
 from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
 
-
 SMALL_EYES = dict(
     vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
     qformer_dim=64, qformer_layers=1, qformer_heads=2, qformer_mlp=64,
