@@ -28,7 +28,10 @@ IGNORE = -100  # label of what is not learnt
 # Formats that hold a video in themselves, whatever the file is called. Not among them: playlists, concat scripts and
 # image patterns, which open other files, and texts, which ffmpeg would draw.
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut,mxf,dv,wtv"
-HELD_BYTES = 96 << 20  # videos whose scaled frames all fit into this are read in one run of ffmpeg
+ONE_RUN_BYTES = (
+    1 << 20
+)  # smaller files are read in one run of ffmpeg, which is quicker than a first one that only looks
+HELD_BYTES = 96 << 20  # of frames, at most, are held in that run
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
 # Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
@@ -98,32 +101,39 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
 def _decode(path, size, choose):
     """-> ({number: (size, size, 3) uint8} with the chosen frames and their predecessors, frame rate, chosen numbers).
 
-    Frames are, bit for bit, those of `ffmpeg -i PATH -vf scale=S:S:flags=bilinear -fps_mode passthrough`. Short videos
-    take one run, which keeps every frame. For long ones a first run reads only the packets' times, and then nothing but
-    the chosen frames comes out of the runs that decode, so memory does not grow with the video's length.
+    Frames are, bit for bit, those of `ffmpeg -i PATH -vf scale=S:S:flags=bilinear -fps_mode passthrough`. A first run
+    reads only the packets' times, and then nothing but the chosen frames is scaled and comes out of the runs that
+    decode, so memory does not grow with the video's length.
     """
     _check_file(path)
-    held, most = [], HELD_BYTES // (size * size * 3)
+    if os.path.getsize(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose)):
+        return found
+    with _ffmpeg(path, table=True) as run:
+        run.process.wait()
+        container, codec, printed_rate, _ = run.header()
+        packets = run.packets(printed_rate)
+    total, frames = max(1, len(packets.times)), None
+    indices = choose(total)
+    numbers = [number for number in _with_predecessors(indices) if number < total]
+    if packets.plain and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
+        frames = _seek(path, size, packets, numbers, CLEAN_KEYFRAMES[codec])
+    if packets.plain and frames is None:
+        frames = _select(path, size, packets, numbers)
+    if frames is None:
+        frames, indices = _decode_through(path, size, total, choose)
+    return frames, packets.rate, indices
+
+
+def _decode_small(path, size, choose):
+    """The same from one run, which keeps every frame; None where they are too many."""
+    held = []
     with _ffmpeg(path, size, table=True) as run:
         for frame in run.frames():
             held.append(frame)
-            if len(held) == 1:
-                container, codec, printed_rate, length = run.header()
-            if len(held) > most or printed_rate * length > 1.1 * most:
-                break
-        else:
-            run.check(len(held))
-            return dict(enumerate(held)), run.packets(printed_rate).rate, choose(len(held))
-    del held, frame
-    with _ffmpeg(path, table=True, clean=CLEAN_KEYFRAMES.get(codec)) as run:
-        run.process.wait()
-        packets = run.packets(printed_rate)
-    if packets.seekable and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
-        indices = choose(len(packets.times))
-        if (frames := _seek(path, size, packets, _with_predecessors(indices))) is not None:
-            return frames, packets.rate, indices
-    frames, indices = _decode_through(path, size, max(1, len(packets.times)), choose)
-    return frames, packets.rate, indices
+            if len(held) > HELD_BYTES // frame.size:
+                return None
+        run.check(len(held))
+        return dict(enumerate(held)), run.packets(run.header()[2]).rate, choose(len(held))
 
 
 def _check_file(path):
@@ -161,10 +171,20 @@ def _decode_through(path, size, total, choose):
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
-def _seek(path, size, packets, numbers):
+def _select(path, size, packets, numbers):
+    """Decodes the whole video, but only these frames come out -> {number: frame}; None where a packet is not a frame."""
+    with _ffmpeg(path, size, times=packets.times[numbers]) as run:
+        frames = dict(zip(numbers, run.frames(), strict=False))
+        run.process.wait()
+        decoded = run.log(r".*Input stream #0:\d+ \(video\): .*; (\d+) frames decoded")
+    return frames if len(frames) == len(numbers) and decoded == [str(len(packets.times))] else None
+
+
+def _seek(path, size, packets, numbers, clean):
     """Decodes only from the keyframe before each pair of frames -> {number: frame}; None where it fails or is slower.
 
-    Call it where packets.seekable holds. A frame that is lost all the same does not come out at its time: it is missed.
+    clean: the kinds of NAL unit that keyframes must be, if there are any. A frame that is lost all the same does not
+    come out at its time: it is missed.
     """
     groups = {}  # keyframe -> frame numbers that are decoded from there
     for number in numbers:
@@ -172,10 +192,15 @@ def _seek(path, size, packets, numbers):
         groups.setdefault(int(early[-1]) if len(early) else 0, []).append(number)
     if sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in groups.items()) > 0.7 * len(packets.times):
         return None
+    if clean:
+        with _ffmpeg(path, clean=clean) as run:
+            run.process.wait()
+            if sum(not line.startswith("#") for line in run.lines("clean")) != len(packets.keys):
+                return None
 
     def decode(key, wanted):
         start = packets.times[max(key, wanted[0] - SEEK_MARGIN)] * packets.tick if key else None
-        with _ffmpeg(path, size, times=[packets.times[number] for number in wanted], start=start) as run:
+        with _ffmpeg(path, size, times=packets.times[wanted], stop=True, start=start) as run:
             return zip(wanted, list(run.frames()), strict=False)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -184,15 +209,15 @@ def _seek(path, size, packets, numbers):
 
 
 @contextmanager
-def _ffmpeg(path, size=None, table=False, clean=None, times=(), start=None, stdin=None):
+def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, start=None, stdin=None):
     """One run of ffmpeg on one file -> _Run: no shell, no network, and an end with the `with` block.
 
-    size: frames come out, all or those at `times` (ticks). start: where to seek to (seconds). table: lists the packets.
-    clean: lists the packets that hold such kinds of NAL unit. stdin: an open file that takes the place of `path`, and is
-    waited for as long as it takes.
+    size: frames come out, all or those at `times` (ticks); with `stop` the run ends after the last of them and takes one
+    core. start: where to seek to (seconds). table: lists the packets. clean: lists the packets that hold such kinds of
+    NAL unit. stdin: an open file that takes the place of `path`, and is waited for as long as it takes.
     """
-    threads = 1 if times else min(torch.get_num_threads(), 8)  # one in a loader worker; seeks run side by side
-    options = f"-nostdin -hide_banner -nostats -v level+info -copyts -threads {threads} -filter_threads {threads} "
+    threads = 1 if stop else min(torch.get_num_threads(), 8)  # one in a loader worker; seeks run side by side
+    options = f"-nostdin -hide_banner -nostats -v level+verbose -copyts -threads {threads} -filter_threads {threads} "
     options += f"-max_pixels 100000000 -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} "
     options += "" if start is None else f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}"
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
@@ -205,9 +230,9 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), start=None, stdi
         if clean:
             command += [*copy, "-bsf:v", "filter_units=pass_types=" + clean, f"file:{folder}/clean"]
         if size:
-            select = f"select='{'+'.join(f'eq(pts,{time})' for time in times)}'," if times else ""
+            select = f"select='{'+'.join(f'eq(pts,{time})' for time in times)}'," if len(times) else ""
             command += ["-an", "-sn", "-dn", "-vf", f"{select}scale={size}:{size}:flags=bilinear"]
-            command += ["-frames:v", str(len(times))] if times else []
+            command += ["-frames:v", str(len(times))] if stop else []
             command += "-fps_mode passthrough -f rawvideo -pix_fmt rgb24 pipe:1".split()
         with subprocess.Popen(command, stderr=log, **pipes) as process:
             # a stream is waited for as long as it takes, a file is not
@@ -222,9 +247,8 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), start=None, stdi
 
 
 # What the container says, without decoding. times: when frame i is shown, ascending, in ticks of `tick` seconds; keys:
-# numbers of the keyframes; rate: average, frames a second; seekable: each packet is one frame with a time of its own,
-# and decoding can start at any keyframe.
-_Packets = namedtuple("_Packets", "times keys tick rate seekable")
+# numbers of the keyframes; rate: average, frames a second; plain: nothing speaks against each packet being one frame.
+_Packets = namedtuple("_Packets", "times keys tick rate plain")
 
 
 @dataclass
@@ -254,7 +278,8 @@ class _Run:
     def header(self):
         """What is printed of the stream that is decoded: (container, codec, frames a second to two digits, seconds)."""
         container = [*self.log(r"\[info\] Input #0, (\w+)"), ""][0]
-        stream, codec = [*self.log(r"\[info\]   Stream (#0:\d+) -> #\d:0 \((\w+) "), ("none", "")][0]
+        stream = [*self.log(r"\[info\]   Stream (#0:\d+) -> #\d:0 "), "none"][0]
+        codec = [*self.log(rf"\[info\]   Stream {stream}\b.*?: Video: (\w+)"), ""][0]
         rate = [*self.log(rf"\[info\]   Stream {stream}\b.*? ([\d.]+k?) (?:fps|tbr),"), "0"][0]
         hours, minutes, seconds = [*self.log(r"\[info\]   Duration: (\d+):(\d+):([\d.]+)"), (0, 0, 0)][0]
         return container, codec, float(rate.replace("k", "e3")), int(hours) * 3600 + int(minutes) * 60 + float(seconds)
@@ -295,10 +320,8 @@ class _Run:
         rate = next(near, printed_rate or (rates or [25.0])[0])
         times = np.sort(np.array(times))
         keys = np.searchsorted(times, np.sort(np.array(keys)))
-        seekable = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
-        if os.path.exists(f"{self.folder}/clean"):
-            seekable = seekable and sum(not line.startswith("#") for line in self.lines("clean")) == len(keys)
-        return _Packets(times, keys, num / den, rate, seekable)
+        plain = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
+        return _Packets(times, keys, num / den, rate, plain)
 
 
 def motion_mask(previous, current, kind="hard"):
@@ -349,7 +372,7 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
             else:
                 flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
             first, second = _polynomial_expansion(images, poly_n, poly_sigma)
-            second = _pad_to_power_of_two(second)
+            second = _pad_to_power_of_two(second.transpose(0, 1))
             for _ in range(iterations):
                 flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
         return flow.permute(1, 2, 3, 0)
@@ -395,68 +418,91 @@ def _blur_and_resize(n, m, scale):
     return (blur[left] * (1 - share) + blur[(left + 1).clamp(max=n - 1)] * share).float()
 
 
-def _polynomial_expansion(image, n, sigma):
-    """(…, h, w) -> (…, 5, h, w): the coefficients of y, x, y², x², xy of the parabola that fits best around each pixel.
+def _polynomial_expansion(images, n, sigma):
+    """(2, B, h, w) -> (2, 5, B, h, w): the parabola that fits best around each pixel, as halves of the coefficients of
+    y, x, y², x² and a quarter of that of xy: what two frames share is then their sum, what differs their difference.
 
     The fit is weighted by a Gaussian g over the (2n+1)² neighbours. Its normal equations have the same small matrix
     everywhere, so the coefficients are sums of correlations of the image with g(x)g(y) times 1, x, y, x², y², xy.
     """
-    g, xg, xxg, first, mixed, second, cross = _expansion_weights(n, sigma)
+    (g, xg, xxg), to = _expansion_weights(n, sigma)
+    padded = F.pad(images, (n, n, n, n), mode="replicate")
+    (B, h, w), step, size = images.shape[1:], padded.shape[-1], padded[0, 0].numel()
+    # All images as one long line: a shift by a column or by a row is then one contiguous slice, and fast. What is added
+    # across the end of a row or an image lands in places that the last line leaves out.
+    line = padded.flatten()
+    across = line.new_zeros(3, len(line) - 2 * n)
+    _correlate(line, 1, n, even=[(across[0], g), (across[2], xxg)], odd=[(across[1], xg)])
+    planes = line.new_zeros(5, len(line))
+    y, x, yy, xx, xy = planes[:, : across.shape[1] - 2 * n * step]
+    _correlate(across[0], step, n, even=[(yy, to["yy"]), (xx, to["xx of 1"])], odd=[(y, to["y"])])
+    _correlate(across[1], step, n, even=[(x, to["x"])], odd=[(xy, to["xy"])])
+    _correlate(across[2], step, n, even=[(xx, to["xx"])])
+    return planes.as_strided((2, 5, B, h, w), (B * size, len(line), size, step, 1))
 
-    def correlate(image, weights, dim, sign=1):  # weights are those at 0…n; at -n…-1 they are `sign` times the same
-        size = image.shape[dim] - 2 * n
-        total = image.narrow(dim, n, size) * weights[0]
-        for k in range(1, n + 1):
-            before, after = image.narrow(dim, n - k, size), image.narrow(dim, n + k, size)
-            total.add_(torch.add(after, before, alpha=sign), alpha=weights[k])
-        return total
 
-    padded = F.pad(image, (n, n, n, n), mode="replicate")
-    p0, p1, p2 = correlate(padded, g, -1), correlate(padded, xg, -1, -1), correlate(padded, xxg, -1)
-    one = correlate(p0, g, -2) * mixed
-    y, x = correlate(p0, xg, -2, -1) * first, correlate(p1, g, -2) * first
-    yy, xx = correlate(p0, xxg, -2).mul_(second).add_(one), correlate(p2, g, -2).mul_(second).add_(one)
-    return torch.stack([y, x, yy, xx, correlate(p1, xg, -2, -1) * cross], -3)
+def _correlate(line, step, n, even=(), odd=()):
+    """Adds to each total (L - 2·n·step) the line (L) weighted at n neighbours to both sides, `step` apart. The weights
+    given are those at 0…n; at -n…-1 they are the same (even) or minus the same (odd)."""
+    size = len(line) - 2 * n * step
+    middle, both = line[n * step :][:size], line.new_empty(size)
+    for total, weights in even:
+        total.add_(middle, alpha=weights[0])
+    for k in range(1, n + 1):
+        before, after = line[(n - k) * step :][:size], line[(n + k) * step :][:size]
+        for sign, sums in ((1, even), (-1, odd)):
+            torch.add(after, before, alpha=sign, out=both)
+            for total, weights in sums:
+                total.add_(both, alpha=weights[k])
 
 
 @lru_cache
 def _expansion_weights(n, sigma):
-    """g, xg, x²g at 0…n, and the entries of the inverse normal matrix for x, for 1 with x², for x² and for xy."""
+    """At 0…n: g, xg, x²g, and what turns their correlations along the rows, then down the columns, into coefficients."""
     x = torch.arange(-n, n + 1, dtype=torch.float64)
     g = torch.exp(-(x**2) / (2 * sigma**2))
     g /= g.sum()
     m2, m4 = (g * x**2).sum().item(), (g * x**4).sum().item()
     normal = torch.tensor([[1, m2, m2], [m2, m4, m2 * m2], [m2, m2 * m2, m4]], dtype=torch.float64)  # 1, x², y²
-    inverse = normal.inverse()
-    half = [(g * x**power)[n:].tolist() for power in range(3)]
-    return *half, 1 / m2, inverse[0, 1].item(), inverse[1, 1].item(), 1 / m2**2
+    mixed, second = normal.inverse()[:2, 1] / 2
+    g, xg, xxg = ((g * x**power)[n:] for power in range(3))
+    to = {"y": xg / m2 / 2, "x": g / m2 / 2, "xy": xg / m2**2 / 4}
+    to |= {"yy": xxg * second + g * mixed, "xx of 1": g * mixed, "xx": g * second}
+    return [weights.tolist() for weights in (g, xg, xxg)], {name: weights.tolist() for name, weights in to.items()}
 
 
 def _equations(first, second, flow):
     """The normal equations of A d = Δb for each pixel -> (5, B, h, w): AᵀA as yy, xy, xx, and AᵀΔb as y, x.
 
-    `second` is read where the flow so far points to; A is the mean of both frames' and Δb = (b₁ - b₂)/2 + A·flow.
-    Outside the frame A is the first one's alone and b₂ = 0. Near the border everything counts less.
+    `second` (B, 5, h, w and more) is read where the flow so far points to; A is the mean of both frames' and
+    Δb = (b₁ - b₂)/2 + A·flow. Outside the frame A is the first one's alone and b₂ = 0. Near the border everything counts
+    less. Planes are written in place wherever that can be: new memory for each would take as long as the sums do.
     """
     h, w = flow.shape[-2:]
     dx, dy = flow
-    px = dx + torch.arange(w, device=flow.device)
-    py = dy + torch.arange(h, device=flow.device)[:, None]
-    inside = ((px >= 0) & (px < w - 1) & (py >= 0) & (py < h - 1)).float()
-    grid = torch.stack([px * (2 / (second.shape[-1] - 1)) - 1, py * (2 / (second.shape[-2] - 1)) - 1])  # now -1…1
-    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), padding_mode="zeros", align_corners=True)
-    first, second = first.transpose(0, 1), second.transpose(0, 1) * inside  # (5, B, h, w)
-    dby, dbx = (first[:2] - second[:2]) / 2
-    ayy, axx, axy = (first[2:] + second[2:]).mul_(1 - inside / 2)
-    axy /= 2  # xy's coefficient is A's entry twice
-    dby += (ayy * dy).addcmul_(axy, dx)
-    dbx += (axx * dx).addcmul_(axy, dy)
-    equations = torch.empty_like(first)
-    torch.mul(ayy, ayy, out=equations[0]).addcmul_(axy, axy)
-    torch.mul(axy, ayy + axx, out=equations[1])
-    torch.mul(axx, axx, out=equations[2]).addcmul_(axy, axy)
-    torch.mul(ayy, dby, out=equations[3]).addcmul_(axy, dbx)
-    torch.mul(axy, dby, out=equations[4]).addcmul_(axx, dbx)
+    grid, outside = torch.empty_like(flow), torch.zeros_like(dx)
+    steps = torch.arange(w, device=flow.device), torch.arange(h, device=flow.device)[:, None]
+    for i, (n, padded) in enumerate(((w, second.shape[-1]), (h, second.shape[-2]))):
+        at = flow[i] + steps[i]
+        torch.mul(at, 2 / (padded - 1), out=grid[i]).sub_(1)  # now -1…1
+        inner = at.clamp(0, np.nextafter(np.float32(n - 1), np.float32(0)).item())  # the last pixel is already outside
+        outside += inner.sub_(at).abs_()
+    outside.sign_()
+    grid[0].add_(outside, alpha=1e6)  # so far off that zeros are read
+    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), padding_mode="zeros", align_corners=True).transpose(0, 1)
+    b, A = second[:2], second[2:]
+    torch.sub(first[:2], b, out=b)
+    A.add_(first[2:]).mul_(outside.add_(1))
+    (by, bx), (ayy, axx, axy) = b, A
+    by.addcmul_(ayy, dy).addcmul_(axy, dx)
+    bx.addcmul_(axx, dx).addcmul_(axy, dy)
+    yy, xy, xx, y, x = equations = torch.empty(first.shape, device=flow.device)
+    torch.add(ayy, axx, out=xy).mul_(axy)
+    torch.mul(ayy, by, out=y).addcmul_(axy, bx)
+    torch.mul(axy, by, out=x).addcmul_(axx, bx)
+    axy.square_()
+    torch.addcmul(axy, ayy, ayy, out=yy)
+    torch.addcmul(axy, axx, axx, out=xx)
     return equations.mul_(_border_weight(h, w).to(flow.device))
 
 
@@ -481,8 +527,6 @@ def _window_sums(planes, winsize):
     """(5, B, h, w) -> the same, summed over windows of 2·(winsize//2) + 1 squared, the border pixels repeated."""
     m = winsize // 2
     padded = F.pad(planes, (m, m, m, m), mode="replicate")
-    # All planes as one long line: a shift by a column or by a row is then one contiguous slice, and fast. What is added
-    # across the end of a row or a plane lands in places that the last line leaves out.
     sums = _running_sum(padded.flatten(), 2 * m + 1, step=1)
     sums = _running_sum(sums, 2 * m + 1, step=padded.shape[-1])
     return sums.as_strided(planes.shape, padded.stride())
@@ -506,7 +550,9 @@ def _solve(equations, winsize):
     """2×2 systems, sums over windows (5, B, h, w) -> flow (2, B, h, w). 1e-3 is meant for sums divided by winsize²."""
     yy, xy, xx, y, x = equations
     determinant = (yy * xx).addcmul_(xy, xy, value=-1).add_(1e-3 * winsize**4)
-    flow = torch.stack([(yy * x).addcmul_(xy, y, value=-1), (xx * y).addcmul_(xy, x, value=-1)])
+    flow = equations.new_empty(2, *y.shape)
+    torch.mul(yy, x, out=flow[0]).addcmul_(xy, y, value=-1)
+    torch.mul(xx, y, out=flow[1]).addcmul_(xy, x, value=-1)
     return flow.div_(determinant)
 
 

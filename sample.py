@@ -36,15 +36,22 @@ PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # what a wrong file, q
 
 
 # ---- Model, video, answer: what other programs import ----------------------------------------------------------------
-def load(weights, device=None, dtype=None):
-    """A folder of weights -> (model, tokenizer). Raises ValueError, one line, for anything that does not fit."""
+def load(weights, device=None, dtype=None, int8=False):
+    """A folder of weights -> (model, tokenizer). Raises ValueError, one line, for anything that does not fit.
+
+    int8: rounds LLaMA's weights on the CPU, so that the device never holds the larger ones."""
     device = device or best_device()
     try:
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model, file = Hawk.from_pretrained(weights, device, dtype), Path(weights) / "tokenizer.model"
+    model = Hawk.from_pretrained(weights, "cpu" if int8 else device, dtype)
+    if int8:
+        from apps.int8 import quantize_int8
+
+        model = quantize_int8(model).to(device)
+    file = Path(weights) / "tokenizer.model"
     tokenizer = Tokenizer(file)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"{file}: has {tokenizer.vocab_size} pieces, the model beside it {model.config.vocab_size}")
@@ -337,6 +344,11 @@ def add_model_options(p):
     add("--weights", help="folder of weights (default: weights/hawk-7b if it is there, else weights/tiny)")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
+    add(
+        "--int8",
+        action="store_true",
+        help="LLaMA's weights in int8: half the memory of bfloat16, slightly other numbers",
+    )
 
 
 def weights_folder(args):
@@ -347,7 +359,7 @@ def weights_folder(args):
 def load_from_options(args):
     """(model, tokenizer) for the model options, with one line on stderr when these weights know only the toy world."""
     folder, real = weights_folder(args), WEIGHTS / "hawk-7b"
-    model, tokenizer = load(folder, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    model, tokenizer = load(folder, args.device, getattr(torch, args.dtype) if args.dtype else None, args.int8)
     if small_world(model.config):
         note(
             f"note: the small weights in {folder} know the toy world only; for real videos put the 7B weights into "

@@ -124,7 +124,7 @@ def decisive_options(args):
         "weights": str(folder.resolve()), "weights_sha256": sha256(*files, folder / "tokenizer.model"),
         "config": vars(read_chain(folder)[0]), "annotations": os.path.abspath(args.annotations),
         "annotations_sha256": sha256(args.annotations), "device": device, "dtype": dtype, "temperature": 0.0,
-    } | {name: getattr(args, name) for name in names}  # fmt: skip
+    } | ({"int8": True} if args.int8 else {}) | {name: getattr(args, name) for name in names}  # fmt: skip
 
 
 def record_options(args):
@@ -138,7 +138,8 @@ def record_options(args):
             old = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(f"{path}: cannot be read; give another --out") from None
-        pairs = ((name, old.get(name), value) for name, value in new.items() if name not in ("weights", "annotations"))
+        names = (old | new).keys() - {"weights", "annotations"}
+        pairs = ((name, old.get(name), new.get(name)) for name in sorted(names))
         differ = [
             name if name == "config" else f"{name} was {str(a)[:12]}, is {str(b)[:12]}"
             for name, a, b in pairs

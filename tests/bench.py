@@ -2,12 +2,12 @@
 
     python tests/bench.py --quick            # under two minutes on a CPU
     python tests/bench.py                    # also the 10-minute video and the LLaMA of a billion parameters
-    python tests/bench.py --only flow encode
+    python tests/bench.py --only flow encode growth
 
 {"name", "ours", "peer", "ratio", "unit", "note"}: ratio above 1 means that we are faster. Ours and the peer run one after
 the other in this process, on the same machine, with the same threads, each once to warm up; the median of some runs
 counts. Peers: decord + OpenCV (pip install decord) for reading a clip as the released code does, OpenCV's flow,
-transformers' BLIP-2 towers and LLaMA on the same weights; for training, the same training without the cache.
+transformers' BLIP-2 towers and LLaMA on the same weights; for training, the same training without the cache. Parts that need a GPU say so where there is none.
 """
 
 import argparse
@@ -28,6 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 from data import farneback, read_clip, sample_frames  # noqa: E402
 from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
+
+SMALL_EYES = dict(
+    vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
+    qformer_dim=64, qformer_layers=1, qformer_heads=2, qformer_mlp=64,
+)  # fmt: skip
+ONE_BILLION = dict(llama_dim=2048, llama_layers=20, llama_heads=16, llama_mlp=5632)
+GPU_ONLY = "needs a GPU, none is here"
 
 
 def seconds(run, repeat):
@@ -60,6 +67,11 @@ def make_video(path, duration):
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *options[0], source, *options[1], str(path)], check=True)
 
 
+def loop_video(source, path, times):
+    options = ["-stream_loop", str(times - 1), "-i", str(source), "-c", "copy", str(path)]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", *options], check=True)
+
+
 def released_reading(path):
     """What the released code does: all frames decoded at 224×224, then the flow of each sampled frame by OpenCV."""
     import cv2
@@ -81,7 +93,10 @@ def reading(args):
     with tempfile.TemporaryDirectory() as folder:
         for name, duration in [("clip, 6 s of 720p", 6)] + [("clip, 10 min of 720p", 600)] * (not args.quick):
             path = Path(folder) / f"{duration}.mp4"
-            make_video(path, duration)
+            make_video(path, min(duration, 6))
+            if duration > 6:
+                short, path = path, path.with_name("long.mp4")
+                loop_video(short, path, duration // 6)
             peer = decord and (lambda path=path: released_reading(path))
             note = "decord + OpenCV" if decord else "decord is not installed"
             yield compare(name, lambda path=path: read_clip(path), peer, 3 if duration < 60 else 1, note)
@@ -100,7 +115,9 @@ def flow(args):
             cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 10, 3, 5, 1.2, 0)
 
     yield compare("optical flow, 16 pairs", lambda: farneback(first, second), peer, 5, "OpenCV")
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        yield row("optical flow, 16 pairs, GPU", None, None, None, "-", GPU_ONLY)
+    else:
         pair = [torch.from_numpy(x).cuda() for x in (first, second)]
         yield compare("optical flow, 16 pairs, GPU", lambda: farneback(*pair).cpu(), peer, 5, "OpenCV on the CPU")
 
@@ -118,6 +135,40 @@ def encode(args):
     )).eval()  # fmt: skip
     note = f"transformers' BLIP-2 tower of the same size, {config.vit_depth} of 39 blocks, float32"
     yield compare("ViT-g, 8 frames", lambda: vit(images), lambda: reference(images), 3, note)
+    queries, qformer, reference = qformers(config)
+    features = torch.randn(8, 257, config.vit_dim)
+    ours, theirs = qformer(queries, features), reference(queries.expand(8, -1, -1), encoder_hidden_states=features)
+    torch.testing.assert_close(ours, theirs.last_hidden_state, rtol=1e-3, atol=1e-4)
+    yield compare(
+        "Q-Former, 8 frames",
+        lambda: qformer(queries, features),
+        lambda: reference(queries.expand(8, -1, -1), encoder_hidden_states=features),
+        3,
+        "transformers' BLIP-2 Q-Former, same weights, all 12 layers, float32",
+    )
+
+
+def qformers(config):
+    """Queries, our frame Q-Former and transformers' with the same random weights."""
+    from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+    branch, peer = Hawk(config).appearance.eval(), Blip2QFormerModel(Blip2QFormerConfig()).eval()
+    tensors = {}
+    for name, tensor in branch.qformer.state_dict().items():
+        for ours, theirs in (
+            ("layers.", "encoder.layer."),
+            ("self_attention.", "attention.attention."),
+            ("cross_attention.", "crossattention.attention."),
+            ("attention.attention.output.", "attention.output.dense."),
+            ("attention.attention.norm.", "attention.output.LayerNorm."),
+            ("mlp.fc1.", "intermediate_query.dense."),
+            ("mlp.fc2.", "output_query.dense."),
+            ("mlp.norm.", "output_query.LayerNorm."),
+        ):
+            name = name.replace(ours, theirs)
+        tensors["layernorm" + name[4:] if name.startswith("norm.") else name] = tensor
+    peer.load_state_dict(tensors)
+    return branch.queries, branch.qformer, peer
 
 
 @torch.no_grad()
@@ -126,10 +177,9 @@ def generation(args):
 
     sizes = {"0.1B": dict(llama_dim=768, llama_layers=12, llama_heads=12, llama_mlp=2048, vocab_size=8000)}
     if not args.quick:
-        sizes["1B"] = dict(llama_dim=2048, llama_layers=20, llama_heads=16, llama_mlp=5632)
-    small = dict(vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64, qformer_dim=64, qformer_layers=1, qformer_heads=2)
+        sizes["1B"] = ONE_BILLION
     for name, size in sizes.items():
-        model = Hawk(HawkConfig(**small, qformer_mlp=64, **size)).eval()
+        model = Hawk(HawkConfig(**SMALL_EYES, **size)).eval()
         c, new = model.config, 32 if args.quick else 64
         peer = LlamaForCausalLM(LlamaConfig(
             hidden_size=c.llama_dim, intermediate_size=c.llama_mlp, num_hidden_layers=c.llama_layers,
@@ -207,6 +257,116 @@ def memory(args):
         yield row(name, sum(parts.values()) / 1e9, None, None, "GB", note)
 
 
+# ---- int8, growth, GPU -----------------------------------------------------------------------------------------------
+def random_model(device, **size):
+    """A Hawk in bfloat16 with uniform weights, made on the device without an initialisation that takes minutes."""
+    with torch.device("meta"):
+        model = Hawk(HawkConfig(**SMALL_EYES, **size)).to(torch.bfloat16)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.uniform_(-0.02, 0.02) if p.ndim > 1 else p.fill_(1)
+    return model
+
+
+def generation_times(model, new, prompt=40, batch=1):
+    """(seconds until the first token, seconds for each further one)."""
+    c, device = model.config, model.device
+    tokens = torch.randn(batch, c.n_visual, c.llama_dim, device=device, dtype=torch.bfloat16)
+    words = torch.randint(3, c.vocab_size, (batch, prompt), device=device)
+    ids = torch.cat([torch.full((batch, c.n_visual), c.image_id, device=device), words], dim=1)
+
+    def make(n):
+        encoding = Encoding(tokens, None, None)
+        return lambda: model.generate(None, None, ids, n, eos_id=-1, encoding=encoding)
+
+    first, all_of_them = seconds(make(1), 3), seconds(make(new), 3)
+    return first, (all_of_them - first) / (new - 1)
+
+
+def int8(args):
+    """Decoding with int8 weights beside bfloat16: a LLaMA of a billion parameters, on a GPU the 7B one."""
+    from apps.int8 import quantize_int8, tensor_bytes
+
+    gpu = torch.cuda.is_available()
+    model = random_model("cuda" if gpu else "cpu", **({} if gpu else ONE_BILLION))
+    new = 5 if args.quick else 33
+    name = f"LLaMA {'7B' if gpu else '1B'}, {'GPU' if gpu else 'CPU'}"
+    larger, peer = tensor_bytes(model.llama) / 1e9, generation_times(model, new)[1]
+    quantize_int8(model)
+    smaller, ours = tensor_bytes(model.llama) / 1e9, generation_times(model, new)[1]
+    yield row(f"int8, {name}", 1 / ours, 1 / peer, peer / ours, "tokens/s", "bfloat16, batch 1, without the prompt")
+    yield row(f"int8 weights, {name}", smaller, larger, larger / smaller, "GB", "bfloat16")
+
+
+def peak_of(code, *arguments):
+    """(seconds, peak MB) of a few lines of Python in a process of its own, data.py imported."""
+    start = "import sys, time, resource; sys.path.insert(0, sys.argv[1]); import data; start = time.perf_counter()\n"
+    end = "\nprint(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    command = [sys.executable, "-c", start + code + end, str(ROOT), *map(str, arguments)]
+    return map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+
+
+def growth(args):
+    """How time and memory grow; no peer. Memory of reading is above a process that only imports data.py."""
+    base = [*peak_of("")][1]
+    with tempfile.TemporaryDirectory() as folder:
+        second, read = Path(folder) / "1.mp4", "data.read_clip(sys.argv[2], int(sys.argv[3]))"
+        make_video(second, 2)
+        for duration, n_frames in [(6, 8), (6, 32), (60, 32)] + [(600, 32), (600, 128)] * (not args.quick):
+            path = Path(folder) / f"{duration}.mp4"
+            if not path.exists():
+                loop_video(second, path, duration // 2)
+            spent, peak = peak_of(read, path, n_frames)
+            name = f"read {n_frames} of {duration} s"
+            yield row(name, spent, None, None, "s", f"no peer; peak {peak - base:.0f} MB above the import")
+    size = {} if torch.cuda.is_available() else dict(llama_dim=768, llama_layers=12, llama_heads=12, llama_mlp=2048)
+    model = random_model("cuda" if torch.cuda.is_available() else "cpu", **size)
+    for prompt, batch in [(40, 1), (400, 1), (40, 4)] + [(1600, 1), (40, 16)] * (not args.quick):
+        first, each = generation_times(model, 5 if args.quick else 17, prompt, batch)
+        cache = 4 * model.config.llama_layers * model.config.llama_dim * batch * (prompt + 64) / 1e6
+        note = f"no peer; first token after {first:.3f} s, keys and values {cache:.1f} MB"
+        yield row(f"token, prompt {prompt}, batch {batch}", each, None, None, "s", note)
+
+
+def gpu(args):
+    """Decoding against the card's memory bandwidth, and how much of its arithmetic a training step uses."""
+    if not torch.cuda.is_available():
+        yield row("decoding and training on a GPU", None, None, None, "-", GPU_ONLY)
+        return
+    bandwidth, model = copy_bandwidth(), random_model("cuda")
+    read = sum(p.nbytes for name, p in model.llama.named_parameters() if "embed_tokens" not in name)
+    each = generation_times(model, 65)[1]
+    note = f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; the ratio is the share of the limit"
+    yield row("7B, bf16, batch 1", 1 / each, bandwidth / read, read / each / bandwidth, "tokens/s", note)
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    peak = 2 * 8192**3 / gpu_seconds(lambda: square @ square)
+    x = torch.randn(8, 512, model.config.llama_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        model.llama(x).float().square().mean().backward()
+        x.grad = None
+
+    # Frozen weights: forward 2, gradient of the activations 2 operations for each weight and token.
+    layers = sum(p.numel() for p in model.llama.layers.parameters())
+    done = 4 * layers * x.shape[0] * x.shape[1] / gpu_seconds(step)
+    note = "a bf16 matrix product of 8192²; frozen LLaMA, 8 x 512 tokens, forward and backward"
+    yield row("7B, training step", done / 1e12, peak / 1e12, done / peak, "TFLOP/s", note)
+
+
+def copy_bandwidth():
+    """Bytes a second, read and written, of the largest simple thing: a copy within the card."""
+    source, target = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda")
+    return 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source))
+
+
+def gpu_seconds(run):
+    def wait():
+        run()
+        torch.cuda.synchronize()
+
+    return seconds(wait, 5)
+
+
 PARTS = {
     "reading": reading,
     "flow": flow,
@@ -214,6 +374,9 @@ PARTS = {
     "generation": generation,
     "training": training,
     "memory": memory,
+    "int8": int8,
+    "growth": growth,
+    "gpu": gpu,
 }
 
 
