@@ -28,9 +28,7 @@ IGNORE = -100  # label of what is not learnt
 # Formats that hold a video in themselves, whatever the file is called. Not among them: playlists, concat scripts and
 # image patterns, which open other files, and texts, which ffmpeg would draw.
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut,mxf,dv,wtv"
-ONE_RUN_BYTES = (
-    1 << 20
-)  # smaller files are read in one run of ffmpeg, which is quicker than a first one that only looks
+ONE_RUN_BYTES = 1 << 20  # smaller files are read in one run of ffmpeg: quicker than a first run that only looks
 HELD_BYTES = 96 << 20  # of frames, at most, are held in that run
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
 # Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
