@@ -27,6 +27,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, best_device, peak_memory_mb, read_clip, read_flow
 from hawk import Encoding, Hawk
@@ -48,8 +50,6 @@ def load(weights, device=None, dtype=None, int8=False):
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, dtype)
     if int8:
-        from apps.int8 import quantize_int8
-
         model = quantize_int8(model).to(device)
     file = Path(weights) / "tokenizer.model"
     tokenizer = Tokenizer(file)
@@ -191,6 +191,46 @@ def write_picture(sheet, path):
         temporary.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written ({done.stderr.decode(errors='replace').strip()})")
     os.replace(temporary, path)
+
+
+# ---- int8: LLaMA's weights at half the memory of bfloat16, for inference only ----------------------------------------
+FEW_ROWS = 8  # so many rows at once, as in decoding, wait for the weights to be read; more wait for the arithmetic
+
+
+class Int8Linear(nn.Module):
+    """Stands in for an nn.Linear without bias: (…, in) -> (…, out) in the dtype of the input. Each row of the weight becomes
+    whole numbers of -127…127 and one scale: W ≈ scale · int8, wrong by half a step of the row's largest weight / 127."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype)  # rounded before it is used
+        weight = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
+        self.register_buffer("weight", weight.to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if len(rows) <= FEW_ROWS and has_kernel(x.device.type):
+            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+def has_kernel(device_type):
+    """Whether torch multiplies with int8 weights as they are there; otherwise they are turned into floats each time."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device_type.upper())
+
+
+def quantize_int8(model):
+    """Replaces all linear layers of a Hawk's LLaMA (embeddings, norms and the branches stay); returns the model. With LoRA
+    it raises ValueError: a correction beside rounded weights is not what was trained."""
+    if model.config.lora_rank:
+        raise ValueError("these weights hold a LoRA, merge it before --int8: python prepare.py merge")
+    for module in list(model.llama.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return model
 
 
 # ---- Chat ------------------------------------------------------------------------------------------------------------
@@ -344,11 +384,7 @@ def add_model_options(p):
     add("--weights", help="folder of weights (default: weights/hawk-7b if it is there, else weights/tiny)")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
-    add(
-        "--int8",
-        action="store_true",
-        help="LLaMA's weights in int8: half the memory of bfloat16, slightly other numbers",
-    )
+    add("--int8", action="store_true", help="LLaMA's weights in int8: half bfloat16's memory, slightly other numbers")
 
 
 def weights_folder(args):

@@ -283,9 +283,13 @@ def generation_times(model, new, prompt=40, batch=1):
     return first, (all_of_them - first) / (new - 1)
 
 
+def tensor_bytes(module):
+    return sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
+
+
 def int8(args):
     """Decoding with int8 weights beside bfloat16: a LLaMA of a billion parameters, on a GPU the 7B one."""
-    from apps.int8 import quantize_int8, tensor_bytes
+    from sample import quantize_int8
 
     gpu = torch.cuda.is_available()
     model = random_model("cuda" if gpu else "cpu", **({} if gpu else ONE_BILLION))

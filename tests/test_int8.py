@@ -1,4 +1,4 @@
-"""LLaMA's weights in int8 (apps/int8.py): near the model they come from, half as large, and in use."""
+"""LLaMA's weights in int8 (sample.py): near the model they come from, half as large, and in use."""
 
 import copy
 import json
@@ -8,12 +8,15 @@ import torch
 import torch.nn as nn
 
 import sample
-from apps import int8
-from apps.int8 import Int8Linear, quantize_int8, tensor_bytes
 from hawk import Encoding, Hawk, HawkConfig
+from sample import Int8Linear, quantize_int8
 
 SMALL = dict(vit_dim=32, vit_depth=1, vit_heads=2, vit_mlp=32, qformer_dim=32, qformer_layers=1, qformer_heads=2)
 LLAMA = dict(qformer_mlp=32, llama_dim=256, llama_layers=2, llama_heads=4, llama_mlp=512, vocab_size=300)
+
+
+def tensor_bytes(module):
+    return sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
 
 
 @pytest.mark.parametrize("rows", [1, 50])  # torch's kernel, and floats
@@ -50,7 +53,7 @@ def test_logits_memory_and_generation(monkeypatch):
     encoding = Encoding(torch.randn(1, c.n_visual, c.llama_dim), None, None)
     answers = []
     for kernel in (True, False):
-        monkeypatch.setattr(int8, "has_kernel", lambda device, kernel=kernel: kernel)
+        monkeypatch.setattr(sample, "has_kernel", lambda device, kernel=kernel: kernel)
         answers.append(rounded.generate(None, None, ids, 12, eos_id=-1, encoding=encoding))
     assert answers[0] == answers[1] and len(answers[0][0]) == 12
 
