@@ -282,7 +282,7 @@ def note(text):
 
 def complain(error):
     """The error as one line; returns True, for "something failed"."""
-    note(f"error: {' '.join(str(error).split())}")
+    note(f"error: {' '.join(str(error).rpartition('Traceback')[2].split())}")
     return True
 
 
