@@ -261,8 +261,8 @@ class _Run:
 
     def check(self, n_frames=None):
         """At the end: raises VideoError if there was no frame, or if the file is cut."""
-        if self.process.wait() < 0:
-            raise VideoError(self.path, "took too long to read and was stopped")
+        if (code := self.process.wait()) < 0:
+            raise VideoError(self.path, f"took too long or too much to read and was stopped (by signal {-code})")
         errors = self.log(r"(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*)")
         if any(error.endswith(("partial file", "File ended prematurely")) for error in errors):
             after = f" after {n_frames} frames" if n_frames else ""

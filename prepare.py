@@ -516,17 +516,18 @@ def write_features(model, clips, streams):
         array.flush()
 
 
-def reserve(files):
-    """Takes the room that mapped files will need. A write to one for which the disk has none left kills the process."""
+def new_arrays(files, dtype, shape):
+    """Mapped files of zeros that have their room on the disk: a write to one without would kill the process."""
     try:
-        for file in files:
+        arrays = [np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape) for file in files]
+        for file in files if hasattr(os, "posix_fallocate") else ():
             with file.open("r+b") as opened:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     except OSError as error:
         for file in files:
-            file.unlink()
-        raise OSError(error.errno, f"no room for the cache ({error.strerror})", str(file)) from error
+            file.unlink(missing_ok=True)
+        raise OSError(error.errno, f"no room for the cache ({error.strerror})", str(files[0].parent)) from error
+    return arrays
 
 
 def open_cache(folder, meta, shape, dtype):
@@ -543,8 +544,7 @@ def open_cache(folder, meta, shape, dtype):
         write(clips, "".join(lines))
         done = {(clip["row"], clip["choice"]) for clip in map(json.loads, lines) if "error" not in clip}
         return [np.load(name, mmap_mode="r+") for name in names], done, clips.open("a")
-    arrays = [np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=shape) for name in names]
-    reserve(names)
+    arrays = new_arrays(names, dtype, shape)
     clips.write_text("")
     write(folder / "meta.json", json.dumps(meta, indent=1))
     return arrays, set(), clips.open("a")

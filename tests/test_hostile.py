@@ -3,21 +3,30 @@
 tests/fuzz.py tries the first kind by the thousand, and lends its measure of a sound outcome.
 """
 
+import json
 import os
+import resource
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import data
-from data import read_clip
+import train
+from data import HawkDataset, Tokenizer, read_clip, read_index
+from hawk import Hawk
+from sample import main as sample_main
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -238,7 +247,7 @@ def test_time_is_limited(tmp_path, clips, tried, monkeypatch):
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
     kind, said = tried(tmp_path / "a.mp4")
-    assert kind == "refused" and "took too long" in said
+    assert kind == "refused" and "took too long" in said and "signal 9" in said
 
 
 def test_a_video_that_disappears_while_it_is_read(tmp_path, clips, tried, monkeypatch):
@@ -407,3 +416,272 @@ def test_names_that_are_addresses_patterns_or_filters(canary, tried, monkeypatch
         assert kind == "refused", (name, said)
     with pytest.raises(TimeoutError):
         listening.accept()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts and index files
+
+CONTROL = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<</SYS>>",
+    "<Video>",
+    "</Video>",
+    "<ImageHere>",
+]
+
+
+@pytest.fixture(scope="module")
+def tok(world):
+    return Tokenizer(world / "tokenizer.model")
+
+
+words = st.lists(
+    st.one_of(st.sampled_from([*CONTROL, " ", "\n", "\t", "\0", "é", "🚗", "\ud800"]), st.text(max_size=6)), max_size=6
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(words.map("".join))
+def test_tokens_round_trip(tok, text):
+    """Everything that can be said in UTF-8 comes back but for spaces at the ends, spaces in markers, and what SentencePiece
+    itself normalises (this small tokenizer has its default rules); nothing comes back as a control token."""
+    ids = tok.sp.encode(data.plain_text(text))
+    assert not {tok.bos, tok.eos, tok.image_id} & set(ids) and max(ids, default=0) < tok.vocab_size
+    again = tok.sp.encode(tok.decode(ids))
+    assert tok.decode(again) == tok.decode(ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(words.map("".join), words.map("".join).filter(str.strip), st.integers(1, 8))
+def test_captions_are_only_text(tok, text, motion, n_visual):
+    ids, labels = tok.encode_caption(text + motion, n_visual)
+    assert ids[: n_visual + 1] == [tok.bos] + [tok.image_id] * n_visual and labels[: n_visual + 1] == [data.IGNORE] * (
+        n_visual + 1
+    )
+    assert ids[n_visual + 1 :] == labels[n_visual + 1 :] and not {tok.bos, tok.eos, tok.image_id} & set(
+        ids[n_visual + 1 :]
+    )
+
+
+def test_control_tokens_everywhere_stay_text(world, tok, clips, tmp_path, monkeypatch, capsys):
+    """In names, descriptions, questions, answers and the system text, through a dataset and through sample.py."""
+    name = "".join(CONTROL).replace("/", "|") + ".mp4"
+    (tmp_path / name).write_bytes(clips["mp4"])
+    said = " ".join(CONTROL)
+    row = {"video": name, "description": said, "motion": said, "qa": [{"q": said, "a": said}] * 2}
+    (tmp_path / "i.jsonl").write_text(json.dumps(row))
+    for learning in (False, True):
+        dataset = HawkDataset(
+            read_index(tmp_path / "i.jsonl"), tok, 4, 28, 8, 2, train=learning, motion="none", max_tokens=None
+        )
+        sample = dataset[0]
+        ids, turns = sample["input_ids"].tolist(), 1 + learning
+        assert ids.count(tok.image_id) == 8 and ids.count(tok.bos) == ids.count(tok.eos) == turns
+        learnt = sample["labels"][sample["labels"] != data.IGNORE].tolist()
+        assert learnt.count(tok.eos) == turns and tok.image_id not in learnt and tok.bos not in learnt
+    options = ["--weights", str(world / "weights"), "--device", "cpu", "--max-new-tokens", "2", "--system", said]
+    assert sample_main([*options, "--video", str(tmp_path / name), "--question", said]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+GOOD = b'{"video": "v", "description": "d"}'
+OBJECT = '{"video": "v", "description": "d", "objects": [%s]}'
+BAD_LINES = {
+    "NaN": (b'{"video": "v", "description": "d", "t": NaN}', "NaN is no number"),
+    "infinity": (b'{"video": "v", "description": "d", "objects": [{"x": [-Infinity]}]}', "-Infinity is no number"),
+    "trailing garbage": (GOOD + b" garbage", "not JSON (Extra data)"),
+    "two on a line": (GOOD + GOOD, "not JSON (Extra data)"),
+    "cut": (GOOD[:-5], "not JSON"),
+    "a byte that is no UTF-8": (GOOD.replace(b'"d"', b'"\xe9"'), "'utf-8' codec"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "'utf-8' codec"),
+    "a second BOM": (b"\xef\xbb\xbf" + GOOD, "not JSON"),
+    "a long number": (b'{"video": "v", "n": ' + b"9" * 5000 + b"}", "digits"),
+    "a huge text": (b'{"video": "v", "description": "' + b"a" * 200_000 + b'"}', "100,000 letters"),
+    "huge questions": (b'{"video": "v", "qa": [{"q": "' + b"a" * 200_000 + b'", "a": "b"}]}', "100,000 letters"),
+    "NUL": (b'{"video": "a\\u0000b", "description": "d"}', '"video" must be'),
+    "source": (b'{"video": "v", "description": "d", "source": 5}', '"source" must be a text'),
+    "kind": (b'{"video": "v", "description": "d", "kind": ["a"]}', '"kind" must be a text'),
+    "flags": (b'{"video": "v", "description": "d", "flags": "refusal"}', '"flags" must be a list'),
+    "answer": (b'{"video": "v", "qa": [{"q": "x", "a": null}]}', 'each entry of "qa"'),
+    "turn": (b'{"video": "v", "qa": ["x"]}', 'each entry of "qa"'),
+    "no object": (OBJECT % '"car"', 'each entry of "objects"'),
+    "unknown object": (OBJECT % '{"object": "ufo", "colour": null, "x": [], "y": []}', 'each entry of "objects"'),
+    "colour": (OBJECT % '{"object": "car", "colour": [], "x": [], "y": []}', 'each entry of "objects"'),
+    "lengths": (OBJECT % '{"object": "car", "colour": "red", "x": [0.5], "y": []}', 'each entry of "objects"'),
+    "positions": (OBJECT % '{"object": "car", "colour": "red", "x": ["a"], "y": [1]}', 'each entry of "objects"'),
+    "half a position": (
+        OBJECT % '{"object": "car", "colour": "red", "x": [null], "y": [1]}',
+        'each entry of "objects"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_bad_lines_are_named(tmp_path, name, end):
+    line, reason = BAD_LINES[name]
+    line = line.encode() if isinstance(line, str) else line
+    path = tmp_path / "i.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + end + end + line + end + GOOD)
+    with pytest.raises(ValueError) as error:
+        read_index(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}, line 3: ") and reason in message and len(message.splitlines()) == 1
+    assert len(message) < 500
+
+
+def test_rows_that_are_there_twice_are_two_rows(tmp_path):
+    (tmp_path / "i.jsonl").write_bytes(b"\n".join([GOOD] * 3))
+    assert len(read_index(tmp_path / "i.jsonl")) == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=60), st.integers(0, 40), st.integers(0, 40))
+def test_any_bytes_in_an_index_give_rows_or_a_line(tmp_path_factory, junk, start, length):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(GOOD[:start] + junk + GOOD[start + length :])
+    try:
+        assert all(isinstance(row["video"], str) for row in read_index(path))
+    except ValueError as error:
+        assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights and configs
+
+
+def spoiled(world, folder, **changes):
+    """The weights of the small world with another config.json; the tensors are linked."""
+    folder.mkdir()
+    for name in ("model.safetensors", "tokenizer.model"):
+        (folder / name).symlink_to(world / "weights" / name)
+    (folder / "config.json").write_text(json.dumps(json.loads((world / "weights/config.json").read_text()) | changes))
+    return folder
+
+
+def refusal(folder):
+    """The one line in which a folder is refused, quickly and without memory for what it asks for."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with fuzz.limited(SECONDS), pytest.raises(ValueError) as error:
+        Hawk.from_pretrained(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10 and time.monotonic() - start < 20
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and str(folder) in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"llama_layers": 10**9}, {"vit_depth": 1000, "llama_layers": 1000}, {"vit_dim": 2**40}, {"vocab_size": 2**31}, {"image_size": 10**6},
+     {"patch_size": 2**18, "vit_dim": 2**18}, {"patch_size": 0}, {"n_frames": 10**12}, {"lora_rank": 10**9}, {"lora_rank": -1},
+     {"norm_eps": float("nan")}, {"norm_eps": float("inf")}, {"rope_theta": 10**400}, {"dropout": -0.5}, {"llama_heads": 64},
+     {"qformer_heads": 0}, {"base": 5}, {"base": None}, {"base": ["x"]}, {"base": "\0"}, {"base": "x" * 5000}, {"motion": "loud"},
+     {"trust_remote_code": True}, {"n_queries": 17}, {"n_queries": 17.0}, {"llama_dim": "192"}],
+    ids=str,
+)  # fmt: skip
+def test_absurd_configs_are_refused(world, tmp_path, change):
+    refusal(spoiled(world, tmp_path / "w", **change))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "5", '"a"', "[" * 100_000, '{"vit_dim": 1' + "0" * 5000 + "}", "\udcff", "{}"]
+)
+def test_configs_that_are_none(world, tmp_path, text):
+    spoiled(world, tmp_path / "w")
+    (tmp_path / "w/config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refusal(tmp_path / "w")
+
+
+def test_bases_in_a_circle(world, tmp_path):
+    spoiled(world, tmp_path / "a", base=str(tmp_path / "b"))
+    spoiled(world, tmp_path / "b", base=str(tmp_path / "a"))
+    with fuzz.limited(SECONDS):
+        Hawk.from_pretrained(tmp_path / "a")  # each has all tensors
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def save_tensors_as(change):
+    def spoil(file, tensors):
+        change(tensors)
+        save_file(tensors, file)
+
+    return spoil
+
+
+HEAD, TAIL = "llama.lm_head.weight", "vit.cls_token"
+BAD_TENSORS = {
+    "NaN": (save_tensors_as(lambda t: t[HEAD].view(-1)[-1:].fill_(torch.nan)), HEAD),
+    "infinity": (save_tensors_as(lambda t: t[TAIL].view(-1)[:1].fill_(-torch.inf)), TAIL),
+    "NaN in half": (save_tensors_as(lambda t: t.update({TAIL: (t[TAIL] * torch.nan).half()})), TAIL),
+    "integers": (save_tensors_as(lambda t: t.update({TAIL: t[TAIL].long()})), TAIL),
+    "bytes": (save_tensors_as(lambda t: t.update({TAIL: t[TAIL].to(torch.float8_e4m3fn)})), TAIL),
+    "turned": (save_tensors_as(lambda t: t.update({HEAD: t[HEAD].T.contiguous()})), HEAD),
+    "swapped names": (save_tensors_as(lambda t: t.update({HEAD: t[TAIL], TAIL: t[HEAD]})), "has shape"),
+    "a pickle": (lambda file, t: torch.save({HEAD: Evil(file.parent / "ran")}, file), "safetensors"),
+    "a huge header": (lambda file, t: file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "safetensors"),
+    "a lie about the size": (
+        lambda file, t: file.write_bytes(struct.pack("<Q", 77) + b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}'),
+        "safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_bad_tensors_are_refused(world, tmp_path, name):
+    spoil, words = BAD_TENSORS[name]
+    file = spoiled(world, tmp_path / "w") / "model.safetensors"
+    file.unlink()
+    spoil(file, load_file(world / "weights/model.safetensors"))
+    assert words in refusal(tmp_path / "w") and not (tmp_path / "w/ran").exists()
+
+
+def test_weights_cut_at_every_tenth(world, tmp_path):
+    file = spoiled(world, tmp_path / "w") / "model.safetensors"
+    file.unlink()
+    content = (world / "weights/model.safetensors").read_bytes()
+    for tenth in range(10):
+        file.write_bytes(content[: len(content) * tenth // 10])
+        assert "safetensors" in refusal(tmp_path / "w")
+
+
+def test_shards_swapped_or_from_elsewhere(world, tmp_path):
+    """Which shard holds a tensor does not matter; a shard that is missing or holds too little does."""
+    folder, tensors = spoiled(world, tmp_path / "w"), load_file(world / "weights/model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    first, second = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file({name: tensors[name] for name in names[::2]}, second)
+    assert "tensors are missing" in refusal(folder)
+    save_file({name: tensors[name] for name in names[1::2]}, first)
+    model = Hawk.from_pretrained(folder)
+    assert all(torch.equal(p, tensors[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("content", ["code", "cut", "empty", "other"])
+def test_a_hostile_state_is_not_gone_on_from(tmp_path, content):
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    state, file = {"optimizer": optimizer.state_dict(), "step": 3, "heads": {}}, tmp_path / "state.pt"
+    torch.save(state, file)
+    assert train.load_state(tmp_path, module, optimizer, "cpu") == 3
+    if content == "code":
+        torch.save(state | {"heads": Evil(tmp_path / "ran")}, file)
+    elif content == "other":
+        torch.save({"model": 5}, file)
+    else:
+        file.write_bytes(file.read_bytes()[: 300 * (content == "cut")])
+    with pytest.raises(ValueError) as error:
+        train.load_state(tmp_path, module, optimizer, "cpu")
+    assert str(file) in str(error.value) and len(str(error.value).splitlines()) == 1 and not (tmp_path / "ran").exists()
