@@ -14,7 +14,7 @@ import threading
 from array import array
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -208,7 +208,7 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), start=None, stdi
             command += ["-frames:v", str(len(times))] if times else []
             command += "-fps_mode passthrough -f rawvideo -pix_fmt rgb24 pipe:1".split()
         with subprocess.Popen(command, stderr=log, **pipes) as process:
-            if hasattr(resource, "prlimit"):  # on Linux
+            with suppress(AttributeError, OSError, ValueError):  # not on Linux; or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
             # a stream is waited for as long as it takes, a file is not
             limit = threading.TIMEOUT_MAX if stdin else 120 + size_on_disk / 2e4
@@ -847,7 +847,8 @@ def load_batches(dataset, order, workers, **options):
     come, failed = 0, -1
     while True:
         loader = iter(DataLoader(dataset, batch_sampler=islice(order, come, None), num_workers=workers, **options))
-        if workers:  # torch's handler would raise in the midst of anything; without it the next batch tells
+        # torch's handler would raise in the midst of anything; without it the next batch tells
+        if workers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             for batch in loader:

@@ -72,7 +72,7 @@ class HawkConfig:
         if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft"):
             raise ValueError(f"consistency {self.consistency!r}, motion {self.motion!r}: cosine|debiased, hard|soft")
         for name, value in vars(self).items():  # a file may ask for anything: nothing is built before this
-            least, most = name != "lora_rank", 1000 if name.endswith(("depth", "layers")) else 1 << 18
+            least, most = name != "lora_rank", 200 if name.endswith(("depth", "layers")) else 1 << 18
             if type(value) is int and not least <= value <= most or type(value) is float and not 0 <= value < 1e9:
                 raise ValueError(f"{name} is {value}")
         for tower in ("vit", "qformer", "llama"):

@@ -238,6 +238,19 @@ def test_the_memory_of_ffmpeg_is_limited(tmp_path, clips, tried, monkeypatch):
     assert tried(tmp_path / "a.mp4")[0] == "refused"
 
 
+def test_threads_do_not_change_a_byte(tmp_path, clips, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(clips["mp4"])
+    for held in (data.HELD_BYTES, 3 * 112 * 112 * 3):
+        monkeypatch.setattr(data, "HELD_BYTES", held)
+        made = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append(read_clip(tmp_path / "a.mp4", 12, 112))
+        torch.set_num_threads(1)
+        assert (made[0].appearance == made[1].appearance).all() and (made[0].motion == made[1].motion).all()
+        assert made[0].motion.any() and made[0].message == made[1].message
+
+
 def test_time_is_limited(tmp_path, clips, tried, monkeypatch):
     """A decoder that does not end is stopped, and that is said."""
     (tmp_path / "a.mp4").write_bytes(clips["mp4"])
@@ -446,7 +459,7 @@ words = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(words.map("".join))
 def test_tokens_round_trip(tok, text):
     """Everything that can be said in UTF-8 comes back but for spaces at the ends, spaces in markers, and what SentencePiece
@@ -457,7 +470,7 @@ def test_tokens_round_trip(tok, text):
     assert tok.decode(again) == tok.decode(ids)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(words.map("".join), words.map("".join).filter(str.strip), st.integers(1, 8))
 def test_captions_are_only_text(tok, text, motion, n_visual):
     ids, labels = tok.encode_caption(text + motion, n_visual)
@@ -572,18 +585,18 @@ def refusal(folder):
         Hawk.from_pretrained(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10 and time.monotonic() - start < 20
     message = str(error.value)
-    assert len(message.splitlines()) == 1 and str(folder) in message
+    assert len(message.splitlines()) == 1 and (str(folder) in message or "/config.json" in message)
     return message
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"llama_layers": 10**9}, {"vit_depth": 1000, "llama_layers": 1000}, {"vit_dim": 2**40}, {"vocab_size": 2**31}, {"image_size": 10**6},
+    [{"llama_layers": 10**9}, {"vit_depth": 201}, {"vit_dim": 2**40}, {"vocab_size": 2**31}, {"image_size": 10**6},
      {"patch_size": 2**18, "vit_dim": 2**18}, {"patch_size": 0}, {"n_frames": 10**12}, {"lora_rank": 10**9}, {"lora_rank": -1},
      {"norm_eps": float("nan")}, {"norm_eps": float("inf")}, {"rope_theta": 10**400}, {"dropout": -0.5}, {"llama_heads": 64},
      {"qformer_heads": 0}, {"base": 5}, {"base": None}, {"base": ["x"]}, {"base": "\0"}, {"base": "x" * 5000}, {"motion": "loud"},
      {"trust_remote_code": True}, {"n_queries": 17}, {"n_queries": 17.0}, {"llama_dim": "192"}],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )  # fmt: skip
 def test_absurd_configs_are_refused(world, tmp_path, change):
     refusal(spoiled(world, tmp_path / "w", **change))
@@ -651,7 +664,7 @@ def test_weights_cut_at_every_tenth(world, tmp_path):
     file = spoiled(world, tmp_path / "w") / "model.safetensors"
     file.unlink()
     content = (world / "weights/model.safetensors").read_bytes()
-    for tenth in range(10):
+    for tenth in (0, 1, 5, 9):
         file.write_bytes(content[: len(content) * tenth // 10])
         assert "safetensors" in refusal(tmp_path / "w")
 
