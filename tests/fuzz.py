@@ -205,16 +205,19 @@ def main():
     numbers = range(args.first, args.first + args.count)
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
         done = pool.map(partial(try_one, seeds=seeds, args=args), numbers, chunksize=4)
-        for number, (kind, said, seconds, memory, content) in zip(numbers, done, strict=True):
-            counts[kind] += 1
-            slowest, largest = max(slowest, seconds), max(largest, memory)
-            if kind == "wrong":
-                args.keep.mkdir(parents=True, exist_ok=True)
-                (args.keep / f"{args.seed}-{number}.mp4").write_bytes(content)
-                print(f"wrong: file {number} of seed {args.seed}: {said}", file=sys.stderr, flush=True)
-            if sys.stderr.isatty() and number % 10 == 9:
-                print(f"\r{sum(counts.values())} of {args.count}", end="", file=sys.stderr, flush=True)
-    figures = {"files": args.count, "seed": args.seed, "formats": len(seeds), **counts}
+        try:
+            for number, (kind, said, seconds, memory, content) in zip(numbers, done, strict=True):
+                counts[kind] += 1
+                slowest, largest = max(slowest, seconds), max(largest, memory)
+                if kind == "wrong":
+                    args.keep.mkdir(parents=True, exist_ok=True)
+                    (args.keep / f"{args.seed}-{number}.mp4").write_bytes(content)
+                    print(f"wrong: file {number} of seed {args.seed}: {said}", file=sys.stderr, flush=True)
+                if sys.stderr.isatty() and number % 10 == 9:
+                    print(f"\r{sum(counts.values())} of {args.count}", end="", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:  # what was found so far counts
+            pool.shutdown(wait=False, cancel_futures=True)
+    figures = {"files": counts.total(), "seed": args.seed, "formats": len(seeds), **counts}
     figures |= {"slowest_s": round(slowest, 2), "largest_mb": round(largest)}
     figures |= {"minutes": round((time.monotonic() - start) / 60, 1)}
     print(json.dumps(figures))
