@@ -1,10 +1,12 @@
 """From files to tensors."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,15 +14,17 @@ import threading
 from array import array
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
+from torch.utils.data import DataLoader
 
 IGNORE = -100  # label of what is not learnt
 
@@ -30,6 +34,7 @@ IGNORE = -100  # label of what is not learnt
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut,mxf,dv,wtv"
 ONE_RUN_BYTES = 1 << 20  # smaller files are read in one run of ffmpeg: quicker than a first run that only looks
 HELD_BYTES = 96 << 20  # of frames, at most, are held in that run
+MOST_BYTES = 2 << 30  # of a run of ffmpeg: a kilobyte can declare frames and tables that need any amount
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
 # Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
@@ -39,7 +44,7 @@ class VideoError(ValueError):
     """A file that gives no frames. The message is one line: "PATH: reason"."""
 
     def __init__(self, path, reason):
-        super().__init__(f"{path if isinstance(path, str) else os.fsdecode(path)}: {reason}".replace("\n", " "))
+        super().__init__(" ".join(f"{path if isinstance(path, str) else os.fsdecode(path)}: {reason}".splitlines()))
 
 
 @dataclass
@@ -103,11 +108,10 @@ def _decode(path, size, choose):
     reads only the packets' times, and then nothing but the chosen frames is scaled and comes out of the runs that
     decode, so memory does not grow with the video's length.
     """
-    _check_file(path)
-    if os.path.getsize(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose)):
+    if _check_file(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose)):
         return found
     with _ffmpeg(path, table=True) as run:
-        run.process.wait()
+        run.check()
         container, codec, printed_rate, _ = run.header()
         packets = run.packets(printed_rate)
     total, frames = max(1, len(packets.times)), None
@@ -135,9 +139,9 @@ def _decode_small(path, size, choose):
 
 
 def _check_file(path):
-    """Only a regular, readable file that is not empty goes to ffmpeg: a named pipe could block for ever."""
+    """Only a regular, readable file that is not empty goes to ffmpeg: a named pipe could block for ever. -> its size."""
     try:
-        os.stat(path)
+        size = os.stat(path).st_size
         reason = "is a folder" if os.path.isdir(path) else "" if os.path.isfile(path) else "is not a regular file"
         if not reason:
             with open(path, "rb") as file:
@@ -146,6 +150,7 @@ def _check_file(path):
         reason = getattr(error, "strerror", None) or error
     if reason:
         raise VideoError(path, reason)
+    return size
 
 
 def _with_predecessors(indices):
@@ -216,9 +221,10 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, star
     """
     threads = 1 if stop else min(torch.get_num_threads(), 8)  # one in a loader worker; seeks run side by side
     options = f"-nostdin -hide_banner -nostats -v level+verbose -copyts -threads {threads} -filter_threads {threads} "
-    options += f"-max_pixels 100000000 -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} "
+    options += "-max_pixels 100000000 -max_alloc 300000000 -protocol_whitelist file,pipe "
+    options += f"-format_whitelist {CONTAINERS} "
     options += "" if start is None else f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}"
-    source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
+    source, size_on_disk = ("pipe:0", 0) if stdin else ("file:" + os.fsdecode(path), _check_file(path))
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), "-i", source]
     copy = "-an -sn -dn -c copy -copyinkf -copypriorss 1 -f framecrc".split()
     pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "pipesize": 1 << 20}
@@ -233,8 +239,10 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, star
             command += ["-frames:v", str(len(times))] if stop else []
             command += "-fps_mode passthrough -f rawvideo -pix_fmt rgb24 pipe:1".split()
         with subprocess.Popen(command, stderr=log, **pipes) as process:
+            with suppress(AttributeError, OSError, ValueError):  # not on Linux; or less is allowed already
+                resource.prlimit(process.pid, resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
             # a stream is waited for as long as it takes, a file is not
-            limit = threading.TIMEOUT_MAX if stdin else 600 + os.path.getsize(path) / 1e5
+            limit = threading.TIMEOUT_MAX if stdin else 120 + size_on_disk / 2e4
             run = _Run(path, size, folder, process, threading.Timer(limit, process.kill))
             run.timer.start()
             try:
@@ -282,19 +290,25 @@ class _Run:
         hours, minutes, seconds = [*self.log(r"\[info\]   Duration: (\d+):(\d+):([\d.]+)"), (0, 0, 0)][0]
         return container, codec, float(rate.replace("k", "e3")), int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
-    def check(self, n_frames):
-        """After the last frame: raises VideoError if there was none, or if the file is cut."""
-        if self.process.wait() < 0:
-            raise VideoError(self.path, "took too long to read and was stopped")
+    def check(self, n_frames=None):
+        """At the end: raises VideoError if there was no frame, or if the file is cut."""
+        if (code := self.process.wait()) < 0:
+            raise VideoError(self.path, f"took too long or too much to read and was stopped (by signal {-code})")
         errors = self.log(r"(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*)")
         if any(error.endswith(("partial file", "File ended prematurely")) for error in errors):
-            raise VideoError(self.path, f"is cut short after {n_frames} frames; get the whole file again")
-        pictures = r"\[info\]   Stream #0:\d+.*?: Video: (?!.*\(attached pic\))"
-        if self.log(r"\[info\] Input #0") and not self.log(pictures):
+            after = f" after {n_frames} frames" if n_frames else ""
+            raise VideoError(self.path, f"is cut short{after}; get the whole file again")
+        pictures, opened = r"\[info\]   Stream #0:\d+.*?: Video: (?!.*\(attached pic\))", self.log(r"\[info\] Input #0")
+        if opened and not self.log(pictures):
             raise VideoError(self.path, "holds no video stream")
+        if n_frames and not opened:
+            raise self.no_space()
         if n_frames == 0:
             reason = errors[0].split(" '")[0] if errors else "it has no frames"
             raise VideoError(self.path, f"cannot be read as a video ({reason})")
+
+    def no_space(self):
+        return OSError(errno.ENOSPC, "the temporary folder is full", self.folder)
 
     def packets(self, printed_rate):
         """Reads the tables. A packet's line: stream, dts, pts, duration, size, checksum, and flags unless just "key"."""
@@ -302,6 +316,8 @@ class _Run:
         num, den = 1, 1  # of the tick
         for line in self.lines("table"):
             fields = line.split(",")
+            if not line.endswith("\n"):
+                raise self.no_space()
             if line.startswith("#tb"):
                 num, den = map(int, line.split()[-1].split("/"))
             elif not line.startswith("#"):
@@ -666,7 +682,7 @@ def read_index(path):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    rows.append(check_row(json.loads(text)))
+                    rows.append(check_row(json.loads(text, parse_constant=no_number)))
                     rows[-1]["video"] = os.path.join(folder, rows[-1]["video"])
             except (ValueError, RecursionError) as error:
                 reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
@@ -676,6 +692,10 @@ def read_index(path):
     return rows
 
 
+def no_number(word):
+    raise ValueError(f"{word} is no number")  # json's own reader takes NaN and Infinity
+
+
 def check_row(row):
     """The row, or a ValueError that says which field is wrong."""
     if not isinstance(row, dict):
@@ -683,14 +703,37 @@ def check_row(row):
     video, qa = row.get("video"), row.get("qa") or []
     if not isinstance(video, str) or not video or "\0" in video:
         raise ValueError('"video" must be the path of a file')
-    for field, kind in (("description", str), ("motion", str), ("qa", list), ("flags", list), ("objects", list)):
+    texts, lists = ("description", "motion", "source", "kind", "object", "colour", "place"), ("qa", "flags", "objects")
+    for field, kind in (*((name, str) for name in texts), *((name, list) for name in lists)):
         if not isinstance(row.get(field), (kind, type(None))):
             raise ValueError(f'"{field}" must be a {"text" if kind is str else "list"}')
     if not all(isinstance(turn, dict) and isinstance(turn.get(key), str) for turn in qa for key in "qa"):
         raise ValueError('each entry of "qa" must be {"q": text, "a": text}')
+    said = [
+        row.get("description") or "",
+        row.get("motion") or "",
+        *(text for turn in qa for text in (turn["q"], turn["a"])),
+    ]
+    if sum(map(len, said)) > 100_000:
+        raise ValueError("more than 100,000 letters of text")
+    for thing in row.get("objects") or ():
+        check_object(thing)
     if not row.get("description") and not any(turn["a"] for turn in qa):
         raise ValueError('needs a "description", or "qa" with an answer')
     return row
+
+
+def check_object(thing):
+    """An entry of "objects": its slot, colour, and where it is in each frame of the video, None where it is not."""
+    try:
+        known = thing["object"] in SLOTS and thing["colour"] in (None, *COLOURS)
+        pairs = zip(thing["x"], thing["y"], strict=True)
+        known &= all({type(x), type(y)} <= {int, float} or x is y is None for x, y in pairs)
+        known &= len(thing.get("lying") or thing["x"]) == len(thing["x"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError('each entry of "objects" must be {"object", "colour", "x", "y"} as the toy world has them')
 
 
 def clip_generator(seed, epoch, index):
@@ -814,6 +857,8 @@ class FrameDataset(ClipDataset):
     def sample(self, i, generator):
         row = self.rows[i]
         appearance, motion, clip = self.read(i, "uniform", generator)
+        if any(len(thing["x"]) <= max(clip.indices[-1], 1) for thing in row["objects"]):
+            return self.bad(i, f'{row["video"]}: has more frames than positions in "objects"')
         targets, colours = frame_targets(row["objects"], clip.indices, self.image_size)
         drawn = generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False)
         drawn = torch.from_numpy(np.sort(drawn))
@@ -835,7 +880,6 @@ def frame_targets(objects, indices, image_size):
     targets = torch.zeros(len(frames), len(SLOTS), 4)
     colours = torch.full((len(frames), len(SLOTS)), IGNORE)
     for thing in objects:
-        assert thing["object"] in SLOTS and thing["colour"] in (None, *COLOURS), f"not in the vocabulary: {thing}"
         slot, x, y = SLOTS.index(thing["object"]), thing["x"], thing["y"]
         lying = thing.get("lying") or [False] * len(x)
         for row, (j, moving) in enumerate(frames):
@@ -847,6 +891,29 @@ def frame_targets(objects, indices, image_size):
             targets[row, slot] = torch.tensor([1.0, x[j], y[j], float(lying[j])])
             colours[row, slot] = IGNORE if thing["colour"] is None else COLOURS.index(thing["colour"])
     return targets, colours
+
+
+def load_batches(dataset, order, workers, **options):
+    """Yields the batches of `order`, lists of sample numbers, as DataLoader does. When a loader process dies (a system that
+    runs out of memory kills), new ones go on after the last batch that came; OSError if that happens twice at one place."""
+    come, failed = 0, -1
+    while True:
+        loader = iter(DataLoader(dataset, batch_sampler=islice(order, come, None), num_workers=workers, **options))
+        # torch's handler would raise in the midst of anything; without it the next batch tells
+        if workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            for batch in loader:
+                yield batch
+                come += 1
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            if failed == come:
+                raise OSError(f"batch {come}: {error}") from error
+            failed = come
+            print(f"note: {error}; a new process goes on with batch {come}", file=sys.stderr)
 
 
 def collate(samples, pad_id=0):
@@ -890,13 +957,12 @@ class CachedFeatures:
                 clips = [json.loads(line) for line in file]
             files = (os.path.join(folder, name) for name in ("appearance.npy", "motion.npy"))
             self.streams = [np.load(file, mmap_mode="r") for file in files]
-        except (OSError, ValueError) as e:
+            self.clips, self.choices = {(clip["row"], clip["choice"]): clip for clip in clips}, meta["choices"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{folder}: not a feature cache ({e}); make it with `python prepare.py features`") from e
         for key, value in {**expected, "videos": videos_digest(rows)}.items():
             if meta.get(key) != value:
                 raise ValueError(f"{folder}: made with {key} {meta.get(key)!r}, this run has {value!r}; make it again")
-        self.choices = meta["choices"]
-        self.clips = {(clip["row"], clip["choice"]): clip for clip in clips}
         done, needed = len(self.clips), len(rows) * self.choices
         if done < needed:
             raise ValueError(f"{folder}: only {done} of {needed} clips are done; run it again")
@@ -912,7 +978,8 @@ class CachedFeatures:
 
 def videos_digest(rows):
     """One number for the rows' videos and their order, by name: a folder may move."""
-    return hashlib.sha256("\n".join(os.path.basename(row["video"]) for row in rows).encode()).hexdigest()[:16]
+    names = "\n".join(os.path.basename(row["video"]) for row in rows)
+    return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def frozen_fingerprint(model):

@@ -71,12 +71,13 @@ class HawkConfig:
     def __post_init__(self):
         if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft", "none"):
             raise ValueError(f"consistency {self.consistency!r}, motion {self.motion}: cosine|debiased, hard|soft|none")
-        for name, value in vars(self).items():
-            if type(value) is int and value < (0 if name == "lora_rank" else 1):
+        for name, value in vars(self).items():  # a file may ask for anything: nothing is built before this
+            least, most = name != "lora_rank", 200 if name.endswith(("depth", "layers")) else 1 << 18
+            if type(value) is int and not least <= value <= most or type(value) is float and not 0 <= value < 1e9:
                 raise ValueError(f"{name} is {value}")
         for tower in ("vit", "qformer", "llama"):
             dim, heads = getattr(self, f"{tower}_dim"), getattr(self, f"{tower}_heads")
-            if dim % heads:
+            if dim % heads or tower == "llama" and dim // heads % 2:  # its positions turn pairs
                 raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
@@ -368,9 +369,8 @@ class Encoding:  # of a batch of clips
 
 
 PAPER = r"(appearance|motion)\.(frame_position|video_q|proj_0|encoder_|decoder_2)"  # after the frozen frame Q-Former
-TRAINED = {  # names of the parameters that learn in each mode; the released code forgets to freeze the motion queries
-    "paper": PAPER, "released": rf"{PAPER}|motion\.queries", "lora": rf"{PAPER}|.*\.lora_[AB]", "all": "",
-}  # fmt: skip
+# names of the parameters that learn in each mode; the released code forgets to freeze the motion queries
+TRAINED = {"paper": PAPER, "released": rf"{PAPER}|motion\.queries", "lora": rf"{PAPER}|.*\.lora_[AB]", "all": ""}
 
 
 class Hawk(nn.Module):
@@ -538,6 +538,8 @@ class Hawk(nn.Module):
             shape, expected = tuple(tensor.shape), shapes.get(name, "no tensor of that name")
             if shape != expected:
                 raise ValueError(f"{file}: {name} has shape {shape}, the model expects {expected}")
+            if str(tensor.dtype)[-7:-2] != "float" or not math.isfinite(sum(torch.aminmax(tensor))):
+                raise ValueError(f"{file}: {name} ({tensor.dtype}) must be of floating point, without NaN and infinity")
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
         missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -594,20 +596,17 @@ def read_chain(folder):
     while base is not None and base not in folders:
         folders, file = [base, *folders], base / "config.json"
         try:
-            values = json.loads(file.read_text())
-            if not isinstance(values, dict):
-                raise ValueError("not a JSON object")
+            values = {**json.loads(file.read_text())}
             base = Path(values.pop("base")) if "base" in values else None
             configs.append(HawkConfig.from_dict(values))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
             raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
     return configs[0], folders
 
 
 def save_tensors(tensors, file):
-    """Writes a safetensors file that whoever may read its folder may read (the library's own are for the owner only)."""
     save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(file.parent.stat().st_mode & 0o666)
+    file.chmod(file.parent.stat().st_mode & 0o666)  # the library's own are for the owner only
 
 
 def read_tensors(folder):
@@ -630,8 +629,10 @@ def replaced_folder(folder):
     new.mkdir(parents=True)
     try:
         yield new
-    except BaseException:  # also Ctrl-C: nothing half-written stays behind
+    except BaseException as e:  # also Ctrl-C: nothing half-written stays behind
         shutil.rmtree(new)
+        if isinstance(e, SafetensorError | RuntimeError):  # what safetensors and torch raise where the disk is full
+            raise OSError(f"{folder}: cannot be written ({str(e).splitlines()[0]})") from e
         raise
     if folder.exists():
         folder.rename(old)
@@ -641,8 +642,7 @@ def replaced_folder(folder):
 
 def recover_folder(folder):
     """Undoes a replacement that was killed between its two renames; returns (folder, where the old one waits)."""
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
+    old = (folder := Path(folder)).with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():

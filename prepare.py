@@ -35,7 +35,7 @@ import numpy as np
 import sentencepiece
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 from data import (
@@ -45,6 +45,7 @@ from data import (
     check_row,
     clip_generator,
     frozen_fingerprint,
+    load_batches,
     random_crop,
     read_index,
     videos_digest,
@@ -463,7 +464,9 @@ def features(args):
         streams, done, record = open_cache(args.out / split, meta, shape, args.dtype)
         todo = [(i, k) for i in range(len(rows)) for k in range(crops) if (i, k) not in done]
         clips = Crops(rows, c.n_frames, c.image_size, todo, args.seed, c.motion)
-        loader = DataLoader(clips, args.batch_size, num_workers=args.workers, collate_fn=list)
+        loader = load_batches(
+            clips, BatchSampler(range(len(clips)), args.batch_size, False), args.workers, collate_fn=list
+        )
         with record, tqdm(total=len(rows) * crops, initial=len(done), desc=split, unit="clip") as bar:
             for batch in loader:
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bfloat16):
@@ -513,21 +516,35 @@ def write_features(model, clips, streams):
         array.flush()
 
 
+def new_arrays(files, dtype, shape):
+    """Mapped files of zeros that have their room on the disk: a write to one without would kill the process."""
+    try:
+        arrays = [np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape) for file in files]
+        for file in files if hasattr(os, "posix_fallocate") else ():
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise OSError(error.errno, f"no room for the cache ({error.strerror})", str(files[0].parent)) from error
+    return arrays
+
+
 def open_cache(folder, meta, shape, dtype):
     """(arrays, what is done already, record to append to); ValueError if the folder holds another cache."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = meta | {"shape": list(shape), "dtype": dtype}
     names, clips = [folder / f"{name}.npy" for name in BRANCHES], folder / "clips.jsonl"
     if (folder / "meta.json").exists():
-        old = json.loads((folder / "meta.json").read_text())
+        old = read_json(folder / "meta.json")
         if old != meta:
             key = next(k for k in meta if old.get(k) != meta[k])
             raise ValueError(f"{folder}: a cache with {key} {old.get(key)!r}, not {meta[key]!r}; choose another --out")
         lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
         write(clips, "".join(lines))
-        done = {(clip["row"], clip["choice"]) for clip in map(json.loads, lines)}
+        done = {(clip["row"], clip["choice"]) for clip in map(json.loads, lines) if "error" not in clip}
         return [np.load(name, mmap_mode="r+") for name in names], done, clips.open("a")
-    arrays = [np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=shape) for name in names]
+    arrays = new_arrays(names, dtype, shape)
     clips.write_text("")
     write(folder / "meta.json", json.dumps(meta, indent=1))
     return arrays, set(), clips.open("a")
@@ -856,6 +873,9 @@ def write_folder(out, config, tokenizer, entries, record=None, files=()):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             open_tensors.cache_clear()
             tensors = {name: read().to(dtype, copy=True).contiguous() for name, (dtype, read) in shard.items()}
+            for name in (n for n, tensor in tensors.items() if not math.isfinite(sum(torch.aminmax(tensor)))):
+                origin = f"{record['tensors'][name]}, our {name}" if record else name
+                raise ValueError(f"{origin}: holds NaN, or a number too large for {tensors[name].dtype}")
             save_tensors(tensors, folder / file)
             weight_map |= dict.fromkeys(shard, file)
             bar.update(len(shard))
@@ -1320,7 +1340,7 @@ def main():
             raise ValueError(f"{args.out}: is not empty; choose another name, or delete it first")
         args.run(args)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + str(error).strip().split("\n")[-1])
 
 
 if __name__ == "__main__":

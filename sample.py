@@ -352,7 +352,7 @@ def typed_lines():
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def complain(error):
     """The error as one line; returns True, for "something failed"."""
-    note(f"error: {' '.join(str(error).split())}")
+    note(f"error: {' '.join(str(error).rpartition('Traceback')[2].split())}")
     return True
 
 

@@ -22,6 +22,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 from data import (
@@ -43,6 +44,7 @@ from data import (
     best_device,
     collate,
     frozen_fingerprint,
+    load_batches,
     peak_memory_mb,
     read_index,
 )
@@ -281,8 +283,8 @@ class Log:
             self.board = None
 
     def read(self):
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []  # the last one may be cut
+        return [json.loads(line) for line in lines]
 
     def write(self, step, values):
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -446,10 +448,11 @@ def main():
     start = load_state(last, objective, optimizer, device) if args.resume else 0
     stop = []  # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    loading = dict(num_workers=args.workers, collate_fn=collate, worker_init_fn=obey_parent_only)
+    loading = dict(collate_fn=collate, worker_init_fn=obey_parent_only)
     order = StepBatches(len(train_set), args, start, rank, world)
-    batches = iter(DataLoader(train_set, batch_sampler=order, **loading))
-    held_out = DataLoader(test_set, batch_size=16, **loading) if len(test_set) and rank == 0 else None
+    batches = load_batches(train_set, order, args.workers, **loading)
+    eval_order = BatchSampler(range(len(test_set)), 16, False)
+    held_out = partial(load_batches, test_set, eval_order, args.workers, **loading) if test_set and rank == 0 else None
     module = objective
     if args.compile:
         objective.compile(dynamic=True)  # in place: the names of the weights stay
@@ -459,7 +462,7 @@ def main():
 
     log = Log(out, start) if rank == 0 else None
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
-    skipped, bad, began = 0, 0, time.time()
+    skipped, bad, began = 0, 0, time.perf_counter()
     for step in range(start + 1, args.steps + 1):
         lr = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
@@ -476,7 +479,7 @@ def main():
         values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
         stopping = values.pop("stop") > 0
         if rank == 0:
-            rate = (step - start) * args.batch_size / (time.time() - began)
+            rate = (step - start) * args.batch_size / (time.perf_counter() - began)
             values |= {"samples_per_s": round(rate, 2), "memory_mb": peak_memory_mb(device)}
             if args.stage:
                 biases = [getattr(model, name).encoder_1.bias for name in BRANCHES]
@@ -551,7 +554,7 @@ def evaluate(module, model, loader, args, device, precision, tokenizer):
     """Mean held-out losses as {"held_out_…": float}, and in stage 2 a few answers beside what they should be."""
     module.eval()
     sums, n, answers = {}, 0, []
-    for batch in loader:
+    for batch in loader():
         x, size = inputs(batch, device, args.stage), len(batch.get("input_ids", ()))
         if not size:
             continue
@@ -599,14 +602,18 @@ def save(step, model, objective, optimizer, tokenizer_path, args, last):
 
 def load_state(last, objective, optimizer, device):
     """What `save` wrote beside the weights; returns the step."""
-    state = torch.load(last / "state.pt", map_location=device, weights_only=True)
-    objective.load_state_dict(state["heads"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    try:
+        state = torch.load(last / "state.pt", map_location=device, weights_only=True)
+        objective.load_state_dict(state["heads"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except Exception as e:  # a damaged file raises almost anything
+        reason = str(e).split("\n")[0]
+        raise ValueError(f"{last / 'state.pt'}: cannot be gone on from ({type(e).__name__}: {reason})") from e
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit("error: " + str(e).strip().split("\n")[-1])

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from apps.scores import (
@@ -44,7 +44,7 @@ from apps.scores import (
     read_lines,
 )
 from apps.scores import bleu as bleu  # the name that others import from here
-from data import DESCRIBE_QUESTIONS, VideoError, read_clip, read_index
+from data import DESCRIBE_QUESTIONS, VideoError, load_batches, read_clip, read_index
 from hawk import Encoding, read_chain
 from sample import (
     PROBLEMS,
@@ -238,7 +238,7 @@ def predict(rows, asked, args, rank=0, world=1):
         return []
     model, tokenizer = load_from_options(args)
     bad, clips = [], Clips([row["video"] for row in rows], model.config)
-    loader = DataLoader(clips, batch_sampler=todo, num_workers=args.workers, collate_fn=list)
+    loader = load_batches(clips, todo, args.workers, collate_fn=list)
     total = sum(map(len, batches))
     bar = tqdm(total=total, initial=total - sum(map(len, todo)), unit="clip", file=sys.stderr, disable=rank > 0)
     with appendable(args.out if world == 1 else f"{args.out}.rank{rank}") as file, bar:
@@ -290,7 +290,10 @@ def predict_index(args):
     bad = [predict(rows, asked, args, rank, world)]
     if world > 1:
         bad, mine = [None] * world, bad[0]
-        dist.all_gather_object(bad, mine)  # also waits for all
+        try:
+            dist.all_gather_object(bad, mine)  # also waits for all
+        except RuntimeError as error:
+            raise ValueError("another process has ended early; what is done is kept: start them again") from error
         dist.destroy_process_group()
     if rank:
         return None

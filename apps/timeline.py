@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import CONTAINERS, DESCRIBE_QUESTIONS, VideoError, _check_file, _ffmpeg, make_clip, sample_frames
+from data import CONTAINERS, DESCRIBE_QUESTIONS, VideoError, _ffmpeg, make_clip, sample_frames
 from hawk import KVCache
 from sample import PROBLEMS, Parser, add_model_options, complain, encode_clips, load_from_options, number, small_world
 
@@ -87,8 +87,6 @@ def read_windows(path, config, window, stride, bar):
     """Yields (start, end, Clip) as windows close; path "-" is standard input. Raises VideoError, also after the last
     whole window of a file that is cut."""
     stdin = sys.stdin if path == "-" else None
-    if stdin is None:
-        _check_file(path)
     with _ffmpeg(path, config.image_size, stdin=stdin) as run:
         frames = checked(run)
         head = next(frames)

@@ -3,6 +3,7 @@
     python tests/bench.py --quick            # under two minutes on a CPU
     python tests/bench.py                    # also the 10-minute video and the LLaMA of a billion parameters
     python tests/bench.py --only flow encode growth
+    python tests/bench.py --only load        # 1,000 clips (--quick: 200) through apps.evaluate: does its memory grow?
 
 {"name", "ours", "peer", "ratio", "unit", "note"}: ratio above 1 means that we are faster. Ours and the peer run one after
 the other in this process, on the same machine, with the same threads, each once to warm up; the median of some runs
@@ -371,6 +372,44 @@ def gpu_seconds(run):
     return seconds(wait, 5)
 
 
+# ---- What does not grow ----------------------------------------------------------------------------------------------
+def load(args):
+    """Memory (MB) and open files of apps.evaluate with weights/tiny at every hundred clips, which it reads itself and,
+    in a second run, gets from a loader process. The index names the clips of examples/ again and again."""
+    from apps import evaluate
+
+    examples, count = ROOT / "examples", 200 if args.quick else 1000
+    lines = (examples / "index.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [{"video": str(examples / row["video"]), "description": row["description"]} for row in rows]
+    real, answered, found = evaluate.answer_batch, 0, []
+
+    def counted(model, tokenizer, clips, asked, options):
+        nonlocal answered
+        real(model, tokenizer, clips, asked, options)
+        answered += len(clips)
+        if answered % 100 == 0:
+            status = Path("/proc/self/status").read_text()
+            held = int(status.split("VmRSS:")[1].split()[0]) / 1024
+            found.append((held, len(list(Path("/proc/self/fd").iterdir()))))
+            print(f"{answered} clips, {options.workers} workers: {held:.1f} MB, {found[-1][1]} files", flush=True)
+
+    evaluate.answer_batch = counted
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder) / "index.jsonl"
+        index.write_text("".join(json.dumps(rows[i % len(rows)]) + "\n" for i in range(count)))
+        for workers in (0, 1):
+            answered, out = 0, f"{folder}/{workers}.jsonl"
+            options = ["--annotations", index, "--out", out, "--weights", ROOT / "weights/tiny", "--device", "cpu"]
+            options += ["--workers", workers, "--batch-size", 10, "--max-new-tokens", 16]
+            status = evaluate.main([str(option) for option in options])
+            assert status == 0, status
+            (first, files), (last, files_at_end) = found[-count // 100], found[-1]
+            note = f"from {first:.1f} MB after 100 clips; open files {files} and {files_at_end}"
+            yield row(f"growth, {count} clips, {workers} workers", last - first or 1e-9, None, None, "MB", note)
+    evaluate.answer_batch = real
+
+
 PARTS = {
     "reading": reading,
     "flow": flow,
@@ -381,13 +420,16 @@ PARTS = {
     "int8": int8,
     "growth": growth,
     "gpu": gpu,
+    "load": load,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes only")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="these parts only")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=[p for p in PARTS if p != "load"], help="these parts only"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = []

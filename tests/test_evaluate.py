@@ -205,6 +205,8 @@ def test_kills_and_processes_change_nothing(world, tmp_path):
     jobs += [ranks(tmp_path / "two"), ranks(tmp_path / "two", more=["--limit", "1"])]
     jobs += [alone(tmp_path / "changed", ("answer_batch", 3)), ranks(tmp_path / "changed")]
     expected += [[0, 0], [2, 2], [-signal.SIGKILL], [0, 0]]
+    jobs += [ranks(tmp_path / "one dies", (None, ("answer_batch", 1))), ranks(tmp_path / "one dies")]
+    expected += [[2, -signal.SIGKILL], [0, 0]]
     done = subprocess.run(
         [sys.executable, "-c", FORKS], cwd=ROOT, input="".join(json.dumps(job) + "\n" for job in jobs), text=True,
         capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -213,7 +215,7 @@ def test_kills_and_processes_change_nothing(world, tmp_path):
     assert codes == expected, done.stderr
     whole = (tmp_path / "whole").read_bytes()
     assert whole.count(b"\n") == 6
-    for name in [f"kill{i}" for i in range(len(kills))] + ["two", "changed"]:
+    for name in [f"kill{i}" for i in range(len(kills))] + ["two", "changed", "one dies"]:
         assert (tmp_path / name).read_bytes() == whole, name
         assert not list(tmp_path.glob(f"{name}.rank*"))
     refusals = [line for line in done.stderr.splitlines() if "was begun otherwise" in line]

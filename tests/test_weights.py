@@ -360,6 +360,11 @@ BAD = {  # how to spoil the files in folder d, and what the message says
     "shape in a shard": (lambda d: edit(d / SHARD.format(2), lambda t: t.update({"lm_head.weight": torch.zeros(3)})), [SHARD.format(2), "lm_head.weight", "(3,)"]),
     "dimensions": (lambda d: edit(d / "qformer.pth", lambda t: t.update(query_tokens=torch.zeros(4))), ["qformer.pth", "query_tokens", "(4,)"]),
     "integers": (lambda d: edit(d / "vit.pth", lambda t: t.update(cls_token=t["cls_token"].long())), ["vit.pth", "cls_token", "int64"]),
+    "NaN": (lambda d: edit(d / "hawk.pth", lambda t: t[QUERY].fill_(torch.nan)), ["hawk.pth", QUERY, "NaN"]),
+    "too large for its type": (lambda d: edit(d / "vit.pth", lambda t: t.update(cls_token=t["cls_token"].float().fill_(torch.inf))), ["vit.pth", "cls_token", "too large"]),
+    "absurd size": (
+        lambda d: (d / "llama/config.json").write_text(json.dumps(json.loads((d / "llama/config.json").read_text()) | {"hidden_size": 10**12})),
+        ["llama_dim is 1000000000000"]),
     "unknown": (lambda d: edit(d / "qformer.pth", lambda t: t.update(extra=torch.zeros(2, 3))), ["qformer.pth", "extra", "(2, 3)"]),
     "Q-Former twice": (lambda d: edit(d / "hawk.pth", lambda t: t.update(query_tokens=torch.zeros(1, 4, QF))), ["hawk.pth", "query_tokens", "unknown"]),
     "two blocks more": (lambda d: edit(d / "vit.pth", lambda t: t.update({"blocks.4.norm1.bias": torch.zeros(VIT)})), ["blocks.3"]),
