@@ -171,6 +171,7 @@ def try_one(number, seeds, args):
     """-> (outcome, what was said, seconds, MB, bytes of the file)"""
     torch.set_num_threads(1)
     data.HELD_BYTES = (96 << 20) if number % 2 else 6 * SIZE * SIZE * 3  # six frames: a long video
+    data.ONE_RUN_BYTES = (1 << 20) if number % 4 else 0  # a large one
     subprocess.Popen, Watched.peak_mb = Watched, 0.0
     content = damage(seeds, np.random.default_rng([args.seed, number]))
     before = peak_of("VmRSS")
