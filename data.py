@@ -111,7 +111,8 @@ def _decode(path, size, choose):
     if _check_file(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose)):
         return found
     with _ffmpeg(path, table=True) as run:
-        run.check()
+        run.process.wait()
+        run.check(None if os.path.exists(f"{run.folder}/table") else 0)
         container, codec, printed_rate, _ = run.header()
         packets = run.packets(printed_rate)
     total, frames = max(1, len(packets.times)), None

@@ -11,7 +11,9 @@ python prepare.py features --weights "$out/stage0/last" --data data/toy --out "$
 cached="--train all --features $out/features --workers 1"
 $train --weights "$out/stage0/last" --stage 1 $cached --out "$out/facts" --facts-only --ask-facts 1 \
     --set dropout=0.1 --steps 2000 --batch-size 64 --lr 3e-3 --warmup 100
-$train --weights "$out/facts/last" --stage 1 $cached --out "$out/stage1" --ask-facts 0.5 \
+$train --weights "$out/facts/last" --stage 1 $cached --out "$out/facts2" --facts-only --ask-facts 1 \
+    --steps 1500 --batch-size 64 --lr 2e-3 --warmup 100
+$train --weights "$out/facts2/last" --stage 1 $cached --out "$out/stage1" --ask-facts 0.5 \
     --steps 500 --batch-size 32 --lr 1e-3 --warmup 50
 $train --weights "$out/stage1/last" --stage 2 $cached --out "$out/stage2" --ask-facts 0.5 \
     --steps 650 --batch-size 32 --lr 1e-3 --warmup 50
