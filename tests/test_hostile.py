@@ -115,7 +115,7 @@ def test_odd_videos_are_answered(tmp_path, tried, monkeypatch, name):
     assert tried(str(path)) == ("answered", tried(path)[1])  # a str, a Path
     whole = read_clip(path, 4, 56)
     assert len(whole.indices) == frames
-    monkeypatch.setattr(data, "HELD_BYTES", 3 * 56 * 56 * 3)  # as if it were long
+    monkeypatch.setattr(data, "ONE_RUN_BYTES", 0)  # as if it were large
     kind, _ = tried(path)
     long = read_clip(path, 4, 56)
     np.testing.assert_array_equal(long.appearance, whole.appearance)
@@ -148,7 +148,10 @@ def test_names(tmp_path, monkeypatch, clips, tried):
         assert kind == "refused" and "No such file" in said and len(said.splitlines()) == 1, name
 
 
-def test_what_is_no_video_is_refused(tmp_path, clips, tried):
+@pytest.mark.parametrize("one_run_bytes", [1 << 20, 0])  # 0: each file counts as large
+def test_what_is_no_video_is_refused(tmp_path, clips, tried, monkeypatch, one_run_bytes):
+    monkeypatch.setattr(data, "ONE_RUN_BYTES", one_run_bytes)
+
     def write(name, content):
         (tmp_path / name).write_bytes(content)
         return tmp_path / name
@@ -240,8 +243,8 @@ def test_the_memory_of_ffmpeg_is_limited(tmp_path, clips, tried, monkeypatch):
 
 def test_threads_do_not_change_a_byte(tmp_path, clips, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(clips["mp4"])
-    for held in (data.HELD_BYTES, 3 * 112 * 112 * 3):
-        monkeypatch.setattr(data, "HELD_BYTES", held)
+    for one_run_bytes in (1 << 20, 0):
+        monkeypatch.setattr(data, "ONE_RUN_BYTES", one_run_bytes)
         made = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
@@ -264,12 +267,12 @@ def test_time_is_limited(tmp_path, clips, tried, monkeypatch):
 
 
 def test_a_video_that_disappears_while_it_is_read(tmp_path, clips, tried, monkeypatch):
-    monkeypatch.setattr(data, "HELD_BYTES", 3 * 56 * 56 * 3)
+    monkeypatch.setattr(data, "ONE_RUN_BYTES", 0)
     path, real = tmp_path / "a.mp4", data._ffmpeg
     path.write_bytes(clips["mp4"])
 
     def vanishing(*arguments, **options):
-        if options.get("clean"):  # the second run
+        if not options.get("table"):  # the second run
             path.unlink()
         return real(*arguments, **options)
 
