@@ -898,8 +898,9 @@ def load_batches(dataset, order, workers, **options):
     """Yields the batches of `order`, lists of sample numbers, as DataLoader does. When a loader process dies (a system that
     runs out of memory kills), new ones go on after the last batch that came; OSError if that happens twice at one place."""
     come, failed = 0, -1
+    options |= {"num_workers": workers, "generator": torch.Generator()}  # not the model's, whose dropout would change
     while True:
-        loader = iter(DataLoader(dataset, batch_sampler=islice(order, come, None), num_workers=workers, **options))
+        loader = iter(DataLoader(dataset, batch_sampler=islice(order, come, None), **options))
         # torch's handler would raise in the midst of anything; without it the next batch tells
         if workers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
