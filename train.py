@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help="random crops, as in the release")
     add("--motion-targets", action="store_true", help="stage 2: a motion caption as the motion branch's target (paper)")
     add("--ask-facts", type=float, default=0.0, metavar="WEIGHT",
-        help="toy world: also ask kind, object, colour, place and moment of the soft tokens, as a loss of this weight")  # fmt: skip
+        help="toy world: also ask kind, object, colour, place, moment and scene of the soft tokens; weight of that loss")  # fmt: skip
     add("--facts-only", action="store_true", help="ask those and nothing else: no words, many times as fast")
     add("--workers", type=int, default=2, help="loader processes")
     add = p.add_argument_group("recipe (defaults as released; examples/train_tiny.sh: the tiny preset's)").add_argument
@@ -166,11 +166,11 @@ class Pretraining(nn.Module):
 
 
 class ClipFacts(nn.Module):
-    """For small models that learn from nothing: kind, object, colour, place and moment of the event (fields of the toy
+    """For small models that learn from nothing: kind, object, colour, place, moment and scene (fields of the toy
     rows) are also asked of the soft tokens directly, each of a share of every branch's tokens. Through LLaMA alone the
     video Q-Formers take long to find out what is worth telling. The heads are thrown away afterwards."""
 
-    FIELDS = ("kind", "object", "colour", "place", "moment")
+    FIELDS = ("kind", "object", "colour", "place", "moment", "scene")
 
     def __init__(self, hawk, train_set, held_out, weight, alone=False):
         super().__init__()
