@@ -88,7 +88,7 @@ def facts(args, motion, seed):
 
 def run(args, variant, seed):
     """What comes after the facts, and the evaluation -> the run's line of results.jsonl."""
-    began, out = time.time(), args.out / f"seed{seed}" / variant.replace(" ", "-")
+    began, out = time.perf_counter(), args.out / f"seed{seed}" / variant.replace(" ", "-")
     weights = facts(args, VARIANTS[variant].get("motion"), seed)  # done already
     for step in ("captions", "questions"):
         weights = train(args, out, weights, step, seed, VARIANTS[variant])
@@ -101,7 +101,7 @@ def run(args, variant, seed):
         "variant": variant, "seed": seed, "kinds": scores["kinds"]["kinds"], "facts": scores["facts"],
         "bleu_4": scores["bleu"]["describe"]["all"]["bleu"][3], "bias_cosine": last["bias_cosine"],
         "held_out_loss": last["held_out_video_language"],
-        "minutes": round((time.time() - began) / 60, 2),
+        "minutes": round((time.perf_counter() - began) / 60, 2),
     }  # fmt: skip
 
 

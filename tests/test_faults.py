@@ -245,6 +245,7 @@ class Deadly(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if i == 5 and (left := sorted(self.folder.iterdir())):
             left[0].unlink()
+            time.sleep(0.5)  # until the batches before have been handed over
             os.kill(os.getpid(), signal.SIGKILL)
         return i
 
