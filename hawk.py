@@ -73,7 +73,7 @@ class HawkConfig:
             raise ValueError(f"consistency {self.consistency!r}, motion {self.motion}: cosine|debiased, hard|soft|none")
         for name, value in vars(self).items():  # a file may ask for anything: nothing is built before this
             least, most = name != "lora_rank", 200 if name.endswith(("depth", "layers")) else 1 << 18
-            if type(value) is int and not least <= value <= most or type(value) is float and not 0 <= value < 1e9:
+            if type(value) is int and not least <= value <= most or type(value) is float and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}")
         for tower in ("vit", "qformer", "llama"):
             dim, heads = getattr(self, f"{tower}_dim"), getattr(self, f"{tower}_heads")
