@@ -851,7 +851,9 @@ class FrameDataset(ClipDataset):
 
     def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=16):
         if motion == "none" or any("objects" not in row for row in rows):
-            raise ValueError('stage 0 needs "objects" in each row of the index, which only the toy world has, and motion')
+            raise ValueError(
+                'stage 0 needs "objects" in each row of the index, which only the toy world has, and motion'
+            )
         super().__init__(rows, n_frames, image_size, seed, train, motion)
         self.tokenizer, self.per_clip = tokenizer, per_clip
 

@@ -15,11 +15,12 @@ from apps.scores import kind_scores
 from hawk import read_chain
 
 ROOT = Path(__file__).parents[1]
+MORE = {"moment": "throughout the clip", "scene": "a park road"}
 ROWS = [
     {"video": "a b.mp4", "description": "A red car drives the wrong way in the near lane.", "motion": "car drives",
-     "qa": [{"q": "What is it?", "a": "It is a car."}], "kind": "wrong_way", "object": "car", "colour": "red", "place": "near lane"},
+     "qa": [{"q": "What is it?", "a": "It is a car."}], "kind": "wrong_way", "object": "car", "colour": "red", "place": "near lane", **MORE},
     {"video": "c.mp4", "description": "Nothing unusual happens on the road.", "motion": "nothing happens",
-     "qa": [{"q": "What is it?", "a": "It is a dog."}], "kind": "normal", "object": "dog", "colour": "red", "place": "road"},
+     "qa": [{"q": "What is it?", "a": "It is a dog."}], "kind": "normal", "object": "dog", "colour": "red", "place": "road", **MORE},
 ]  # fmt: skip
 
 
