@@ -264,7 +264,7 @@ def test_a_model_that_is_blind_to_motion(world, tmp_path):
     assert not torch.equal(sample.encode_clips(model, [clip]).tokens, made[0].tokens)
     args = train.parse_args(["--preset", "tiny", "--stage", "0", "--data", str(world), "--out", "x"])
     model.config.motion = "none"
-    with pytest.raises(ValueError, match="stage 0 needs motion"):
+    with pytest.raises(ValueError, match="stage 0 needs .*, and motion"):
         train.datasets(args, model, Tokenizer(tokenizer))
 
 

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -268,6 +269,7 @@ class Terminal:
         if self.pid == 0:
             os.chdir(ROOT)
             os.environ |= {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
             os.execv(command[0], command)
 
     def read(self):
