@@ -704,17 +704,14 @@ def check_row(row):
     video, qa = row.get("video"), row.get("qa") or []
     if not isinstance(video, str) or not video or "\0" in video:
         raise ValueError('"video" must be the path of a file')
-    texts, lists = ("description", "motion", "source", "kind", "object", "colour", "place"), ("qa", "flags", "objects")
+    texts = ("description", "motion", "source", "kind", "object", "colour", "place", "moment", "scene")
+    lists = ("qa", "flags", "objects")
     for field, kind in (*((name, str) for name in texts), *((name, list) for name in lists)):
         if not isinstance(row.get(field), (kind, type(None))):
             raise ValueError(f'"{field}" must be a {"text" if kind is str else "list"}')
     if not all(isinstance(turn, dict) and isinstance(turn.get(key), str) for turn in qa for key in "qa"):
         raise ValueError('each entry of "qa" must be {"q": text, "a": text}')
-    said = [
-        row.get("description") or "",
-        row.get("motion") or "",
-        *(text for turn in qa for text in (turn["q"], turn["a"])),
-    ]
+    said = [row.get("description") or "", row.get("motion") or "", *(turn[key] for turn in qa for key in "qa")]
     if sum(map(len, said)) > 100_000:
         raise ValueError("more than 100,000 letters of text")
     for thing in row.get("objects") or ():
@@ -851,9 +848,7 @@ class FrameDataset(ClipDataset):
 
     def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=16):
         if motion == "none" or any("objects" not in row for row in rows):
-            raise ValueError(
-                'stage 0 needs "objects" in each row of the index, which only the toy world has, and motion'
-            )
+            raise ValueError('stage 0 needs "objects" in each row of the index, as toy rows have, and motion')
         super().__init__(rows, n_frames, image_size, seed, train, motion)
         self.tokenizer, self.per_clip = tokenizer, per_clip
 

@@ -352,7 +352,10 @@ def typed_lines():
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def complain(error):
     """The error as one line; returns True, for "something failed"."""
-    note(f"error: {' '.join(str(error).rpartition('Traceback')[2].split())}")
+    lines = str(error).strip().splitlines()
+    note(
+        f"error: {' '.join(lines[-1:] if 'Traceback' in str(error) else lines)}"
+    )  # a loader process sends its traceback
     return True
 
 

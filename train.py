@@ -461,40 +461,47 @@ def main():
         module = DistributedDataParallel(objective, devices, find_unused_parameters=args.facts_only)
 
     log = Log(out, start) if rank == 0 else None
-    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
     skipped, bad, began = 0, 0, time.perf_counter()
-    for step in range(start + 1, args.steps + 1):
-        lr = learning_rate(step - 1, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-        losses, norm, errors = train_step(module, batches, train_set, optimizer, precision, scaler, args, device, world)
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped == 5:
-            raise ValueError(f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1")
-        bad += list_bad(errors, out)
-        if bad > 20 and bad > 0.05 * (step - start) * args.batch_size / world:
-            raise ValueError(f"step {step}: {bad} videos (over 5%) could not be read; see {out / 'bad_videos.jsonl'}")
-        losses["stop"] = torch.tensor(float(len(stop)), device=device)  # all processes end after the same step
-        values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
-        stopping = values.pop("stop") > 0
-        if rank == 0:
-            rate = (step - start) * args.batch_size / (time.perf_counter() - began)
-            values |= {"samples_per_s": round(rate, 2), "memory_mb": peak_memory_mb(device)}
-            if args.stage:
-                biases = [getattr(model, name).encoder_1.bias for name in BRANCHES]
-                values["bias_cosine"] = F.cosine_similarity(*biases, dim=0).item()  # 1: they alone satisfy consistency
-            if held_out and (step % args.eval_every == 0 or step == args.steps):
-                values |= evaluate(objective, model, held_out, args, device, precision, tokenizer)
-            log.write(step, values)
-            bar.update()
-            bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
-            if step % args.save_every == 0 or step == args.steps or stopping:
-                save(step, model, objective, optimizer, tokenizer_path, args, last)
-                log.plot()
-        if stopping:
-            break
-    bar.close()
+    with tqdm(total=args.steps, initial=start, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True) as bar:
+        for step in range(start + 1, args.steps + 1):
+            lr = learning_rate(step - 1, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
+            losses, norm, errors = train_step(
+                module, batches, train_set, optimizer, precision, scaler, args, device, world
+            )
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped == 5:
+                raise ValueError(
+                    f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1"
+                )
+            bad += list_bad(errors, out)
+            if bad > 20 and bad > 0.05 * (step - start) * args.batch_size / world:
+                raise ValueError(
+                    f"step {step}: {bad} videos (over 5%) could not be read; see {out / 'bad_videos.jsonl'}"
+                )
+            losses["stop"] = torch.tensor(float(len(stop)), device=device)  # all processes end after the same step
+            values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
+            stopping = values.pop("stop") > 0
+            if rank == 0:
+                rate = (step - start) * args.batch_size / (time.perf_counter() - began)
+                values |= {"samples_per_s": round(rate, 2), "memory_mb": peak_memory_mb(device)}
+                if args.stage:
+                    biases = [getattr(model, name).encoder_1.bias for name in BRANCHES]
+                    values["bias_cosine"] = F.cosine_similarity(
+                        *biases, dim=0
+                    ).item()  # 1: they alone satisfy consistency
+                if held_out and (step % args.eval_every == 0 or step == args.steps):
+                    values |= evaluate(objective, model, held_out, args, device, precision, tokenizer)
+                log.write(step, values)
+                bar.update()
+                bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
+                if step % args.save_every == 0 or step == args.steps or stopping:
+                    save(step, model, objective, optimizer, tokenizer_path, args, last)
+                    log.plot()
+            if stopping:
+                break
     if world > 1:
         dist.destroy_process_group()
 

@@ -19,6 +19,15 @@ SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32,
 
 
 @pytest.fixture(scope="module")
+def one_thread():
+    """As in a loader process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with weights, two clips and a broken one."""
     folder = tmp_path_factory.mktemp("world")

@@ -32,17 +32,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import fuzz  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", "-threads", "1"]
 X264 = ["-c:v", "libx264", "-preset", "ultrafast"]
 SECONDS, MEGABYTES = 30, 600  # what one file may take; most take 0.1 s and 35 MB
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(path, *options, source="testsrc2=s=48x32:r=10", seconds=1.2, inputs=()):

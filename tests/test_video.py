@@ -13,17 +13,9 @@ import torch
 import data
 from data import VideoError, farneback, motion_mask, read_clip, rgb_to_gray
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-threads", "1"]
 SIZE = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in a loader worker; what threads change is tested below."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(path, *options, source="testsrc2=s=96x72:r=10", seconds=4, pixels="yuv420p"):
