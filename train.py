@@ -422,19 +422,7 @@ def inputs(batch, device, stage):
 def main():
     args = parse_args()
     rank, world, device = start_processes(args)
-    out, last = Path(args.out), Path(args.out) / "last"
-    if args.batch_size % (world * args.accumulate):
-        raise ValueError(
-            f"--batch-size {args.batch_size} does not divide by {world} processes × {args.accumulate} passes"
-        )
-    if args.weights and last.resolve() in (Path(args.weights).resolve(), *Path(args.weights).resolve().parents):
-        raise ValueError(f"--out {out} would overwrite the weights that it starts from; choose another, or --resume")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        recover_folder(last)
-    if world > 1:
-        dist.barrier()
-    args.resume = args.resume and last.exists()
+    out, last = open_run(args, rank, world)
     precision, scaler = choose_precision(args, device)
     model, tokenizer_path, objective = build(args, last)
     tokenizer = Tokenizer(tokenizer_path)
@@ -448,11 +436,7 @@ def main():
     start = load_state(last, objective, optimizer, device) if args.resume else 0
     stop = []  # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    loading = dict(collate_fn=collate, worker_init_fn=obey_parent_only)
-    order = StepBatches(len(train_set), args, start, rank, world)
-    batches = load_batches(train_set, order, args.workers, **loading)
-    eval_order = BatchSampler(range(len(test_set)), 16, False)
-    held_out = partial(load_batches, test_set, eval_order, args.workers, **loading) if test_set and rank == 0 else None
+    batches, held_out = open_loaders(train_set, test_set, args, start, rank, world)
     module = objective
     if args.compile:
         objective.compile(dynamic=True)  # in place: the names of the weights stay
@@ -471,27 +455,17 @@ def main():
             losses, norm, errors = train_step(
                 module, batches, train_set, optimizer, precision, scaler, args, device, world
             )
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-            if skipped == 5:
-                raise ValueError(
-                    f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1"
-                )
-            bad += list_bad(errors, out)
-            if bad > 20 and bad > 0.05 * (step - start) * args.batch_size / world:
-                raise ValueError(
-                    f"step {step}: {bad} videos (over 5%) could not be read; see {out / 'bad_videos.jsonl'}"
-                )
+            skipped, bad = 0 if math.isfinite(norm) else skipped + 1, bad + list_bad(errors, out)
+            refuse_to_go_on(step, skipped, bad, (step - start) * args.batch_size / world, out)
             losses["stop"] = torch.tensor(float(len(stop)), device=device)  # all processes end after the same step
             values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             stopping = values.pop("stop") > 0
             if rank == 0:
                 rate = (step - start) * args.batch_size / (time.perf_counter() - began)
                 values |= {"samples_per_s": round(rate, 2), "memory_mb": peak_memory_mb(device)}
-                if args.stage:
+                if args.stage:  # 1: the biases alone satisfy the consistency loss
                     biases = [getattr(model, name).encoder_1.bias for name in BRANCHES]
-                    values["bias_cosine"] = F.cosine_similarity(
-                        *biases, dim=0
-                    ).item()  # 1: they alone satisfy consistency
+                    values["bias_cosine"] = F.cosine_similarity(*biases, dim=0).item()
                 if held_out and (step % args.eval_every == 0 or step == args.steps):
                     values |= evaluate(objective, model, held_out, args, device, precision, tokenizer)
                 log.write(step, values)
@@ -504,6 +478,42 @@ def main():
                 break
     if world > 1:
         dist.destroy_process_group()
+
+
+def open_run(args, rank, world):
+    """(--out, its folder of the last checkpoint), made and whole; sets args.resume if there is something to resume."""
+    out, last = Path(args.out), Path(args.out) / "last"
+    if args.batch_size % (world * args.accumulate):
+        passes = f"{world} processes × {args.accumulate} passes"
+        raise ValueError(f"--batch-size {args.batch_size} does not divide by {passes}")
+    if args.weights and last.resolve() in (Path(args.weights).resolve(), *Path(args.weights).resolve().parents):
+        raise ValueError(f"--out {out} would overwrite the weights that it starts from; choose another, or --resume")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        recover_folder(last)
+    if world > 1:
+        dist.barrier()
+    args.resume = args.resume and last.exists()
+    return out, last
+
+
+def open_loaders(train_set, test_set, args, start, rank, world):
+    """(this process's batches after step `start`, a function that gives the held-out batches or None)"""
+    loading = dict(collate_fn=collate, worker_init_fn=obey_parent_only)
+    batches = load_batches(train_set, StepBatches(len(train_set), args, start, rank, world), args.workers, **loading)
+    if rank or not test_set:
+        return batches, None
+    return batches, partial(
+        load_batches, test_set, BatchSampler(range(len(test_set)), 16, False), args.workers, **loading
+    )
+
+
+def refuse_to_go_on(step, skipped, bad, seen, out):
+    """A ValueError after 5 skipped steps in a row, or when over 5% of the clips that were seen could not be read."""
+    if skipped == 5:
+        raise ValueError(f"step {step}: the loss was not finite for 5 steps in a row; lower --lr or set --clip 1")
+    if bad > 20 and bad > 0.05 * seen:
+        raise ValueError(f"step {step}: {bad} videos (over 5%) could not be read; see {out / 'bad_videos.jsonl'}")
 
 
 def obey_parent_only(_):
