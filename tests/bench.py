@@ -129,14 +129,14 @@ def encode(args):
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     config = HawkConfig(vit_depth=2 if args.quick else 4, llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
-    images, vit = torch.rand(8, 3, 224, 224), Hawk(config).vit.eval()
+    images, model = torch.rand(8, 3, 224, 224), Hawk(config).eval()
     reference = Blip2VisionModel(Blip2VisionConfig(
         hidden_size=config.vit_dim, intermediate_size=config.vit_mlp, num_hidden_layers=config.vit_depth,
         num_attention_heads=config.vit_heads, image_size=224, patch_size=14, hidden_act="gelu",
     )).eval()  # fmt: skip
     note = f"transformers' BLIP-2 tower of the same size, {config.vit_depth} of 39 blocks, float32"
-    yield compare("ViT-g, 8 frames", lambda: vit(images), lambda: reference(images), 3, note)
-    queries, qformer, reference = qformers(config)
+    yield compare("ViT-g, 8 frames", lambda: model.vit(images), lambda: reference(images), 3, note)
+    queries, qformer, reference = qformers(model.appearance)
     features = torch.randn(8, 257, config.vit_dim)
     ours, theirs = qformer(queries, features), reference(queries.expand(8, -1, -1), encoder_hidden_states=features)
     torch.testing.assert_close(ours, theirs.last_hidden_state, rtol=1e-3, atol=1e-4)
@@ -149,12 +149,11 @@ def encode(args):
     )
 
 
-def qformers(config):
-    """Queries, our frame Q-Former and transformers' with the same random weights."""
+def qformers(branch):
+    """A branch's queries, its frame Q-Former and transformers' with the same weights."""
     from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-    branch, peer = Hawk(config).appearance.eval(), Blip2QFormerModel(Blip2QFormerConfig()).eval()
-    tensors = {}
+    peer, tensors = Blip2QFormerModel(Blip2QFormerConfig()).eval(), {}
     for name, tensor in branch.qformer.state_dict().items():
         for ours, theirs in (
             ("layers.", "encoder.layer."),
@@ -201,15 +200,15 @@ def generation(args):
 
 def training(args):
     """Samples a second of `train.py --stage 2` on the tiny preset, from the cache and from the videos."""
-    steps, data = 12 if args.quick else 40, ["--data", "toy"]
+    (clips, steps), data = (24, 8) if args.quick else (64, 40), ["--data", "toy"]
     with tempfile.TemporaryDirectory() as folder:
 
         def run(*command):
             subprocess.run([sys.executable, *map(str, command)], cwd=folder, check=True, capture_output=True)
 
-        run(ROOT / "prepare.py", "toy", "--out", "toy", "--n-train", 64, "--n-test", 2)
+        run(ROOT / "prepare.py", "toy", "--out", "toy", "--n-train", clips, "--n-test", 2)
         run(ROOT / "prepare.py", "features", "--weights", ROOT / "weights/tiny", *data, "--out", "features")
-        common = ["--weights", ROOT / "weights/tiny", "--stage", 2, *data, "--batch-size", 16, "--steps", steps]
+        common = ["--weights", ROOT / "weights/tiny", "--stage", 2, *data, "--batch-size", 8, "--steps", steps]
         rates = []
         for out, more in (("cached", ["--features", "features"]), ("videos", [])):
             run(ROOT / "train.py", *common, "--out", out, *more)
@@ -289,13 +288,14 @@ def tensor_bytes(module):
 
 
 def int8(args):
-    """Decoding with int8 weights beside bfloat16: a LLaMA of a billion parameters, on a GPU the 7B one."""
+    """Decoding with int8 weights beside bfloat16: a LLaMA of (half) a billion parameters, on a GPU the 7B one."""
     from sample import quantize_int8
 
     gpu = torch.cuda.is_available()
-    model = random_model("cuda" if gpu else "cpu", **({} if gpu else ONE_BILLION))
+    size = {} if gpu else ONE_BILLION | {"llama_layers": 8} if args.quick else ONE_BILLION
+    model = random_model("cuda" if gpu else "cpu", **size)
     new = 5 if args.quick else 33
-    name = f"LLaMA {'7B' if gpu else '1B'}, {'GPU' if gpu else 'CPU'}"
+    name = f"LLaMA {'7B' if gpu else '0.5B' if args.quick else '1B'}, {'GPU' if gpu else 'CPU'}"
     larger, peer = tensor_bytes(model.llama) / 1e9, generation_times(model, new)[1]
     quantize_int8(model)
     smaller, ours = tensor_bytes(model.llama) / 1e9, generation_times(model, new)[1]
@@ -305,9 +305,9 @@ def int8(args):
 
 def peak_of(code, *arguments):
     """(seconds, peak MB) of a few lines of Python in a process of its own, data.py imported."""
-    start = "import sys, time, resource; sys.path.insert(0, sys.argv[1]); import data; start = time.perf_counter()\n"
-    end = "\nprint(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    command = [sys.executable, "-c", start + code + end, str(ROOT), *map(str, arguments)]
+    start = "import sys, time; sys.path[:0] = sys.argv[1:3]; import data, fuzz; start = time.perf_counter()\n"
+    end = "\nprint(time.perf_counter() - start, fuzz.peak_of('VmHWM'))"  # ru_maxrss begins at the parent's size
+    command = [sys.executable, "-c", start + code + end, str(ROOT), str(ROOT / "tests"), *map(str, arguments)]
     return map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
@@ -315,7 +315,7 @@ def growth(args):
     """How time and memory grow; no peer. Memory of reading is above a process that only imports data.py."""
     base = [*peak_of("")][1]
     with tempfile.TemporaryDirectory() as folder:
-        second, read = Path(folder) / "1.mp4", "data.read_clip(sys.argv[2], int(sys.argv[3]))"
+        second, read = Path(folder) / "1.mp4", "data.read_clip(sys.argv[3], int(sys.argv[4]))"
         make_video(second, 2)
         for duration, n_frames in [(6, 8), (6, 32), (60, 32)] + [(600, 32), (600, 128)] * (not args.quick):
             path = Path(folder) / f"{duration}.mp4"
