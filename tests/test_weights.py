@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -438,6 +442,47 @@ def test_a_failure_while_writing_leaves_nothing(convert, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="No space left"):
         convert()
     assert sorted(tmp_path.iterdir()) == before
+
+
+SLOW = """
+import sys, time, resource
+sys.path.insert(0, sys.argv.pop(1))
+if largest := int(sys.argv.pop(1)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+import prepare
+prepare.SHARD_BYTES, save = 20_000, prepare.save_tensors
+prepare.save_tensors = lambda *arguments: (time.sleep(0.02), save(*arguments))
+prepare.main()
+"""
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "full disk"])
+def test_a_conversion_that_is_stopped_leaves_no_folder_of_weights(fault, convert, tmp_path):
+    """The program itself, over many shards: what is not whole never has the folder's name, and the next run makes it."""
+    files = (
+        "--llama llama --vit vit.pth --qformer qformer.pth --hawk hawk.pth --set vit_heads=2 qformer_heads=3".split()
+    )
+    largest = 15_000 if fault == "full disk" else 0  # the first shards still fit
+    command = [sys.executable, "-c", SLOW, Path(prepare.__file__).parent, largest, "weights", "--out", "out", *files]
+    with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until and not fault.startswith("full"):
+            if len(list(tmp_path.glob("out.tmp/*.safetensors"))) > 2:
+                process.send_signal(getattr(signal, fault))
+                break
+            time.sleep(0.002)
+        errors = process.communicate()[1]
+    assert not (tmp_path / "out").exists()
+    if fault == "full disk":
+        said = [line for line in errors.replace("\r", "\n").split("\n") if "error: " in line]
+        assert process.returncode == 1 and len(said) == 1 and "out: cannot be written" in said[0], errors
+        assert not (tmp_path / "out.tmp").exists()
+    else:
+        assert process.returncode == -getattr(signal, fault)
+    _, again = convert()
+    _, whole = convert(out="whole")
+    assert again.keys() == whole.keys() and all(same(again[name], whole[name]) for name in whole)
+    assert not (tmp_path / "out.tmp").exists()
 
 
 def test_set_depth_wins(convert, tmp_path):
