@@ -945,7 +945,8 @@ CachedClip = namedtuple("CachedClip", "appearance motion message indices")  # st
 class CachedFeatures:
     """Frame features (T, Q, C) of both branches for every row of an index, memory-mapped, so that all processes share
     them. A folder holds appearance.npy and motion.npy (rows, choices, T, Q, C), clips.jsonl (one line for each clip
-    that is done) and meta.json. Raises ValueError when the cache was made with other weights, clips or settings."""
+    that is done) and meta.json. Raises ValueError when the cache was made with other weights or settings, or of clips of
+    other names or sizes; the videos themselves need not be there any more."""
 
     def __init__(self, folder, rows, expected):
         """expected: the entries that meta.json must have, such as the fingerprint of the frozen weights."""
@@ -965,6 +966,7 @@ class CachedFeatures:
         done, needed = len(self.clips), len(rows) * self.choices
         if done < needed:
             raise ValueError(f"{folder}: only {done} of {needed} clips are done; run it again")
+        refuse_changed(folder, rows, clips)
 
     def load(self, i, choice):
         """Row i, variant `choice` -> CachedClip; VideoError if that video could not be read when the cache was made."""
@@ -973,6 +975,13 @@ class CachedFeatures:
             raise VideoError(clip["video"], clip["error"])
         appearance, motion = (torch.tensor(x[i, choice, : len(clip["indices"])]) for x in self.streams)
         return CachedClip(appearance, motion, clip["message"], clip["indices"])
+
+
+def refuse_changed(folder, rows, clips):
+    """A ValueError if a video has another size than when the cache read it."""
+    for path, size in ((rows[clip["row"]]["video"], clip.get("bytes")) for clip in clips):
+        if size is not None and os.path.exists(path) and os.path.getsize(path) != size:
+            raise ValueError(f"{folder}: {path} is another video now; make the cache again, in another folder")
 
 
 def videos_digest(rows):
@@ -992,6 +1001,15 @@ def frozen_fingerprint(model):
 
 
 # ---- 5. The machine --------------------------------------------------------------------------------------------------
+def usable_device(name=None):
+    """The torch.device of this name, by default the best there is; a ValueError where it cannot be used."""
+    name = name or best_device()
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def best_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 

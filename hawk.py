@@ -582,7 +582,7 @@ def penalise(logits, new, penalty):
 
 def choose(logits, temperature, top_p, generator):
     """Next token (B,) of logits (B, vocabulary): the best, or a draw from the fewest whose probability reaches top_p."""
-    if temperature <= 0:
+    if temperature < 1e-6:  # a division by less would overflow
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)

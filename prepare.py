@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,8 @@ from data import (
     load_batches,
     random_crop,
     read_index,
+    refuse_changed,
+    usable_device,
     videos_digest,
 )  # fmt: skip
 from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, read_chain, replaced_folder, save_tensors
@@ -393,6 +396,7 @@ def make_toy_clip(folder, seed, split, index):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *f"-loglevel error -y {source} {target}".split(), f"file:{temporary}"]
     done = subprocess.run(command, input=render(clip, rng).tobytes(), capture_output=True)
     if done.returncode:
+        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: ffmpeg could not write it: {done.stderr.decode(errors='replace').strip()[-200:]}")
     os.replace(temporary, path)
     facts = {"kind": clip["kind"], "object": actor.object, "colour": actor.colour, "place": clip["place"]}
@@ -435,9 +439,11 @@ def toy(args):
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
     write(args.out / "kinds.json", json.dumps({name: kind.phrase for name, kind in KINDS.items()}, indent=2))
     write(args.out / "tokenizer.model", toy_tokenizer())
-    with ProcessPoolExecutor(args.workers) as pool:
+    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # ctrl-C is for this process
+    with ProcessPoolExecutor(args.workers, **ignore) as pool:
         for split, n in [(split, n) for split, n in zip(SPLITS, counts, strict=True) if n]:
             make = partial(make_toy_clip, args.out, args.seed, split)
+            (args.out / f"{split}.jsonl").unlink(missing_ok=True)  # it must not stand beside clips of another seed
             lines = list(tqdm(pool.map(make, range(n)), total=n, desc=split, unit="clip"))
             write(args.out / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             if split != "long":
@@ -452,7 +458,9 @@ def toy(args):
 def features(args):
     """Writes OUT/train and OUT/test: for each clip (and each of --crops variants of it) the frame features of both
     branches. Goes on where an interrupted run stopped; a folder made with other weights or settings is refused."""
-    model = Hawk.from_pretrained(args.weights, device=args.device)
+    if not any((args.data / f"{split}.jsonl").exists() for split in ("train", "test")):
+        raise ValueError(f"{args.data}: holds neither train.jsonl nor test.jsonl")
+    model = Hawk.from_pretrained(args.weights, device=usable_device(args.device))
     expected = {"weights": frozen_fingerprint(model), "seed": args.seed, "bfloat16": args.bfloat16}
     for split in ("train", "test"):
         if not (args.data / f"{split}.jsonl").exists():
@@ -461,7 +469,7 @@ def features(args):
         crops = args.crops if split == "train" else 1
         meta = expected | {"choices": crops, "videos": videos_digest(rows), "motion": c.motion}
         shape = (len(rows), crops, c.n_frames, c.n_queries, c.qformer_dim)
-        streams, done, record = open_cache(args.out / split, meta, shape, args.dtype)
+        streams, done, record = open_cache(args.out / split, meta, shape, args.dtype, rows)
         todo = [(i, k) for i in range(len(rows)) for k in range(crops) if (i, k) not in done]
         clips = Crops(rows, c.n_frames, c.image_size, todo, args.seed, c.motion)
         loader = load_batches(
@@ -469,6 +477,8 @@ def features(args):
         )
         with record, tqdm(total=len(rows) * crops, initial=len(done), desc=split, unit="clip") as bar:
             for batch in loader:
+                for clip in (clip for clip in batch if "error" in clip):
+                    tqdm.write(f"note: {clip['error']}", file=sys.stderr)
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bfloat16):
                     write_features(model, [clip for clip in batch if "error" not in clip], streams)
                 record.write(
@@ -495,6 +505,7 @@ class Crops(ClipDataset):
             appearance, motion, clip = self.read(i, "uniform", None)
         except VideoError as error:
             return line | {"error": str(error)}
+        line["bytes"] = os.path.getsize(self.rows[i]["video"])
         if k:
             appearance, motion = random_crop(appearance, motion, clip_generator(self.seed, k, i))
         frames = torch.stack([appearance, motion])  # (2, T, 3, H, W)
@@ -530,7 +541,7 @@ def new_arrays(files, dtype, shape):
     return arrays
 
 
-def open_cache(folder, meta, shape, dtype):
+def open_cache(folder, meta, shape, dtype, rows):
     """(arrays, what is done already, record to append to); ValueError if the folder holds another cache."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = meta | {"shape": list(shape), "dtype": dtype}
@@ -542,7 +553,9 @@ def open_cache(folder, meta, shape, dtype):
             raise ValueError(f"{folder}: a cache with {key} {old.get(key)!r}, not {meta[key]!r}; choose another --out")
         lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
         write(clips, "".join(lines))
-        done = {(clip["row"], clip["choice"]) for clip in map(json.loads, lines) if "error" not in clip}
+        seen = [clip for clip in map(json.loads, lines) if "error" not in clip]
+        refuse_changed(folder, rows, seen)
+        done = {(clip["row"], clip["choice"]) for clip in seen}
         return [np.load(name, mmap_mode="r+") for name in names], done, clips.open("a")
     arrays = new_arrays(names, dtype, shape)
     clips.write_text("")
@@ -1145,13 +1158,17 @@ def index_row(path, source, description, qa=()):
         "motion": motion,
         "motion_by": by,
     }
-    return row | {"flags": ["refusal"] * any(map(REFUSAL.search, texts))}
+    return row | {"flags": ["refusal"] * bool(REFUSAL.search(description))}
 
 
 def write_splits(out, splits):
     out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        write(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if rows:
+            write(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        else:  # what reads the folder understands an index that is not there, and refuses an empty one
+            (out / f"{split}.jsonl").unlink(missing_ok=True)
+            print(f"note: no row for {split}.jsonl, so there is none", file=sys.stderr)
 
 
 def hawk(args):
@@ -1339,9 +1356,13 @@ def main():
         if args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"{args.out}: is not empty; choose another name, or delete it first")
         args.run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit("error: " + str(error).strip().split("\n")[-1])
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

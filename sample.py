@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, best_device, peak_memory_mb, read_clip, read_flow
+from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, peak_memory_mb, read_clip, read_flow, usable_device
 from hawk import Encoding, Hawk
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -42,11 +42,7 @@ def load(weights, device=None, dtype=None, int8=False):
     """A folder of weights -> (model, tokenizer). Raises ValueError, one line, for anything that does not fit.
 
     int8: rounds LLaMA's weights on the CPU, so that the device never holds the larger ones."""
-    device = device or best_device()
-    try:
-        device = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    device = usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, dtype)
     if int8:
@@ -353,9 +349,8 @@ def typed_lines():
 def complain(error):
     """The error as one line; returns True, for "something failed"."""
     lines = str(error).strip().splitlines()
-    note(
-        f"error: {' '.join(lines[-1:] if 'Traceback' in str(error) else lines)}"
-    )  # a loader process sends its traceback
+    lines = lines[-1:] if "Traceback" in str(error) else lines  # a loader process sends all of it
+    note(f"error: {' '.join(lines)}")
     return True
 
 
@@ -370,11 +365,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=float("inf")):
-    """An argparse type: an int or float within low … high."""
+    """An argparse type: a finite int or float within low … high."""
 
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:  # also refuses nan
+        if not (low <= value <= high and abs(value) < float("inf")):  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not within {low} to {high}")
         return value
 
@@ -433,6 +428,8 @@ def parse_args(argv=None):
         p.error("--video is missing")
     if args.show_motion and (args.chat or len(args.video) > 1):
         p.error("--show-motion takes one --video and no --chat")
+    if args.show_motion and os.path.realpath(args.show_motion) == os.path.realpath(args.video[0]):
+        p.error(f"--show-motion {args.show_motion} is the video itself")
     return args
 
 

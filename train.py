@@ -47,6 +47,7 @@ from data import (
     load_batches,
     peak_memory_mb,
     read_index,
+    usable_device,
 )
 from hawk import BRANCHES, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
 
@@ -325,12 +326,12 @@ def start_processes(args):
     """(rank, processes, device): torchrun sets RANK; without it this is one process."""
     name = args.device or best_device()
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(name)
-    dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    if name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    return dist.get_rank(), dist.get_world_size(), torch.device(name)
+        return 0, 1, usable_device(name)
+    device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def choose_precision(args, device):

@@ -13,12 +13,20 @@ import json
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
 from apps.judge import key_of, read_marks
-from apps.scores import CRITERIA, bleu_counts, bleu_from_counts, identity, names_kind, per_source, read_lines
+from apps.scores import (
+    CRITERIA,
+    bleu_counts,
+    bleu_from_counts,
+    identity,
+    names_kind,
+    per_source,
+    read_kinds,
+    read_lines,
+)
 from sample import PROBLEMS, Parser, complain, note, number
 
 
@@ -128,7 +136,7 @@ def main(argv=None):
         for path in args.files:
             if not os.path.exists(path):
                 raise ValueError(f"{path}: no such file")
-        kinds = json.loads(Path(args.kinds).read_text()) if args.kinds else None
+        kinds = read_kinds(args.kinds) if args.kinds else None
         lines, alone = compare(args.files, kinds, args.resamples, args.seed)
     except PROBLEMS as error:
         complain(error)
@@ -143,4 +151,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

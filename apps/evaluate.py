@@ -41,17 +41,18 @@ from apps.scores import (
     identity,
     kind_scores,
     print_scores,
+    read_kinds,
     read_lines,
 )
 from apps.scores import bleu as bleu  # the name that others import from here
-from data import DESCRIBE_QUESTIONS, VideoError, load_batches, read_clip, read_index
+from data import DESCRIBE_QUESTIONS, VideoError, load_batches, read_clip, read_index, usable_device
 from hawk import Encoding, read_chain
 from sample import (
     PROBLEMS,
     Parser,
     add_model_options,
-    best_device,
     complain,
+    context_length,
     encode_clips,
     load_from_options,
     note,
@@ -70,7 +71,7 @@ def questions(row, name, args):
         asked.append(("describe", DESCRIBE_QUESTIONS[0], row["description"]))
     if args.task != "describe":
         asked += [("answer", turn["q"], turn["a"]) for turn in row.get("qa") or [] if turn["a"]]
-    extra = {"source": row.get("source", "")} | ({"kind": row["kind"]} if "kind" in row else {})
+    extra = {"source": row.get("source") or ""} | ({"kind": row["kind"]} if "kind" in row else {})
     return [{"video": name, "task": t, "question": q, "answer": "", "reference": r} | extra for t, q, r in asked]
 
 
@@ -117,7 +118,7 @@ def decisive_options(args):
     folder = weights_folder(args)
     folders = read_chain(folder)[1]  # weights may build on others; all of them count
     files = [file for f in folders for file in sorted(f.glob("model*.safetensors")) or [f / "config.json"]]
-    device = torch.device(args.device or best_device()).type
+    device = usable_device(args.device).type
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     names = ("task", "limit", "keep_refusals", "batch_size", "max_new_tokens", "beams", "repetition_penalty")
     return {
@@ -131,6 +132,8 @@ def record_options(args):
     """Writes OUT.options.json; if the output is begun, a ValueError that says which options differ from it."""
     path, new = Path(f"{args.out}.options.json"), json.loads(json.dumps(decisive_options(args)))
     begun = read_lines(args.out) or parts(args.out)
+    if not begun and not path.exists() and os.path.exists(args.out) and os.path.getsize(args.out):
+        raise ValueError(f"{args.out}: is there, and not written by this program; give another --out")
     if begun and not path.exists():
         note(f"note: {args.out} has no {path.name}; its answers are taken to come from these weights and options")
     if begun and path.exists():
@@ -219,6 +222,9 @@ def answer_batch(model, tokenizer, clips, asked, args):
             tokenizer.encode_prompt(prediction["question"], clips[i].message, model.config.n_visual)
             for i, prediction in zip(of, predictions, strict=True)
         ]
+        if max(map(len, ids)) >= context_length(model.config):
+            tqdm.write(f"note: a prompt of {max(map(len, ids))} tokens; these weights take {context_length(model.config)}",
+                       file=sys.stderr)  # fmt: skip
         rows = Encoding(*(x[list(of)] for x in vars(encoding).values()))
         made = model.generate(None, None, ids, args.max_new_tokens, encoding=rows, **search)
         for prediction, new in zip(predictions, made, strict=True):
@@ -278,7 +284,8 @@ def predict_index(args):
         try:
             rows, asked, counts = load_index(args)
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            options = record_options(args)
+            options, path = record_options(args), Path(args.annotations).parent / "kinds.json"
+            kinds = read_kinds(path) if path.exists() else None
         except PROBLEMS as error:
             message = [error]
     if world > 1:
@@ -300,10 +307,9 @@ def predict_index(args):
     predictions = merge(args.out, asked)
     unreadable = [name for _, name in sorted(pair for pairs in bad for pair in pairs)]
     scores = {"counts": counts, "unreadable": unreadable, "options": options}
-    kinds = Path(args.annotations).parent / "kinds.json"
-    if kinds.exists():
+    if kinds:
         names = [predictions_[0]["video"] for predictions_ in asked]
-        scores["kinds"] = kind_scores(predictions, json.loads(kinds.read_text()))
+        scores["kinds"] = kind_scores(predictions, kinds)
         scores["facts"] = fact_scores(predictions, rows, names)
     return predictions, scores
 
@@ -325,7 +331,7 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read videos (default: 2)")
     add_model_options(p)
     g = p.add_argument_group("decoding")
-    g.add_argument("--max-new-tokens", type=number(int, 1), default=128, help="longest answer (default: 128)")
+    g.add_argument("--max-new-tokens", type=number(int, 1, 4096), default=128, help="longest answer (default: 128)")
     g.add_argument(
         "--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side (default: 1)"
     )

@@ -132,14 +132,16 @@ class Endpoint:
         key, self.pace = os.environ.get("OPENAI_API_KEY", "").strip(), Pace(rate)
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"the judge's address {self.url} is none of http:// or https://")
+        if not (key.isascii() and key.isprintable()):  # it would be named in an error, which is kept
+            raise ValueError("OPENAI_API_KEY holds a character that no key has, such as a line's end")
         if not key and self.url == OPENAI:
             raise ValueError(f"{OPENAI} wants a key: put it into OPENAI_API_KEY, or give another --judge-url")
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.body, self.opener = {"model": model, "temperature": 0}, urllib.request.build_opener(NoRedirect)
 
-    def post(self, messages):
+    def post(self, body):
         """One request -> the words of the reply. ValueError if it is not what such a server sends."""
-        data = json.dumps(self.body | {"messages": messages}).encode()
+        data = json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/chat/completions", data, self.headers)
         with self.opener.open(request, timeout=TIMEOUT) as response:
             text = response.read()
@@ -155,15 +157,17 @@ class Endpoint:
         """`post`, again and ever later while what fails may pass. ValueError, at last or if it will not pass."""
         for attempt in range(TRIES):
             self.pace.wait()
+            body = self.body | {"messages": messages}
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25))
             try:
-                return self.post(messages)
+                return self.post(body)
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}: {excerpt(error)}"
                 if error.code in (401, 403, 404):
                     raise Hopeless(f"{self.url}: {reason}") from None
-                if error.code == 400 and "temperature" in reason and self.body.pop("temperature", None) is not None:
-                    continue  # some models take only their own
+                if error.code == 400 and "temperature" in reason and "temperature" in body:
+                    self.body.pop("temperature", None)  # some models take only their own; another thread may know it
+                    continue
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     raise ValueError(reason) from None
                 if "Retry-After" in error.headers:

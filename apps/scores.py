@@ -106,8 +106,8 @@ def per_source(predictions):
     """Yields (task, source or "all", numbers of its predictions)."""
     for task in sorted({p["task"] for p in predictions}, reverse=True):
         of_task = [i for i, p in enumerate(predictions) if p["task"] == task]
-        for name in [*sorted({predictions[i].get("source", "") for i in of_task}), "all"]:
-            yield task, name, [i for i in of_task if name in ("all", predictions[i].get("source", ""))]
+        for name in [*sorted({predictions[i].get("source") or "" for i in of_task}), "all"]:
+            yield task, name, [i for i in of_task if name in ("all", predictions[i].get("source") or "")]
 
 
 def bleu_per_source(predictions):
@@ -121,6 +121,14 @@ def bleu_per_source(predictions):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scores
+
+
+def read_kinds(path):
+    """A file {kind: the phrase that only its descriptions have}."""
+    kinds = json.loads(Path(path).read_text())
+    if not (isinstance(kinds, dict) and kinds and all(isinstance(phrase, str) for phrase in kinds.values())):
+        raise ValueError(f'{path}: must be JSON like {{"kind": "phrase", ...}}')
+    return kinds
 
 
 def names_kind(prediction, kinds):

@@ -214,6 +214,8 @@ def read_annotations(path):
     """Rows {"video", "abnormal": [start, end]} of an index -> [(path of the video, interval)]"""
     rows, folder = [], os.path.dirname(path)
     for line_number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             start, end = map(float, row["abnormal"])
@@ -222,6 +224,8 @@ def read_annotations(path):
             rows.append((os.path.join(folder, row["video"]), (start, end)))
         except (ValueError, TypeError, KeyError):
             raise ValueError(f'{path}, line {line_number}: needs "video" and "abnormal": [start, end]') from None
+    if not rows:
+        raise ValueError(f"{path}: no rows")
     return rows
 
 

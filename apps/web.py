@@ -74,7 +74,7 @@ class Page:
 
     def open(self, key, path):
         """Another video, or None -> (path of the motion sheet or None, what to say about it). The rounds begin anew."""
-        self.leave(key)
+        self.leave(key, path)
         if path is None:
             return None, ""
         while len(self.users) >= MOST_USERS:
@@ -146,12 +146,12 @@ class Page:
             self.users[key] = User(user.path, chat, user.folder)
         return []
 
-    def leave(self, key):
-        """Forgets this user, and removes the upload unless another user has uploaded the same file."""
+    def leave(self, key, kept=None):
+        """Forgets this user, and removes the upload unless it is `kept`, or another user has uploaded the same file."""
         if user := self.users.pop(key, None):
             user.stop = True
             shutil.rmtree(user.folder, ignore_errors=True)
-            shared = any(other.path == user.path for other in list(self.users.values()))
+            shared = user.path == kept or any(other.path == user.path for other in list(self.users.values()))
             if not shared and self.uploads in Path(user.path).parents:
                 Path(user.path).unlink(missing_ok=True)
 
@@ -264,7 +264,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the uploads are removed
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # so that the uploads are removed
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -184,6 +184,14 @@ def test_webvid(tmp_path, capsys):
     assert webvid(tmp_path, HEADER + "".join(lines)) is None
     assert len(read_index(tmp_path / "out/test.jsonl")) == 2  # a tenth of 28
     assert "none to train on" in webvid(tmp_path, HEADER + "".join(lines), n_test=28)
+    assert webvid(tmp_path, HEADER + "".join(lines), n_test=0) is None
+    assert not (tmp_path / "out/test.jsonl").exists()  # features and train.py refuse an empty one
+
+
+def test_a_refused_answer_does_not_flag_the_description():
+    qa = [{"q": "Who?", "a": "I'm sorry, but I cannot tell."}]
+    assert prepare.index_row("x.mp4", "s", "A man breaks a window.", qa)["flags"] == []
+    assert prepare.index_row("x.mp4", "s", "As an AI, I cannot see it.", qa)["flags"] == ["refusal"]
 
 
 @pytest.mark.parametrize(

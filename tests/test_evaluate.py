@@ -1,6 +1,7 @@
 """Scoring with a small random model: resuming after a kill, several processes, BLEU, the judge, the comparison."""
 
 import functools
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -119,6 +121,10 @@ def test_another_run_is_refused(world, tmp_path, run):
         out.write_text(text)
         status, printed = run(out, "--limit", "1")
         assert status == 2 and printed.err.splitlines()[-1].startswith("error: ") and "Traceback" not in printed.err
+    Path(f"{out}.options.json").unlink(missing_ok=True)
+    out.write_text('{"one": "line without an end"}')  # not a half-written one of ours
+    status, printed = run(out, "--limit", "1")
+    assert status == 2 and "not written by this program" in printed.err and "one" in out.read_text()
     status, printed = run(tmp_path / "new.jsonl", "--task", "answer", "--limit", "1")
     assert status == 2 and "holds nothing for --task answer" in printed.err
 
@@ -133,6 +139,18 @@ def test_help_and_wrong_options_are_for_people(tmp_path, capfd):
         with pytest.raises(SystemExit, match="2"):
             evaluate.main(wrong.split())
         assert capfd.readouterr().err.startswith("error: ")
+
+
+def test_what_is_beside_the_index(world, tmp_path, run):
+    """A source of null is no source; a kinds.json that is none of ours is refused before the work."""
+    row = json.loads((world / "index.jsonl").read_text().splitlines()[0])
+    rows = [row | {"source": None}, row | {"source": "toy"}]
+    named = [evaluate.questions(row, "v", evaluate.parse_args(options(world, "x")))[0] for row in rows]
+    assert list(evaluate.bleu_per_source(named)["describe"]) == ["", "toy", "all"]
+    for text in ("{}", "[1]", '{"a": 3}', "no"):
+        (tmp_path / "kinds.json").write_text(text)
+        with pytest.raises(ValueError):
+            evaluate.read_kinds(tmp_path / "kinds.json")
 
 
 def test_refusals_are_kept_on_demand(world):
@@ -443,6 +461,22 @@ def test_judge_asks_again_after_nonsense_and_counts_failures(tmp_path, server, m
     ]
     assert [line["mark"] for line in record] == [None, None, 0.9, None, None, None, 0.5] and "3.0" in record[1]["error"]
     assert marked(tmp_path)["failed"] == 0 and len(got) == 9  # only what failed is asked again
+
+
+def test_a_model_that_takes_only_its_own_temperature_may_say_so_to_many_at_once(tmp_path, server, monkeypatch):
+    together, reason = threading.Barrier(3), b"Unsupported value: temperature"
+
+    def post(endpoint, body):
+        if "temperature" in body:
+            together.wait(10)
+            raise urllib.error.HTTPError(endpoint.url, 400, "", {}, io.BytesIO(reason))
+        return "{'score': 0.5}"
+
+    monkeypatch.setattr(judge.Endpoint, "post", post)
+    assert marked(tmp_path)["failed"] == 0
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\nsk-2")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds a character that no key has"):
+        marked(tmp_path, 2)
 
 
 def test_judge_resumes(tmp_path, server):

@@ -324,7 +324,7 @@ def test_features_that_are_stopped_go_on(world, jobs, tmp_path, number):
     while not (record.exists() and record.read_text().count("\n") >= 2) and time.monotonic() < until:
         time.sleep(0.002)
     os.kill(started[0], number)
-    assert jobs.wait(started)[0] == -number
+    assert jobs.wait(started)[0] == (-9 if number == signal.SIGKILL else 143)
     record.write_text(record.read_text() + '{"row": 7, "choi')  # torn, as a full disk would leave it
     assert jobs.run(*features(world, tmp_path / "f", "--batch-size", 1))[0] == 0
     for name in CACHE[:2]:
@@ -366,6 +366,26 @@ def test_a_damaged_cache_is_refused(world, jobs, tmp_path, name):
     rows = data.read_index(world / "data/train.jsonl")
     with pytest.raises(ValueError, match="not a feature cache|only 7 of 8"):
         data.CachedFeatures(tmp_path / "f/train", rows, {})
+
+
+def test_a_cache_of_other_videos_is_refused(world, jobs, tmp_path):
+    """Of the same names: the words of one would be learnt with the pictures of the other."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text(json.dumps({"video": "v.mp4", "description": "A dog."}) + "\n")
+    shutil.copy(world / "c.mp4", tmp_path / "data/v.mp4")
+    here = ["--data", tmp_path / "data"]
+    assert jobs.run(*features(world, tmp_path / "f", *here))[0] == 0
+    shutil.copy(world / "a b.mp4", tmp_path / "data/v.mp4")
+    jobs.fails(*features(world, tmp_path / "f", *here), words="v.mp4 is another video now")
+    jobs.fails(*training(world, tmp_path / "t", 1, *here, "--features", tmp_path / "f"), words="v.mp4 is another video")
+    (tmp_path / "data/v.mp4").unlink()
+    assert jobs.run(*training(world, tmp_path / "t", 1, *here, "--features", tmp_path / "f"))[0] == 0
+
+
+def test_features_of_nothing_or_nowhere(world, jobs, tmp_path):
+    jobs.fails(*features(world, tmp_path / "f", "--data", tmp_path), words="holds neither train.jsonl nor test.jsonl")
+    jobs.fails(*features(world, tmp_path / "f", "--device", "nowhere"), words="device 'nowhere' cannot be used")
+    assert not (tmp_path / "f").exists()
 
 
 def test_loader_processes_do_not_change_a_byte(world, jobs, tmp_path):

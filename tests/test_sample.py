@@ -79,7 +79,7 @@ def test_generation_options(world, cli):
 
     warm = [answer("--temperature", 1.5, "--top-p", 0.95, "--seed", seed) for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
-    assert answer("--temperature", 1.5, "--top-p", 1e-6) == answer()
+    assert answer("--temperature", 1.5, "--top-p", 1e-6) == answer("--temperature", 1e-41) == answer()
     assert answer("--beams", 3) == answer("--beams", 3)
     assert answer("--system", "Be brief.") != answer("--repetition-penalty", 5) != answer()
 
@@ -87,7 +87,8 @@ def test_generation_options(world, cli):
 @pytest.mark.parametrize(
     "options",
     ["", "--video x --beams 0", "--video x --top-p nan", "--video x --beams 2 --temperature 1", "--chat --json",
-     "--video x --device nowhere", "--video x --weights nowhere", "--video x --max-new-tokens many", "--nonsense"],
+     "--video x --device nowhere", "--video x --weights nowhere", "--video x --max-new-tokens many", "--nonsense",
+     "--video x --temperature inf", "--video x --show-motion ./x"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(cli, options):
     status, out, err = cli(*options.split())

@@ -357,8 +357,10 @@ def test_annotations(world, cli, tmp_path):
     assert second == "AUC of window scores: undefined (1 windows)"
     out = cli("--annotations", index, "--window", 3, "--json", "--threshold", 0)[1]
     assert all(json.loads(line)["description"] is None for line in out.splitlines())
-    index.write_text('{"video": "x", "abnormal": [3, 3]}\n')
-    assert cli("--annotations", index)[2] == [f'error: {index}, line 1: needs "video" and "abnormal": [start, end]']
+    index.write_text("\n")
+    assert cli("--annotations", index)[2] == [f"error: {index}: no rows"]
+    index.write_text('\n{"video": "x", "abnormal": [3, 3]}\n')
+    assert cli("--annotations", index)[2] == [f'error: {index}, line 2: needs "video" and "abnormal": [start, end]']
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -385,7 +387,7 @@ def test_bad_streams(world, cli, monkeypatch):
     "options",
     ["", "--video x --annotations y", "--video x --stride 5", "--video x --window 0", "--video x y --plot p.png",
      "--video - --out-video v.mp4", "--video x --plot nowhere/p.png", "--video x --threshold 2", "--annotations nowhere",
-     "--video x --out-video ./x",
+     "--video x --out-video ./x", "--video x --window inf",
      "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(world, cli, options):

@@ -152,6 +152,14 @@ def test_tokenizer(folders):
     assert len(tokens.encode("sampled at 0.0, 0.2, 0.5, 3.8 seconds")) == 7
 
 
+def test_an_index_never_stands_beside_other_clips(tmp_path):
+    (tmp_path / "train.jsonl").write_text("of another seed")
+    (tmp_path / "videos/train_000000.mp4").mkdir(parents=True)  # so that the clip cannot be written
+    with pytest.raises(SystemExit, match="^error: [^\n]+$"):
+        make(tmp_path, "--n-train 1")
+    assert not (tmp_path / "train.jsonl").exists()
+
+
 @pytest.mark.parametrize("options", ["", "--n-train 1"])
 def test_errors(tmp_path, options):
     (tmp_path / "file").write_text("")

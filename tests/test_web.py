@@ -182,6 +182,7 @@ def test_uploads_are_removed_and_nothing_else(world, page, monkeypatch):
     page.open("you", other)
     assert files(page) == [Path(other), Path(page.users["you"].folder) / "motion.png"] or len(files(page)) == 2
     assert not Path(path).exists()
+    assert page.open("you", other)[0]  # the same file once more
     [page.open(name, str(world / "c.mp4")) for name in ("one", "two")]
     assert list(page.users) == ["one", "two"] and not Path(other).exists() and len(files(page)) == 2
 
