@@ -202,7 +202,7 @@ def plot(results, path):
         for i, column in enumerate(columns):
             points = [(numbers(r)[column], names.index(r["variant"]) + 0.2 * i) for r in results]
             axis.plot(*zip(*points, strict=True), "o", alpha=0.6)
-        axis.legend(columns, fontsize=8)
+        axis.legend(columns, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)  # above
     axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
     path.with_suffix(".tmp.png").replace(path)
