@@ -615,8 +615,9 @@ class Tokenizer:
     nowhere else, so that no text can produce one.
     """
 
-    def __init__(self, path):
-        """path: a `tokenizer.model`. Raises ValueError if that is not a SentencePiece model with <s> and </s>."""
+    def __init__(self, path, vocab_size=None):
+        """path: a `tokenizer.model`; vocab_size: how many pieces the model beside it knows. Raises ValueError if it has
+        another number, or is not a SentencePiece model with <s> and </s>."""
         if not os.path.isfile(path):
             raise ValueError(f"{path}: no such tokenizer file")
         try:
@@ -627,6 +628,8 @@ class Tokenizer:
         self.bos, self.eos, self.pad = self.sp.bos_id(), self.sp.eos_id(), 0
         if min(self.bos, self.eos) < 0:
             raise ValueError(f"{path}: the vocabulary has no <s> or no </s>")
+        if vocab_size not in (None, self.vocab_size):
+            raise ValueError(f"{path}: has {self.vocab_size} pieces, the model beside it {vocab_size}")
 
     def encode_conversation(self, qa, message="", n_visual=64, max_tokens=512, system=SYSTEM):
         """qa: rounds of {"q", "a"} -> (ids, labels), lists of at most max_tokens; labels are -100 but on the answers.
@@ -847,8 +850,8 @@ class FrameDataset(ClipDataset):
     the row's text without its video. Of the 2·T frames of a clip, `per_clip` are drawn: neighbours are alike."""
 
     def __init__(self, rows, tokenizer, n_frames, image_size, seed=0, train=True, motion="hard", per_clip=16):
-        if motion == "none" or any("objects" not in row for row in rows):
-            raise ValueError('stage 0 needs "objects" in each row of the index, as toy rows have, and motion')
+        if motion == "none" or any(not row.get(field) for row in rows for field in ("objects", "description", "qa")):
+            raise ValueError('stage 0 needs "objects", "description", "qa" in each row, as toy rows have, and motion')
         super().__init__(rows, n_frames, image_size, seed, train, motion)
         self.tokenizer, self.per_clip = tokenizer, per_clip
 
@@ -907,7 +910,7 @@ def load_batches(dataset, order, workers, **options):
                 come += 1
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):  # else it is an error of its own, not its end
                 raise
             if failed == come:
                 raise OSError(f"batch {come}: {error}") from error

@@ -4,8 +4,7 @@
             ├─ one ViT ─┤                                                                                        ├ LLaMA → words
     motion ─┘           └ motion:     Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┘
 
-Unlike the released code it keeps one ViT for both branches instead of two equal ones, and reads only its own format from
-disk (`prepare.py weights` turns the released files into it).
+It reads only its own format from disk; `prepare.py weights` turns the released files into it.
 
     model = Hawk.from_pretrained("weights/tiny")
     soft = model.encode(appearance, motion)             # (B, T, 3, H, W) each, in [0, 1]  ->  .tokens (B, 64, D)
@@ -78,7 +77,9 @@ class HawkConfig:
         for tower in ("vit", "qformer", "llama"):
             dim, heads = getattr(self, f"{tower}_dim"), getattr(self, f"{tower}_heads")
             if dim % heads or tower == "llama" and dim // heads % 2:  # its positions turn pairs
-                raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}")
+                raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}, evenly wide in llama")
+        if self.image_size < self.patch_size or not re.fullmatch("[qkvo]_proj(,[qkvo]_proj)*", self.lora_targets):
+            raise ValueError(f"image_size {self.image_size} is below patch_size, or lora_targets {self.lora_targets!r}")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
     n_visual = property(lambda self: len(BRANCHES) * self.n_video_queries)  # soft tokens of a clip, appearance first
@@ -151,7 +152,7 @@ class ViTAttention(nn.Module):  # qkv is one weight; keys have no bias (it would
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        bias = torch.cat([b.to(x.dtype) for b in (self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)])
         q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
         return self.proj(attend(q, k, v, self.heads))
 
@@ -542,8 +543,7 @@ class Hawk(nn.Module):
                 raise ValueError(f"{file}: {name} ({tensor.dtype}) must be of floating point, without NaN and infinity")
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
-        missing = [name for name, p in model.named_parameters() if p.is_meta]
-        if missing:
+        if missing := [name for name, p in model.named_parameters() if p.is_meta]:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
         return model.eval()
 

@@ -47,11 +47,7 @@ def load(weights, device=None, dtype=None, int8=False):
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, dtype)
     if int8:
         model = quantize_int8(model).to(device)
-    file = Path(weights) / "tokenizer.model"
-    tokenizer = Tokenizer(file)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(f"{file}: has {tokenizer.vocab_size} pieces, the model beside it {model.config.vocab_size}")
-    return model, tokenizer
+    return model, Tokenizer(Path(weights) / "tokenizer.model", model.config.vocab_size)
 
 
 def small_world(config):

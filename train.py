@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +97,13 @@ def parse_args(argv=None):
         p.error("--ask-facts is for stages 1 and 2; stage 0 makes no soft tokens")
     if args.facts_only and not args.ask_facts:
         p.error("--facts-only goes with --ask-facts WEIGHT")
+    for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if args.seed < 0:
+        p.error("--seed must be 0 or more")
+    if args.stage == 0 and (args.features or args.augment or args.motion_targets or args.train not in (None, "all")):
+        p.error("--features, --augment, --motion-targets and --train are for stages 1 and 2")
     args.train = args.train or ("all" if args.preset else "paper")
     return args
 
@@ -175,7 +182,9 @@ class ClipFacts(nn.Module):
 
     def __init__(self, hawk, train_set, held_out, weight, alone=False):
         super().__init__()
-        if any(field not in row for dataset in (train_set, held_out) for row in dataset.rows for field in self.FIELDS):
+        if any(
+            row.get(field) is None for dataset in (train_set, held_out) for row in dataset.rows for field in self.FIELDS
+        ):
             raise ValueError(f"--ask-facts needs {', '.join(self.FIELDS)} in each row of the index, as toy rows have")
         words = [sorted({row[field] for row in train_set.rows}) for field in self.FIELDS]
         fields = list(zip(words, self.FIELDS, strict=True))
@@ -279,23 +288,29 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(out / "tensorboard")
+            self.board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
         except ImportError:
             self.board = None
 
     def read(self):
         lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []  # the last one may be cut
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as e:
+            raise ValueError(f"{self.path}: cannot be read ({e}); move it away") from None
 
     def write(self, step, values):
+        """What is not a finite number becomes null: JSON has no NaN."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        values = values | {name: None for name, value in numbers.items() if not math.isfinite(value)}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, step)
+        for name, value in numbers.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
 
     def plot(self):
-        """OUT/curves.png, when matplotlib is installed."""
+        """OUT/curves.png, when matplotlib is installed; TensorBoard keeps up with it."""
+        if self.board:
+            self.board.flush()
         try:
             import matplotlib
         except ImportError:
@@ -306,7 +321,7 @@ class Log:
         lines = self.read()
         figure, axes = plt.subplots(1, 2, figsize=(11, 4))
         for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - NOT_LOSSES):
-            points = [(line["step"], line[name]) for line in lines if name in line]
+            points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), float)]
             axes[0].plot(*zip(*points, strict=True), label=name.replace("_", " "), lw=1.5 if "held" in name else 0.8)
         axes[1].plot([line["step"] for line in lines], [line["lr"] for line in lines])
         axes[0].set(yscale="log", xlabel="step", title="losses")
@@ -348,10 +363,14 @@ def override(config, settings):
     """Applies --set KEY=VALUE to a config; the value takes the type of the field."""
     for item in settings:
         key, _, value = item.partition("=")
-        kind = type(getattr(config, key, None))
-        if kind is type(None):
+        if key not in (types := {field.name: field.type for field in fields(config)}):
             raise ValueError(f"--set {item}: the config has no field {key!r}")
-        setattr(config, key, value.lower() in ("1", "true", "yes") if kind is bool else kind(value))
+        kind = (lambda text: {"true": True, "false": False}[text.lower()]) if types[key] is bool else types[key]
+        try:
+            setattr(config, key, kind(value))
+        except (ValueError, KeyError):
+            what = "true or false" if types[key] is bool else types[key].__name__
+            raise ValueError(f"--set {item}: {key} must be {what}") from None
     config.__post_init__()
     return config
 
@@ -373,6 +392,8 @@ def build(args, last):
         rank = config.lora_rank
         if stored.lora_rank not in (0, rank):
             raise ValueError(f"--set lora_rank={rank}: {folder} already holds a LoRA of rank {stored.lora_rank}")
+        if rank > stored.lora_rank and args.train != "lora":
+            raise ValueError(f"--set lora_rank={rank} goes with --train lora")
         config.lora_rank = stored.lora_rank
         # under autocast what is frozen stays in the type that it is stored in
         dtype = torch.float32 if args.dtype == "float32" else None
@@ -426,7 +447,7 @@ def main():
     out, last = open_run(args, rank, world)
     precision, scaler = choose_precision(args, device)
     model, tokenizer_path, objective = build(args, last)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path, model.config.vocab_size)
     train_set, test_set = datasets(args, model, tokenizer)
     if args.ask_facts:
         objective = ClipFacts(model, train_set, test_set, args.ask_facts, args.facts_only)
@@ -434,7 +455,7 @@ def main():
     for p in objective.parameters():
         p.data = p.data.float() if p.requires_grad else p.data  # small steps need all the digits
     optimizer = make_optimizer(objective, args)
-    start = load_state(last, objective, optimizer, device) if args.resume else 0
+    start = load_state(last, objective, optimizer, scaler, device) if args.resume else 0
     stop = []  # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
     batches, held_out = open_loaders(train_set, test_set, args, start, rank, world)
@@ -456,7 +477,9 @@ def main():
             losses, norm, errors = train_step(
                 module, batches, train_set, optimizer, precision, scaler, args, device, world
             )
-            skipped, bad = 0 if math.isfinite(norm) else skipped + 1, bad + list_bad(errors, out)
+            # float16's scaler begins too high and halves until the gradients fit: that is no fault
+            settling = scaler.is_enabled() and scaler.get_scale() >= 1 and losses["total"].isfinite()
+            skipped, bad = 0 if math.isfinite(norm) or settling else skipped + 1, bad + list_bad(errors, out)
             refuse_to_go_on(step, skipped, bad, (step - start) * args.batch_size / world, out)
             losses["stop"] = torch.tensor(float(len(stop)), device=device)  # all processes end after the same step
             values = average(losses, world) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
@@ -473,7 +496,7 @@ def main():
                 bar.update()
                 bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
                 if step % args.save_every == 0 or step == args.steps or stopping:
-                    save(step, model, objective, optimizer, tokenizer_path, args, last)
+                    save(step, model, objective, optimizer, scaler, tokenizer_path, args, last)
                     log.plot()
             if stopping:
                 break
@@ -488,13 +511,22 @@ def open_run(args, rank, world):
         passes = f"{world} processes × {args.accumulate} passes"
         raise ValueError(f"--batch-size {args.batch_size} does not divide by {passes}")
     if args.weights and last.resolve() in (Path(args.weights).resolve(), *Path(args.weights).resolve().parents):
-        raise ValueError(f"--out {out} would overwrite the weights that it starts from; choose another, or --resume")
+        raise ValueError(f"--out {out} would overwrite the weights it starts from; choose another, or go on with "
+                         "--resume and the --weights that the run began with")  # fmt: skip
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         recover_folder(last)
     if world > 1:
         dist.barrier()
+    if last.exists() and not args.resume:
+        raise ValueError(f"--out {out} holds a run; --resume goes on with it, or choose another --out")
+    if args.resume and not last.exists() and rank == 0:
+        print(f"note: nothing in {last} to go on from: this run begins anew", file=sys.stderr)
     args.resume = args.resume and last.exists()
+    if args.resume and args.weights:
+        folders = read_chain(last)[1]
+        if len(folders) > 1 and folders[-2].resolve() != Path(args.weights).resolve():
+            raise ValueError(f"--weights {args.weights}: the run in {out} began with {folders[-2]}")
     return out, last
 
 
@@ -573,6 +605,7 @@ def evaluate(module, model, loader, args, device, precision, tokenizer):
     module.eval()
     sums, n, answers = {}, 0, []
     for batch in loader():
+        list_bad(batch["errors"], Path(args.out))
         x, size = inputs(batch, device, args.stage), len(batch.get("input_ids", ()))
         if not size:
             continue
@@ -582,7 +615,8 @@ def evaluate(module, model, loader, args, device, precision, tokenizer):
         n += size
         for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
             prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
-            ids = model.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], prompt)
+            with precision():  # the parts may be stored in different types
+                ids = model.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], prompt, eos_id=tokenizer.eos)
             reference = x["labels"][i][x["labels"][i] >= 0].tolist()
             answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
     module.train()
@@ -598,14 +632,16 @@ def average(losses, world):
 
 
 def list_bad(errors, out):
-    """Appends clips that could not be read to OUT/bad_videos.jsonl; returns how many there were."""
+    """Appends clips that could not be read to OUT/bad_videos.jsonl, each once; returns how many there were."""
     if errors:
-        with (out / "bad_videos.jsonl").open("a") as file:
-            file.writelines(json.dumps(error) + "\n" for error in errors)
+        path, lines = out / "bad_videos.jsonl", [json.dumps(error) + "\n" for error in errors]
+        listed = set(path.read_text().splitlines(keepends=True)) if path.exists() else set()
+        with path.open("a") as file:
+            file.writelines(line for line in dict.fromkeys(lines) if line not in listed)
     return len(errors)
 
 
-def save(step, model, objective, optimizer, tokenizer_path, args, last):
+def save(step, model, objective, optimizer, scaler, tokenizer_path, args, last):
     """OUT/last: the weights (only what trains, when that is the smaller part), and all else that the loop carries."""
     if args.stage == 0:
         objective.share_eyes()
@@ -614,16 +650,19 @@ def save(step, model, objective, optimizer, tokenizer_path, args, last):
     heads = {k: v for k, v in objective.state_dict().items() if objective is not model and not k.startswith("hawk.")}
     with replaced_folder(last) as new:
         model.save_pretrained(new, tokenizer=tokenizer_path, base=base)
-        torch.save({"optimizer": optimizer.state_dict(), "step": step, "heads": heads}, new / "state.pt")
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "heads": heads}
+        torch.save(state, new / "state.pt")
         (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
 
 
-def load_state(last, objective, optimizer, device):
+def load_state(last, objective, optimizer, scaler, device):
     """What `save` wrote beside the weights; returns the step."""
     try:
         state = torch.load(last / "state.pt", map_location=device, weights_only=True)
         objective.load_state_dict(state["heads"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         return int(state["step"])
     except Exception as e:  # a damaged file raises almost anything
         reason = str(e).split("\n")[0]
@@ -633,5 +672,7 @@ def load_state(last, objective, optimizer, device):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit("error: " + str(e).strip().split("\n")[-1])
