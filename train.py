@@ -661,7 +661,7 @@ def load_state(last, objective, optimizer, scaler, device):
         state = torch.load(last / "state.pt", map_location=device, weights_only=True)
         objective.load_state_dict(state["heads"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        if scaler.is_enabled() and state["scaler"]:
+        if scaler.is_enabled() and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         return int(state["step"])
     except Exception as e:  # a damaged file raises almost anything

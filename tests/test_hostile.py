@@ -682,9 +682,10 @@ def test_shards_swapped_or_from_elsewhere(world, tmp_path):
 def test_a_hostile_state_is_not_gone_on_from(tmp_path, content):
     module = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(module.parameters())
-    state, file = {"optimizer": optimizer.state_dict(), "step": 3, "heads": {}}, tmp_path / "state.pt"
+    scaler, file = torch.amp.GradScaler("cpu", enabled=False), tmp_path / "state.pt"
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": 3, "heads": {}}
     torch.save(state, file)
-    assert train.load_state(tmp_path, module, optimizer, "cpu") == 3
+    assert train.load_state(tmp_path, module, optimizer, scaler, "cpu") == 3
     if content == "code":
         torch.save(state | {"heads": Evil(tmp_path / "ran")}, file)
     elif content == "other":
@@ -692,5 +693,5 @@ def test_a_hostile_state_is_not_gone_on_from(tmp_path, content):
     else:
         file.write_bytes(file.read_bytes()[: 300 * (content == "cut")])
     with pytest.raises(ValueError) as error:
-        train.load_state(tmp_path, module, optimizer, "cpu")
+        train.load_state(tmp_path, module, optimizer, scaler, "cpu")
     assert str(file) in str(error.value) and len(str(error.value).splitlines()) == 1 and not (tmp_path / "ran").exists()
