@@ -27,7 +27,7 @@ import tempfile
 import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, make_dataclass, replace
+from dataclasses import asdict, make_dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -831,13 +831,18 @@ def choose_motion(choice, hawk):
     return {"checkpoint": "hawk", "replay": "made", "blip2": "qformer"}[choice], lines[choice]
 
 
+def settings(pairs):
+    """--set KEY=VALUE … -> {key: number, truth or text}"""
+    values = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+    return {k: json.loads(v) if re.match(r"-?\d|(true|false)$", v) else v for k, v in values.items()}
+
+
 def weights(args):
     """`prepare.py weights`: reads the released files, writes one folder that Hawk.from_pretrained opens."""
     open_tensors.cache_clear()
     roles = [role for role in ("llama", "vit", "qformer", "hawk", "video_llama") if getattr(args, role)]
     sources, entries, origin = {role: Source(getattr(args, role)) for role in roles}, [], {}
-    overrides = {key: value for key, _, value in (pair.partition("=") for pair in args.set)}
-    overrides = {k: json.loads(v) if re.match(r"-?\d|(true|false)$", v) else v for k, v in overrides.items()}
+    overrides = settings(args.set)
     motion, motion_line = choose_motion(args.motion_qformer, sources.get("hawk"))
     config = infer_config(sources, overrides)
     with torch.device("meta"):
@@ -926,7 +931,12 @@ def merge(args):
             entries.append((name, weight.numel(), dtype, partial(merged, name, weight)))
     tokenizers = [folder / "tokenizer.model" for folder in reversed(read_chain(args.weights)[1])]
     tokenizer = next(filter(Path.exists, tokenizers), tokenizers[0])
-    write_folder(args.out, replace(model.config, lora_rank=0), tokenizer, entries)
+    config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | settings(args.set), "--set")
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Hawk(config).named_parameters()}
+    if shapes != {name: p.shape for name, p in model.named_parameters() if "lora_" not in name}:
+        raise ValueError(f"--set {' '.join(args.set)}: is not how these weights are shaped")
+    write_folder(args.out, config, tokenizer, entries)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1328,6 +1338,7 @@ def main():
     job.add_argument("--weights", type=Path, required=True, help="folder that train.py wrote")
     job.add_argument("--out", type=Path, required=True, help="folder to write")
     job.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
+    job.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
 
     for run, what in ((hawk, "index files from Hawk's annotations and videos"), (webvid, "the same from WebVid's CSV")):
         job = jobs.add_parser(run.__name__, help=what, description=run.__doc__)

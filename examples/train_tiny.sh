@@ -18,4 +18,4 @@ $train --weights "$out/facts2/last" --stage 1 $cached --out "$out/stage1" --ask-
     --steps 800 --batch-size 32 --lr 1e-3 --warmup 50
 $train --weights "$out/stage1/last" --stage 2 $cached --out "$out/stage2" --ask-facts 0.5 \
     --steps 650 --batch-size 32 --lr 1e-3 --warmup 50
-python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16
+python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16 --set dropout=0

@@ -513,11 +513,15 @@ def test_merged_equals_unmerged(convert, tmp_path, monkeypatch):
             nn.init.normal_(parameter.data, std=0.1)
     tuned.save_pretrained("tuned", base="middle")
     monkeypatch.setattr(prepare, "SHARD_BYTES", 100_000)
-    prepare_py("merge", "--weights", "tuned", "--out", "merged")
+    with pytest.raises(SystemExit, match="not how these weights are shaped"):
+        prepare_py("merge", "--weights", "tuned", "--out", "merged", "--set", "vit_depth=1")
+    prepare_py("merge", "--weights", "tuned", "--out", "merged", "--set", "dropout=0", "consistency=debiased")
     assert sorted(p.name for p in tmp_path.iterdir() if "merged" in p.name) == ["merged"]
     for folder in ("base", "middle", "tuned"):
         shutil.rmtree(folder)
     merged = Hawk.from_pretrained("merged")
+    assert (merged.config.dropout, merged.config.consistency) == (0.0, "debiased")
+    merged.config.consistency = "cosine"
     assert merged.config.lora_rank == 0 and (tmp_path / "merged/tokenizer.model").read_bytes() == b"pieces"
     batch = inputs(merged.config)
     with torch.no_grad():
