@@ -182,14 +182,13 @@ class ClipFacts(nn.Module):
 
     def __init__(self, hawk, train_set, held_out, weight, alone=False):
         super().__init__()
-        if any(
-            row.get(field) is None for dataset in (train_set, held_out) for row in dataset.rows for field in self.FIELDS
-        ):
+        rows = [row for dataset in (train_set, held_out) for row in dataset.rows]
+        if any(row.get(field) is None for row in rows for field in self.FIELDS):
             raise ValueError(f"--ask-facts needs {', '.join(self.FIELDS)} in each row of the index, as toy rows have")
         words = [sorted({row[field] for row in train_set.rows}) for field in self.FIELDS]
-        fields = list(zip(words, self.FIELDS, strict=True))
+        asked = list(zip(words, self.FIELDS, strict=True))
         for dataset in (train_set, held_out):
-            rows = [[w.index(row[f]) if row[f] in w else -100 for w, f in fields] for row in dataset.rows]
+            rows = [[w.index(row[f]) if row[f] in w else -100 for w, f in asked] for row in dataset.rows]
             dataset.facts = torch.tensor(rows)
         self.hawk, self.weight, self.alone = hawk, weight, alone
         self.heads = nn.ModuleList(nn.Linear(len(BRANCHES) * hawk.config.llama_dim, len(w)) for w in words)
