@@ -79,9 +79,7 @@ class HawkConfig:
             if dim % heads or tower == "llama" and dim // heads % 2:  # its positions turn pairs
                 raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}, evenly wide in llama")
         if self.image_size < self.patch_size or not re.fullmatch("[qkvo]_proj(,[qkvo]_proj)*", self.lora_targets):
-            raise ValueError(
-                f"image_size {self.image_size} < patch_size, or lora_targets {self.lora_targets!r} (q_proj,…)"
-            )
+            raise ValueError(f"image_size {self.image_size} < patch_size, or lora_targets {self.lora_targets}: q_proj…")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
     n_visual = property(lambda self: len(BRANCHES) * self.n_video_queries)  # soft tokens of a clip, appearance first

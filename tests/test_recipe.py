@@ -392,7 +392,7 @@ def test_options_that_make_no_run(flags, words, capsys):
     "setting, words",
     [("n_visual=3", "no field 'n_visual'"), ("preset=3", "no field"), ("n_frames", "n_frames must be int"),
      ("gradient_checkpointing=on", "must be true or false"), ("dropout=much", "dropout must be float"),
-     ("lora_targets=q", "lora_targets 'q'"), ("image_size=10", "image_size 10"), ("llama_heads=64", "llama_heads 64")],
+     ("lora_targets=q", "lora_targets q:"), ("image_size=10", "image_size 10"), ("llama_heads=64", "llama_heads 64")],
 )  # fmt: skip
 def test_settings_that_make_no_model(setting, words):
     with pytest.raises(ValueError, match=words):
