@@ -966,9 +966,10 @@ class CachedFeatures:
         for key, value in {**expected, "videos": videos_digest(rows)}.items():
             if meta.get(key) != value:
                 raise ValueError(f"{folder}: made with {key} {meta.get(key)!r}, this run has {value!r}; make it again")
-        done, needed = len(self.clips), len(rows) * self.choices
-        if done < needed:
-            raise ValueError(f"{folder}: only {done} of {needed} clips are done; run it again")
+        needed = {(i, k) for i in range(len(rows)) for k in range(self.choices)}
+        if self.clips.keys() != needed:
+            done = len(needed & self.clips.keys())
+            raise ValueError(f"{folder}: only {done} of {len(needed)} clips are done; run it again")
         refuse_changed(folder, rows, clips)
 
     def load(self, i, choice):

@@ -361,6 +361,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.video) == bool(args.annotations):
         p.error("give either --video or --annotations")
+    if args.kinds and args.score == "yes":
+        p.error("--kinds is for --score contrast")
     if args.stride > args.window:
         p.error("--stride is longer than --window: what lies between two windows would not be seen")
     outputs = [Path(file) for file in (args.plot, args.out_video) if file]

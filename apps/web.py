@@ -122,6 +122,8 @@ class Page:
         """One round; only what others do not see of it is outside the lock."""
         if beams > 1 and temperature > 0:
             raise ValueError("several beams go with temperature 0 only")
+        if len(question) > MOST_LETTERS:  # the page's own limit is the browser's
+            raise ValueError(f"a question may have {MOST_LETTERS} letters, this has {len(question)}")
 
         def unless_stopped(text):
             if user.stop:

@@ -388,7 +388,7 @@ def test_bad_streams(world, cli, monkeypatch):
     ["", "--video x --annotations y", "--video x --stride 5", "--video x --window 0", "--video x y --plot p.png",
      "--video - --out-video v.mp4", "--video x --plot nowhere/p.png", "--video x --threshold 2", "--annotations nowhere",
      "--video x --out-video ./x", "--video x --window inf",
-     "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
+     "--video x --kinds examples/kinds.json --score yes", "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(world, cli, options):
     status, out, err = cli(*options.format(world=world).split())

@@ -99,7 +99,7 @@ def test_what_is_wrong_is_told(world, page):
     assert sheet is None and note.startswith("error: broken.mp4: ") and str(page.uploads) not in note
     assert files(page) == [] and last(page.ask("me", "What?")).startswith("error: there is no video")
     page.open("me", upload(page, world / "c.mp4"))
-    for question, beams, temperature in ((" ", 1, 0), ("why " * 999, 1, 0), ("What?", 2, 1)):
+    for question, beams, temperature in ((" ", 1, 0), ("why " * 999, 1, 0), ("?" * 4001, 1, 0), ("What?", 2, 1)):
         *_, shown = page.ask("me", question, beams, temperature)
         assert shown[-1]["content"].startswith("error: ") and shown[-2]["content"] == question
     assert not last(page.ask("me", "What?")).startswith("error")
