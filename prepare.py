@@ -968,6 +968,8 @@ def download(args):
     if args.dry_run:
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    parts = [file.with_name(file.name + ".part") for file, *_ in missing]
+    total -= sum(part.stat().st_size for part in parts if part.is_file())  # what is there already needs no room
     if total > (free := shutil.disk_usage(args.out).free):
         raise ValueError(f"{args.out}: only {free / 1e9:.1f} GB are free")
     for _, _, fetch in missing:

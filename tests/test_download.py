@@ -9,6 +9,7 @@ import sys
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +124,18 @@ def test_a_stopped_download_goes_on(hub, tmp_path):
     assert ("GET", "/eva_vit_g.pth", "bytes=5000-") in Hub.asked
     assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
     assert not (tmp_path / "d/eva_vit_g.pth.part").exists()
+
+
+def test_only_what_is_still_to_come_needs_room(hub, tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/eva_vit_g.pth.part").write_bytes(FILES["/eva_vit_g.pth"][:5000])
+    missing = len(FILES["/eva_vit_g.pth"]) - 5000
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=missing - 1))
+    with pytest.raises(SystemExit, match="only 0.0 GB are free"):
+        hub("--out", "d", "--what", "vit")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=missing))
+    hub("--out", "d", "--what", "vit")
+    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
 
 
 def test_only_the_shards_that_are_needed(hub, tmp_path):
