@@ -138,7 +138,8 @@ def plan(rng, kind, t):
     when = rng.choice([*MOMENTS]) if spec.point else "throughout the clip"
     place = ("between the two pavements" if kind == "crossing" else BANDS[band]) + (f" {side}" if side else "")
     forward = LANES.get(band) or rng.choice([-1, 1])
-    reach = 0.8 if kind in ("speeding", "collision") else 0.46  # from the middle; some may be out of view for a while
+    # from the middle: who is not bound to one place may come or go during the clip, so that this alone means nothing
+    reach = 0.8 if kind in ("speeding", "collision") else 0.46 if spec.sided else rng.choice([0.46, 0.65])
     while np.abs(x - 0.5)[(t >= 0) & (t < 1)].max() > reach:
         begin = MOMENTS[when] + rng.uniform(-0.04, 0.04) if spec.point else 0
         s = np.clip(t - begin, 0, 1)  # an event lasts one clip; before and after it the actor behaves
@@ -164,6 +165,7 @@ def plan(rng, kind, t):
     if kind == "collision":  # with one that stands or is slow; they touch at `where` when the event begins
         other = new_track(rng, band, [name for name in V if name != actor.object], x)
         way = rng.choice([0, rng.uniform(0.08, 0.16)]) * np.clip(t - begin, -1, 0)
+        way = way + speed * (np.maximum(t - begin - 1, 0) + np.minimum(t - begin + 1, 0))  # before and after it drives
         other.x, other.y = where + forward * (half_width(other) * 0.9 + way), actor.y
         actor.x = x - forward * half_width(actor) * 0.9
         clip["tracks"].append(other)
@@ -171,29 +173,35 @@ def plan(rng, kind, t):
         name, down = EFFECTS[kind]
         x, y = (np.where(during, v, np.nan) for v in (where, actor.y + down * actor.scale))
         clip["effects"].append(Track(name, None, actor.scale, x, y, np.arange(len(t)) % 4))
-    for shift in range(int(t[0]), int(t[-1]) + 1):  # clip after clip
-        add_bystanders(rng, clip, band, t - shift)
+    if len(t) == FRAMES:
+        add_bystanders(rng, clip, band, t, int(rng.choice(4, p=[0.2, 0.4, 0.3, 0.1])) - (kind == "collision"), -0.25)
+    else:  # every second clip somebody passes, who is in view for two or three clips: the road is never empty
+        for shift in range(int(t[0]) - 1, int(t[-1]) + 2, 2):
+            add_bystanders(rng, clip, band, t - shift, 1, 1)
     zoom, down = clip["camera"]
     for track in clip["tracks"] + clip["effects"]:  # x is planned in the picture, y in the world
         track.y, track.scale = 0.5 + zoom * (track.y - 0.5) + down, zoom * track.scale
     return clip
 
 
-def add_bystanders(rng, clip, band, t):
-    """Up to three road users that behave; each band at most once, and each type too, while there are others."""
-    tracks, free = clip["tracks"], [b for b in range(4) if b != band and (clip["kind"] != "normal" or b < band)]
-    count = int(rng.choice(3, p=[0.3, 0.4, 0.3])) - (clip["kind"] == "collision")
-    for b in sorted(rng.permutation(free)[: max(count, 0)].tolist()):
-        names = [name for name in USERS[b] if name not in [track.object for track in tracks]] or USERS[b]
+def add_bystanders(rng, clip, band, t, count, inside):
+    """Adds `count` road users that behave (0 to 3, fewer where there is no room); each band at most once, and each type too,
+    while there are others. They are in view from `inside` clips before the middle of the clip at time 0 to as many after
+    it at least; if that is negative, they may come so much after it or leave so much before it."""
+    tracks, added = clip["tracks"], []
+    free = [b for b in range(4) if b != band and (clip["kind"] != "normal" or b < band)]
+    for b in rng.permutation(free).tolist():
+        names = [name for name in USERS[b] if name not in [track.object for track in tracks + added]] or USERS[b]
         direction = LANES.get(b) or rng.choice([-1, 1])
         speed = rng.uniform(*SPEEDS["normal"][b in LANES])
-        for _ in range(30):
-            x = rng.uniform(0.06 + speed / 2, 0.94 - speed / 2) + direction * speed * (t - 0.5)
+        for _ in range(30 * (len(added) < count)):
+            x = rng.uniform(speed * inside, 1 - speed * inside) + direction * speed * (t - 0.5)
             new = new_track(rng, b, names, x)
             near = [(abs(x - o.x) < half_width(new) + half_width(o) + 0.01) & (abs(new.y - o.y) < 0.07) for o in tracks]
             if not np.any(near):
-                tracks.append(new)
+                added.append(new)
                 break
+    tracks += sorted(added, key=lambda track: track.y[0])  # far to near
 
 
 def describe(clip, rng):
@@ -375,7 +383,8 @@ def render(clip, rng):
 
 def toy_clip(seed, split, index):
     """(plan, texts, rng to render it with) of one clip. Kinds come in shuffled rounds: small sets have them all."""
-    kinds, number = [*KINDS][1:] if split == "long" else ["normal", *KINDS], SPLITS.index(split)
+    more = {"train": 3, "test": 1, "long": -1}[split]  # to learn from: traffic without an event has the most forms
+    kinds, number = ["normal"] * more + [*KINDS][more < 0 :], SPLITS.index(split)
     turn, place = divmod(index, len(kinds))
     kind = kinds[np.random.default_rng((seed, number, turn, 1)).permutation(len(kinds))[place]]
     streams = np.random.SeedSequence((seed, number, index)).spawn(3)
