@@ -14,6 +14,8 @@ likely the model is to say something abnormal, in one of two ways:
               an abnormal kind ("drives the wrong way", ...) comes next, added over the kinds, where that is highest.
     yes       P(yes) / (P(yes) + P(no)) for the first word of the answer to a fixed question.
 
+Windows that share frames are seldom wrong together, so each score is a mean with the windows before that it overlaps.
+
 Times are frame numbers over the frame rate. Exit status: 0, or 2 if anything failed.
 """
 
@@ -58,7 +60,7 @@ class Window:
     video: str
     start: float  # seconds
     end: float
-    score: float
+    score: float  # 0 to 1, see shared_score
     description: str | None  # of windows that stand out
 
 
@@ -173,13 +175,23 @@ def yes_score(model, tokenizer, clip, encoding):
 def watch(model, tokenizer, path, score, window=4.0, stride=2.0, threshold=0.5, bar=None):
     """Yields a Window as each closes. score(model, tokenizer, clip, encoding) -> 0 to 1; from `threshold` on the window
     is described. Raises VideoError."""
-    bar = tqdm(disable=True) if bar is None else bar
+    bar, before = tqdm(disable=True) if bar is None else bar, []
     for start, end, clip in read_windows(path, model.config, window, stride, bar):
         encoding = encode_clips(model, [clip])
-        found = score(model, tokenizer, clip, encoding)
+        before.append((start, end, score(model, tokenizer, clip, encoding)))
+        found, before = shared_score(before)
         words = reply(model, tokenizer, clip, encoding)[1] if found >= threshold else None
         bar.update(end - bar.n)
         yield Window(path, start, end, round(found, 4), words)
+
+
+def shared_score(seen):
+    """seen: [(start, end, score of its own)] of windows up to the newest -> (the newest one's score: the mean, weighted by
+    how much of it each of them covers; those that cover some of it). Windows that come later are not waited for."""
+    start = seen[-1][0]
+    seen = [window for window in seen if window[1] > start]
+    weights = [end - max(start, begun) for begun, end, _ in seen]
+    return sum(w * own for w, (*_, own) in zip(weights, seen, strict=True)) / sum(weights), seen
 
 
 def read_phrases(path):

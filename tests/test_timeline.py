@@ -60,7 +60,8 @@ def cli(world, capfd):
 
     def run(*options):
         capfd.readouterr()
-        weights = ["--weights", world / "weights", "--kinds", world / "kinds.json", "--device", "cpu"]
+        weights = ["--weights", world / "weights", "--device", "cpu"]
+        weights += [] if "yes" in options else ["--kinds", world / "kinds.json"]
         try:
             status = timeline.main([str(option) for option in [*weights, *options]])
         except SystemExit as stop:
@@ -242,6 +243,22 @@ def test_a_stream_is_answered_while_it_runs(loaded, monkeypatch):
         writer.join()
         pipe.close()
         assert [start for start, _, _ in reader] == list(range(16, 28, 2))
+
+
+def test_a_score_is_shared_with_the_windows_before_that_it_overlaps(loaded, monkeypatch):
+    def scores(raw, stride, window=4.0):
+        spans = ((k * stride, k * stride + window, None) for k in range(len(raw)))
+        monkeypatch.setattr(timeline, "read_windows", lambda *_: spans)
+        monkeypatch.setattr(timeline, "encode_clips", lambda *_: None)
+        own = iter(raw)
+        return [w.score for w in timeline.watch(*loaded, "v", lambda *_: next(own), window, stride, threshold=2)]
+
+    assert scores([0, 0.9, 0, 0, 0.3], 2) == [0, 0.6, 0.3, 0, 0.2]
+    assert scores([0.1, 0.9, 0.2], 4) == [0.1, 0.9, 0.2]
+    assert scores([1, 0, 0, 0, 0], 1) == [1, 0.4286, 0.2222, 0.1, 0]  # weights 1, 3/4, 1/2, 1/4
+    assert scores([0.7] * 9, 0.5) == [0.7] * 9
+    seen = [(k, k + 4, 0.5) for k in range(1000)]
+    assert len(timeline.shared_score(seen)[1]) == 4  # no more is kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
