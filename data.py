@@ -967,9 +967,11 @@ class CachedFeatures:
             if meta.get(key) != value:
                 raise ValueError(f"{folder}: made with {key} {meta.get(key)!r}, this run has {value!r}; make it again")
         needed = {(i, k) for i in range(len(rows)) for k in range(self.choices)}
-        if self.clips.keys() != needed:
-            done = len(needed & self.clips.keys())
+        if missing := needed - self.clips.keys():
+            done = len(needed) - len(missing)
             raise ValueError(f"{folder}: only {done} of {len(needed)} clips are done; run it again")
+        if len(self.clips) > len(needed):
+            raise ValueError(f"{folder}: clips.jsonl names clips that the index does not have; make it again")
         refuse_changed(folder, rows, clips)
 
     def load(self, i, choice):

@@ -173,7 +173,7 @@ def plan(rng, kind, t):
         name, down = EFFECTS[kind]
         x, y = (np.where(during, v, np.nan) for v in (where, actor.y + down * actor.scale))
         clip["effects"].append(Track(name, None, actor.scale, x, y, np.arange(len(t)) % 4))
-    if len(t) == FRAMES:
+    if len(t) == FRAMES:  # a clip: 0 to 3 others (who is hit is one), each in view for a quarter of it or more
         add_bystanders(rng, clip, band, t, int(rng.choice(4, p=[0.2, 0.4, 0.3, 0.1])) - (kind == "collision"), -0.25)
     else:  # every second clip somebody passes, who is in view for two or three clips: the road is never empty
         for shift in range(int(t[0]) - 1, int(t[-1]) + 2, 2):
@@ -194,7 +194,7 @@ def add_bystanders(rng, clip, band, t, count, inside):
         names = [name for name in USERS[b] if name not in [track.object for track in tracks + added]] or USERS[b]
         direction = LANES.get(b) or rng.choice([-1, 1])
         speed = rng.uniform(*SPEEDS["normal"][b in LANES])
-        for _ in range(30 * (len(added) < count)):
+        for _ in range(30 if len(added) < count else 0):  # tries
             x = rng.uniform(speed * inside, 1 - speed * inside) + direction * speed * (t - 0.5)
             new = new_track(rng, b, names, x)
             near = [(abs(x - o.x) < half_width(new) + half_width(o) + 0.01) & (abs(new.y - o.y) < 0.07) for o in tracks]
@@ -383,8 +383,8 @@ def render(clip, rng):
 
 def toy_clip(seed, split, index):
     """(plan, texts, rng to render it with) of one clip. Kinds come in shuffled rounds: small sets have them all."""
-    more = {"train": 3, "test": 1, "long": -1}[split]  # to learn from: traffic without an event has the most forms
-    kinds, number = ["normal"] * more + [*KINDS][more < 0 :], SPLITS.index(split)
+    normal = {"train": 4, "test": 2, "long": 0}[split]  # in a round; traffic without an event has most to learn from
+    kinds, number = ["normal"] * normal + [kind for kind in KINDS if kind != "normal"], SPLITS.index(split)
     turn, place = divmod(index, len(kinds))
     kind = kinds[np.random.default_rng((seed, number, turn, 1)).permutation(len(kinds))[place]]
     streams = np.random.SeedSequence((seed, number, index)).spawn(3)

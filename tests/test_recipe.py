@@ -241,6 +241,9 @@ def test_another_cache_is_refused(world, tmp_path):
     (folder / "clips.jsonl").write_bytes(clips.replace(b'"row": 1', b'"row": 7'))
     with pytest.raises(ValueError, match="only 1 of 2 clips are done"):
         data.CachedFeatures(folder, rows, expected)
+    (folder / "clips.jsonl").write_bytes(clips + clips.splitlines()[1].replace(b'"row": 1', b'"row": 7') + b"\n")
+    with pytest.raises(ValueError, match="names clips that the index does not have"):
+        data.CachedFeatures(folder, rows, expected)
     (folder / "clips.jsonl").write_bytes(clips[: clips.index(b"\n") + 9])
     cache(world, tmp_path / "features")  # goes on there
     assert (folder / "clips.jsonl").read_bytes() == clips and (folder / "appearance.npy").read_bytes() == before

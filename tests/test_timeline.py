@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prepare
 from apps import timeline
 from apps.timeline import Window
 from data import VideoError, read_clip
@@ -405,11 +406,35 @@ def test_bad_streams(world, cli, monkeypatch):
     ["", "--video x --annotations y", "--video x --stride 5", "--video x --window 0", "--video x y --plot p.png",
      "--video - --out-video v.mp4", "--video x --plot nowhere/p.png", "--video x --threshold 2", "--annotations nowhere",
      "--video x --out-video ./x", "--video x --window inf",
-     "--video x --kinds examples/kinds.json --score yes", "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
+     "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(world, cli, options):
     status, out, err = cli(*options.format(world=world).split())
     assert status == 2 and out == "" and err[-1].startswith("error: ") and len(err) <= 2
+
+
+def test_phrases_without_contrast_are_refused(world, cli):
+    status, _, err = cli("--video", world / "a b.mkv", "--kinds", world / "kinds.json", "--score", "yes")
+    assert status == 2 and err[-1].startswith("error: --kinds is for --score contrast")
+
+
+def test_the_bundled_weights_find_the_event(tmp_path, capfd):
+    """Two videos of the three times fifty whose figures the README gives."""
+    (tmp_path / "videos").mkdir()
+    lines = [prepare.make_toy_clip(tmp_path, 7, "long", index) for index in range(2)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert (
+        timeline.main(
+            [
+                "--annotations",
+                str(tmp_path / "long.jsonl"),
+                "--weights",
+                str(Path(__file__).parent.parent / "weights/tiny"),
+            ]
+        )
+        == 0
+    )
+    assert "100% of 2 videos" in capfd.readouterr().out
 
 
 def test_no_matplotlib_is_one_line(cli, monkeypatch):
