@@ -35,6 +35,7 @@ CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,
 ONE_RUN_BYTES = 1 << 20  # smaller files are read in one run of ffmpeg: quicker than a first run that only looks
 HELD_BYTES = 96 << 20  # of frames, at most, are held in that run
 MOST_BYTES = 2 << 30  # of a run of ffmpeg: a kilobyte can declare frames and tables that need any amount
+BLOCK = 4  # pairs of frames whose flow a thread computes at a time
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
 # Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
@@ -64,26 +65,53 @@ def read_clip(path, n_frames=32, image_size=224, motion="hard", sampling="unifor
     motion: "hard" or "soft" (see `motion_mask`), or "none": black, and no flow is computed.
     sampling: "uniform", or "headtail" (half from each half of the video, drawn with `generator`, a numpy Generator).
     """
-    frames, fps, indices = _decode(path, image_size, lambda total: sample_frames(total, n_frames, sampling, generator))
-    return make_clip(frames, fps, indices, motion)
+    with _threads() as pool:
+        frames, fps, _ = _decode(
+            path,
+            image_size,
+            lambda total: sample_frames(total, n_frames, sampling, generator),
+            lambda indices: _Frames(indices, motion, pool),
+        )
+        return frames.clip(fps)
 
 
 def make_clip(frames, fps, indices, motion="hard"):
     """Clip of the frames with these numbers; `frames` (list or dict) also holds their predecessors."""
-    appearance = np.stack([frames[i] for i in indices])
-    masked = np.zeros_like(appearance)
-    if motion != "none" and len(frames) > 1:
+    with _threads() as pool:
+        wanted = _Frames(indices, motion, pool)
+        for i in _with_predecessors(indices, len(frames)):
+            wanted[i] = frames[i]
+        return wanted.clip(fps)
+
+
+class _Frames(dict):
+    """{number: frame} of a clip. Motion is computed in the threads of a pool, a block of pairs as soon as its last frame
+    is put in: while later frames are still being decoded."""
+
+    def __init__(self, indices, motion, pool):
+        super().__init__()
+        self.indices, self.motion, self.pool, self.masked = indices, motion, pool, []
         current = np.maximum(indices, 1)  # frame 0 has no predecessor: frame 1 stands in for it, as released
-        pairs = (torch.from_numpy(np.stack([frames[i] for i in which])) for which in (current - 1, current))
-        masked = motion_mask(*pairs, motion).numpy()
-    seconds = [round(i / fps, 1) for i in indices.tolist()]
-    message = f"The video contains {len(seconds)} frames sampled at {', '.join(map(str, seconds))} seconds. "
-    return Clip(appearance, masked, seconds, message, indices)
+        self.blocks = [] if motion == "none" else np.split(current, range(BLOCK, len(indices), BLOCK))
+
+    def __setitem__(self, number, frame):
+        super().__setitem__(number, frame)
+        while self.blocks and all(i in self and i - 1 in self for i in self.blocks[0].tolist()):
+            current = self.blocks.pop(0)
+            pairs = (torch.from_numpy(np.stack([self[i] for i in which])) for which in (current - 1, current))
+            self.masked.append(self.pool.submit(motion_mask, *pairs, self.motion))
+
+    def clip(self, fps):
+        appearance = np.stack([self[i] for i in self.indices])
+        masked = np.concatenate([block.result().numpy() for block in self.masked] or [np.zeros_like(appearance)])
+        seconds = [round(i / fps, 1) for i in self.indices.tolist()]
+        message = f"The video contains {len(seconds)} frames sampled at {', '.join(map(str, seconds))} seconds. "
+        return Clip(appearance, masked, seconds, message, self.indices)
 
 
 def read_flow(path, indices, image_size=224):
     """The flow that the motion frames are made of: from the frame before to each numbered frame -> (T, H, W, 2) float32."""
-    frames, _, indices = _decode(path, image_size, lambda total: indices)
+    frames, _, indices = _decode(path, image_size, lambda total: indices, lambda indices: {})
     current = np.maximum(indices, min(1, len(frames) - 1))  # frame 0 as in make_clip
     pairs = (torch.from_numpy(np.stack([frames[i] for i in which])) for which in (np.maximum(current - 1, 0), current))
     return farneback(*map(rgb_to_gray, pairs)).numpy() * (len(frames) > 1)  # a lone frame does not move
@@ -101,14 +129,16 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
     return np.sort(np.concatenate(drawn))
 
 
-def _decode(path, size, choose):
+def _decode(path, size, choose, hold):
     """-> ({number: (size, size, 3) uint8} with the chosen frames and their predecessors, frame rate, chosen numbers).
+
+    choose: from the number of all frames to the numbers wanted. hold: from those to the dict that frames are put in.
 
     Frames are, bit for bit, those of `ffmpeg -i PATH -vf scale=S:S:flags=bilinear -fps_mode passthrough`. A first run
     reads only the packets' times, and then nothing but the chosen frames is scaled and comes out of the runs that
     decode, so memory does not grow with the video's length.
     """
-    if _check_file(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose)):
+    if _check_file(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose, hold)):
         return found
     with _ffmpeg(path, table=True) as run:
         run.process.wait()
@@ -117,17 +147,17 @@ def _decode(path, size, choose):
         packets = run.packets(printed_rate)
     total, frames = max(1, len(packets.times)), None
     indices = choose(total)
-    numbers = [number for number in _with_predecessors(indices) if number < total]
+    numbers = _with_predecessors(indices, total)
     if packets.plain and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
-        frames = _seek(path, size, packets, numbers, CLEAN_KEYFRAMES[codec])
+        frames = _seek(path, size, packets, numbers, CLEAN_KEYFRAMES[codec], hold(indices))
     if packets.plain and frames is None:
-        frames = _select(path, size, packets, numbers)
+        frames = _select(path, size, packets, numbers, hold(indices))
     if frames is None:
-        frames, indices = _decode_through(path, size, total, choose)
+        frames, indices = _decode_through(path, size, total, choose, hold)
     return frames, packets.rate, indices
 
 
-def _decode_small(path, size, choose):
+def _decode_small(path, size, choose, hold):
     """The same from one run, which keeps every frame; None where they are too many."""
     held = []
     with _ffmpeg(path, size, table=True) as run:
@@ -136,7 +166,12 @@ def _decode_small(path, size, choose):
             if len(held) > HELD_BYTES // frame.size:
                 return None
         run.check(len(held))
-        return dict(enumerate(held)), run.packets(run.header()[2]).rate, choose(len(held))
+        rate = run.packets(run.header()[2]).rate
+    indices = choose(len(held))
+    frames = hold(indices)
+    for number in _with_predecessors(indices, len(held)):
+        frames[number] = held[number]
+    return frames, rate, indices
 
 
 def _check_file(path):
@@ -154,15 +189,15 @@ def _check_file(path):
     return size
 
 
-def _with_predecessors(indices):
-    return sorted({max(i, 1) - back for i in indices.tolist() for back in (0, 1)})
+def _with_predecessors(indices, total):
+    return sorted({max(i, 1) - back for i in indices.tolist() for back in (0, 1)} & {*range(total)})
 
 
-def _decode_through(path, size, total, choose):
+def _decode_through(path, size, total, choose, hold):
     """Decodes the whole video and keeps the chosen frames; `total` is a guess, the end of the run tells the truth."""
     for _ in range(2):
-        indices, frames, count = choose(total), {}, 0
-        wanted = set(_with_predecessors(indices))
+        indices, count = choose(total), 0
+        wanted, frames = set(_with_predecessors(indices, total)), hold(indices)
         with _ffmpeg(path, size) as run:
             for frame in run.frames():
                 if count in wanted:
@@ -175,17 +210,18 @@ def _decode_through(path, size, total, choose):
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
-def _select(path, size, packets, numbers):
-    """Decodes the whole video, but only these frames come out -> {number: frame}; None where a packet is not a frame."""
+def _select(path, size, packets, numbers, frames):
+    """Decodes the whole video, but only these frames come out -> `frames` with them; None where a packet is no frame."""
     with _ffmpeg(path, size, times=packets.times[numbers]) as run:
-        frames = dict(zip(numbers, run.frames(), strict=False))
+        for number, frame in zip(numbers, run.frames(), strict=False):
+            frames[number] = frame
         run.process.wait()
         decoded = run.log(r".*Input stream #0:\d+ \(video\): .*; (\d+) frames decoded")
     return frames if len(frames) == len(numbers) and decoded == [str(len(packets.times))] else None
 
 
-def _seek(path, size, packets, numbers, clean):
-    """Decodes only from the keyframe before each pair of frames -> {number: frame}; None where it fails or is slower.
+def _seek(path, size, packets, numbers, clean, frames):
+    """Decodes only from the keyframe before each pair -> `frames` with these numbers; None where it fails or is slower.
 
     clean: the kinds of NAL unit that keyframes must be, if there are any. A frame that is lost all the same does not
     come out at its time: it is missed.
@@ -208,7 +244,9 @@ def _seek(path, size, packets, numbers, clean):
             return zip(wanted, list(run.frames()), strict=False)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        frames = dict(pair for pairs in pool.map(decode, groups, groups.values()) for pair in pairs)
+        for pairs in pool.map(decode, groups, groups.values()):
+            for number, frame in pairs:
+                frames[number] = frame
     return frames if len(frames) == len(numbers) else None
 
 
@@ -350,12 +388,12 @@ def motion_mask(previous, current, kind="hard"):
 
     def mask(previous, current):
         flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
-        length = torch.linalg.vector_norm(flow, dim=-1, keepdim=True)  # (B, H, W, 1)
+        length = torch.hypot(flow[..., :1], flow[..., 1:])  # (B, H, W, 1)
         if kind == "hard":
             return current * (length > 0.2)
         return (current * (length / length.amax((-3, -2), keepdim=True).clamp(min=1e-6))).round().to(torch.uint8)
 
-    return _in_blocks(mask, previous, current, current[0, ..., 0].numel())
+    return _in_blocks(mask, previous, current)
 
 
 def rgb_to_gray(frames):
@@ -376,53 +414,81 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     while len(scales) <= levels and min(previous.shape[-2:]) * scales[-1] * pyr_scale >= 32:
         scales.append(scales[-1] * pyr_scale)
 
+    def improve(frames, flow, scale):  # (2, B, H, W), and flow, where 2 is x and y, of any scale -> flow of this one
+        images = _blur(frames) if scale == 1 else _blur_and_shrink(frames, scale)  # (2, B, h, w)
+        flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
+        first, second = _polynomial_expansion(images, poly_n, poly_sigma)
+        second = _pad_to_power_of_two(second.transpose(0, 1))
+        for _ in range(iterations):
+            flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
+        return flow
+
     def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
-        frames, flow = torch.stack([previous.float(), current.float()]), None
+        frames = torch.stack([previous.float(), current.float()])
+        flow = frames.new_zeros(2, len(previous), 1, 1)
         for scale in reversed(scales):
-            # Blurring and shrinking are linear and separable: one matrix for the rows and one for the columns.
-            rows, columns = (_blur_and_resize(n, round(n * scale), scale).to(frames.device) for n in frames.shape[-2:])
-            images = rows @ frames @ columns.T  # (2, B, h, w)
-            if flow is None:
-                flow = torch.zeros_like(images)  # also (2, B, h, w): here 2 is x and y
-            else:
-                flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
-            first, second = _polynomial_expansion(images, poly_n, poly_sigma)
-            second = _pad_to_power_of_two(second.transpose(0, 1))
-            for _ in range(iterations):
-                flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
+            pairs = _pairs_in_cache(frames, scale)
+            parts = zip(frames.split(pairs, dim=1), flow.split(pairs, dim=1), strict=True)
+            flow = torch.cat([improve(*part, scale) for part in parts], dim=1)
         return flow.permute(1, 2, 3, 0)
 
     flat = (frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, current))
-    return _in_blocks(coarse_to_fine, *flat, previous.shape[-2:].numel()).reshape(*previous.shape, 2)
+    return _in_blocks(coarse_to_fine, *flat).reshape(*previous.shape, 2)
 
 
-def _in_blocks(function, previous, current, pixels):
-    """`function` on a few pairs of frames at a time, on the CPU: their data stay in its cache.
+def _pairs_in_cache(frames, scale):
+    """How many pairs of (…, H, W) are worked on at a time: on a CPU so few that their data stay in its cache."""
+    pixels = frames.shape[-2:].numel() * scale**2
+    return max(1, int(2 * 224**2 / pixels)) if frames.device.type == "cpu" else frames.shape[1]
+
+
+def _in_blocks(function, previous, current):
+    """`function` on BLOCK pairs of frames at a time, on the CPU in threads.
 
     Threads take whole blocks: single steps are too short to be worth dividing, and torch's own threads, which would do
     that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
     """
     if previous.device.type != "cpu":
         return function(previous, current)
-    pairs = max(1, 2 * 224**2 // pixels)
-    blocks = previous.split(pairs), current.split(pairs)
-    threads = torch.get_num_threads()
-    if threads == 1:
+    blocks = previous.split(BLOCK), current.split(BLOCK)
+    if torch.get_num_threads() == 1:
         return torch.cat([*map(function, *blocks)])
+    with _threads() as pool:
+        return torch.cat([*pool.map(function, *blocks)])
+
+
+@contextmanager
+def _threads():
+    """A pool of as many threads as torch has, in each of which torch has one."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return torch.cat([*pool.map(function, *blocks)])
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
+def _blur(images):
+    """(…, h, w) with each pixel mixed with its neighbours, 1 : 2 : 1 in both directions; at the border mirrored."""
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    rows = (padded[..., :-2] + padded[..., 2:]).add_(padded[..., 1:-1], alpha=2)
+    return (rows[..., :-2, :] + rows[..., 2:, :]).add_(rows[..., 1:-1, :], alpha=2).div_(16)
+
+
+def _blur_and_shrink(images, scale):
+    """Both are linear and separable: one matrix for the rows and one for the columns."""
+    rows, columns = (_shrinking_matrix(n, round(n * scale), scale).to(images.device) for n in images.shape[-2:])
+    return rows @ images @ columns.T
+
+
 @lru_cache
-def _blur_and_resize(n, m, scale):
-    """(m, n) matrix: Gaussian blur with mirrored borders, then bilinear interpolation from n to m samples."""
+def _shrinking_matrix(n, m, scale):
+    """(m, n): Gaussian blur with mirrored borders, then bilinear interpolation from n to m samples."""
     sigma = (1 / scale - 1) / 2
     radius = max(round(sigma * 5) // 2, 1)
     offsets = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-(offsets.double() ** 2) / (2 * sigma**2)) if sigma else torch.tensor([1, 2, 1]).double()
+    kernel = torch.exp(-(offsets.double() ** 2) / (2 * sigma**2))
     blur = torch.zeros(n, n, dtype=torch.float64)
     source = (torch.arange(n)[:, None] + offsets).abs() % max(2 * n - 2, 1)  # mirrored at 0 and at n - 1
     source = torch.where(source < n, source, 2 * n - 2 - source)
