@@ -18,6 +18,11 @@ TEXT = "A red car drives the wrong way in the near lane. Nothing unusual happens
 SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32, qformer_layers=1, llama_layers=1)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that its tests do not run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As in a loader process."""
