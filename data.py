@@ -258,7 +258,8 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, star
     core. start: where to seek to (seconds). table: lists the packets. clean: lists the packets that hold such kinds of
     NAL unit. stdin: an open file that takes the place of `path`, and is waited for as long as it takes.
     """
-    threads = 1 if stop else min(torch.get_num_threads(), 8)  # one in a loader worker; seeks run side by side
+    # the other half computes flow meanwhile; one thread in a loader worker, and in seeks, which run side by side
+    threads = 1 if stop else min((torch.get_num_threads() + 1) // 2, 8)
     options = f"-nostdin -hide_banner -nostats -v level+verbose -copyts -threads {threads} -filter_threads {threads} "
     options += "-max_pixels 100000000 -max_alloc 300000000 -protocol_whitelist file,pipe "
     options += f"-format_whitelist {CONTAINERS} "
