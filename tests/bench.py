@@ -151,21 +151,22 @@ def encode(args):
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     config = HawkConfig(vit_depth=2 if args.quick else 4, llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
-    images, model = torch.rand(8, 3, 224, 224), Hawk(config).eval()
+    n = 4 if args.quick else 8
+    images, model = torch.rand(n, 3, 224, 224), Hawk(config).eval()
     reference = Blip2VisionModel(Blip2VisionConfig(
         hidden_size=config.vit_dim, intermediate_size=config.vit_mlp, num_hidden_layers=config.vit_depth,
         num_attention_heads=config.vit_heads, image_size=224, patch_size=14, hidden_act="gelu",
     )).eval()  # fmt: skip
     note = f"transformers' BLIP-2 tower of the same size, {config.vit_depth} of 39 blocks, float32"
-    yield compare("ViT-g, 8 frames", lambda: model.vit(images), lambda: reference(images), 3, note)
+    yield compare(f"ViT-g, {n} frames", lambda: model.vit(images), lambda: reference(images), 3, note)
     queries, qformer, reference = qformers(model.appearance)
-    features = torch.randn(8, 257, config.vit_dim)
-    ours, theirs = qformer(queries, features), reference(queries.expand(8, -1, -1), encoder_hidden_states=features)
+    features = torch.randn(n, 257, config.vit_dim)
+    ours, theirs = qformer(queries, features), reference(queries.expand(n, -1, -1), encoder_hidden_states=features)
     torch.testing.assert_close(ours, theirs.last_hidden_state, rtol=1e-3, atol=1e-4)
     yield compare(
-        "Q-Former, 8 frames",
+        f"Q-Former, {n} frames",
         lambda: qformer(queries, features),
-        lambda: reference(queries.expand(8, -1, -1), encoder_hidden_states=features),
+        lambda: reference(queries.expand(n, -1, -1), encoder_hidden_states=features),
         3,
         "transformers' BLIP-2 Q-Former, same weights, all 12 layers, float32",
     )
@@ -316,7 +317,7 @@ def int8(args):
     gpu = torch.cuda.is_available()
     size = {} if gpu else ONE_BILLION | {"llama_layers": 8} if args.quick else ONE_BILLION
     model = random_model("cuda" if gpu else "cpu", **size)
-    new = 17 if args.quick else 33
+    new = 9 if args.quick else 33
     name = f"LLaMA {'7B' if gpu else '0.5B' if args.quick else '1B'}, {'GPU' if gpu else 'CPU'}"
     larger, peer = tensor_bytes(model.llama) / 1e9, generation_times(model, new)[1]
     quantize_int8(model)
