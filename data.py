@@ -212,7 +212,9 @@ def _decode_through(path, size, total, choose, hold):
 
 def _select(path, size, packets, numbers, frames):
     """Decodes the whole video, but only these frames come out -> `frames` with them; None where a packet is no frame."""
-    with _ffmpeg(path, size, times=packets.times[numbers]) as run:
+    short = len(packets.times) < 300  # then flow, which is computed meanwhile, takes as long as decoding does
+    threads = (torch.get_num_threads() + 1) // 2 if short else None
+    with _ffmpeg(path, size, times=packets.times[numbers], threads=threads) as run:
         for number, frame in zip(numbers, run.frames(), strict=False):
             frames[number] = frame
         run.process.wait()
@@ -240,7 +242,7 @@ def _seek(path, size, packets, numbers, clean, frames):
 
     def decode(key, wanted):
         start = packets.times[max(key, wanted[0] - SEEK_MARGIN)] * packets.tick if key else None
-        with _ffmpeg(path, size, times=packets.times[wanted], stop=True, start=start) as run:
+        with _ffmpeg(path, size, times=packets.times[wanted], stop=True, start=start, threads=1) as run:
             return zip(wanted, list(run.frames()), strict=False)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -251,15 +253,14 @@ def _seek(path, size, packets, numbers, clean, frames):
 
 
 @contextmanager
-def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, start=None, stdin=None):
+def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, start=None, stdin=None, threads=None):
     """One run of ffmpeg on one file -> _Run: no shell, no network, and an end with the `with` block.
 
-    size: frames come out, all or those at `times` (ticks); with `stop` the run ends after the last of them and takes one
-    core. start: where to seek to (seconds). table: lists the packets. clean: lists the packets that hold such kinds of
-    NAL unit. stdin: an open file that takes the place of `path`, and is waited for as long as it takes.
+    size: frames come out, all or those at `times` (ticks); with `stop` the run ends after the last of them. start: where
+    to seek to (seconds). table: lists the packets. clean: lists the packets that hold such kinds of NAL unit. stdin: an
+    open file that takes the place of `path`, and is waited for as long as it takes. threads: at most as many as torch has.
     """
-    # the other half computes flow meanwhile; one thread in a loader worker, and in seeks, which run side by side
-    threads = 1 if stop else min((torch.get_num_threads() + 1) // 2, 8)
+    threads = min(threads or torch.get_num_threads(), 8)  # one in a loader worker
     options = f"-nostdin -hide_banner -nostats -v level+verbose -copyts -threads {threads} -filter_threads {threads} "
     options += "-max_pixels 100000000 -max_alloc 300000000 -protocol_whitelist file,pipe "
     options += f"-format_whitelist {CONTAINERS} "
