@@ -1074,7 +1074,16 @@ def frozen_fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-# ---- 5. The machine --------------------------------------------------------------------------------------------------
+# ---- 5. The command line and the machine -----------------------------------------------------------------------------
+def settings(pairs):
+    """Of `--set KEY=VALUE`: ["KEY=VALUE", …] -> {key: number, truth or text}, for HawkConfig.from_dict to judge."""
+    values = dict(pair.partition("=")[::2] for pair in pairs)
+    for key, value in values.items():
+        with suppress(ValueError):  # then it stays text
+            values[key] = json.loads(value.lower())
+    return values
+
+
 def usable_device(name=None):
     """The torch.device of this name, by default the best there is; a ValueError where it cannot be used."""
     name = name or best_device()

@@ -50,6 +50,7 @@ from data import (
     random_crop,
     read_index,
     refuse_changed,
+    settings,
     usable_device,
     videos_digest,
 )  # fmt: skip
@@ -838,12 +839,6 @@ def choose_motion(choice, hawk):
     why = "" if held or hawk is None else f" ({hawk.path} does not hold it)"
     lines = {"checkpoint": "from the checkpoint", "replay": f"rebuilt from seed 42{why}", "blip2": "a copy of BLIP-2's"}
     return {"checkpoint": "hawk", "replay": "made", "blip2": "qformer"}[choice], lines[choice]
-
-
-def settings(pairs):
-    """--set KEY=VALUE … -> {key: number, truth or text}"""
-    values = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
-    return {k: json.loads(v) if re.match(r"-?\d|(true|false)$", v) else v for k, v in values.items()}
 
 
 def weights(args):

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from data import (
     load_batches,
     peak_memory_mb,
     read_index,
+    settings,
     usable_device,
 )
 from hawk import BRANCHES, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
@@ -358,22 +359,6 @@ def choose_precision(args, device):
     return lambda: torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"), scaler
 
 
-def override(config, settings):
-    """Applies --set KEY=VALUE to a config; the value takes the type of the field."""
-    for item in settings:
-        key, _, value = item.partition("=")
-        if key not in (types := {field.name: field.type for field in fields(config)}):
-            raise ValueError(f"--set {item}: the config has no field {key!r}")
-        kind = (lambda text: {"true": True, "false": False}[text.lower()]) if types[key] is bool else types[key]
-        try:
-            setattr(config, key, kind(value))
-        except (ValueError, KeyError):
-            what = "true or false" if types[key] is bool else types[key].__name__
-            raise ValueError(f"--set {item}: {key} must be {what}") from None
-    config.__post_init__()
-    return config
-
-
 def build(args, last):
     """(model, path of its tokenizer, objective module): from OUT/last, --weights, or nothing."""
     torch.manual_seed(args.seed)
@@ -383,11 +368,11 @@ def build(args, last):
         config = HawkConfig.preset(args.preset)
         if args.preset == "tiny":  # a small world has few words: the table is as long as its tokenizer says
             config.vocab_size = Tokenizer(tokenizer).vocab_size
-        model = Hawk(override(config, args.set))
+        model = Hawk(HawkConfig.from_dict(asdict(config) | settings(args.set), "--set"))
     else:
         tokenizer = folder / "tokenizer.model"
         stored = read_chain(folder)[0]
-        config = override(replace(stored), args.set)
+        config = HawkConfig.from_dict(asdict(stored) | settings(args.set), "--set")
         rank = config.lora_rank
         if stored.lora_rank not in (0, rank):
             raise ValueError(f"--set lora_rank={rank}: {folder} already holds a LoRA of rank {stored.lora_rank}")

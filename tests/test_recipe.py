@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import data
 import prepare
 import sample
 import train
-from data import DESCRIBE_QUESTIONS, Clip, HawkDataset, Tokenizer, clip_generator, collate, read_index
+from data import DESCRIBE_QUESTIONS, Clip, HawkDataset, Tokenizer, clip_generator, collate, read_index, settings
 from hawk import BRANCHES, Hawk, HawkConfig
 
 ROOT = Path(__file__).parents[1]
@@ -397,13 +398,20 @@ def test_options_that_make_no_run(flags, words, capsys):
 
 @pytest.mark.parametrize(
     "setting, words",
-    [("n_visual=3", "no field 'n_visual'"), ("preset=3", "no field"), ("n_frames", "n_frames must be int"),
-     ("gradient_checkpointing=on", "must be true or false"), ("dropout=much", "dropout must be float"),
+    [("n_visual=3", "unknown key 'n_visual'"), ("preset=3", "unknown key"), ("n_frames", "n_frames must be int"),
+     ("gradient_checkpointing=on", "must be bool, not 'on'"), ("dropout=much", "dropout must be float"),
+     ("n_frames=8x", "n_frames must be int, not '8x'"), ("motion=[1]", "motion must be str"), ("dropout=NaN", "float"),
      ("lora_targets=q", "lora_targets q:"), ("image_size=10", "image_size 10"), ("llama_heads=64", "llama_heads 64")],
 )  # fmt: skip
 def test_settings_that_make_no_model(setting, words):
     with pytest.raises(ValueError, match=words):
-        train.override(HawkConfig.preset("tiny"), [setting])
+        HawkConfig.from_dict(asdict(HawkConfig.preset("tiny")) | settings([setting]), "--set")
+
+
+def test_settings_that_do():
+    pairs = ["gradient_checkpointing=True", "dropout=1e-1", "lora_alpha=8", "motion=soft", "n_frames=4", "n_frames=5"]
+    config = HawkConfig.from_dict(settings(pairs), "--set")
+    assert config == HawkConfig(gradient_checkpointing=True, dropout=0.1, lora_alpha=8.0, motion="soft", n_frames=5)
 
 
 def test_losses_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, main):
