@@ -138,9 +138,9 @@ class MLP(nn.Module):
 
 def run(layers, x, *args, save_memory=False):
     """x through the layers; `save_memory` recomputes each layer in the backward pass instead of storing it."""
+    save_memory = save_memory and torch.is_grad_enabled()
     for layer in layers:
-        recompute = save_memory and torch.is_grad_enabled()
-        x = checkpoint(layer, x, *args, use_reentrant=False) if recompute else layer(x, *args)
+        x = checkpoint(layer, x, *args, use_reentrant=False) if save_memory else layer(x, *args)
     return x
 
 
@@ -263,28 +263,27 @@ class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its ow
 # ---- LLaMA-2 ---------------------------------------------------------------------------------------------------------
 def rotate(x, cos, sin):
     """Rotary position: turns the pairs (x_i, x_{i + d/2}) by their angle (Hugging Face's layout). x (B, h, S, d)."""
-    x32 = x.float()
-    a, b = x32.chunk(2, dim=-1)
+    a, b = (x32 := x.float()).chunk(2, dim=-1)
     return (x32 * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
 class KVCache:  # keys and values of every layer, allocated once for `size` positions, of which `length` are filled
     def __init__(self, config, batch, size, like, padding=0):
         shape = (config.llama_layers, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
-        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
+        self.k, self.v, self.length = like.new_zeros(shape), like.new_zeros(shape), 0  # also what is masked is finite
         self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1): left padding
 
     def write(self, layer, k, v):
-        """Stores k, v (B, h, S, d) of the last S positions; returns all keys and values so far."""
-        start, end = self.length - k.shape[2], self.length
-        self.k[layer, :, :, start:end], self.v[layer, :, :, start:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Stores k, v (B, h, S, d) of the last S positions; returns all `size`: the shapes are the same in every step."""
+        for held, new in ((self.k[layer], k), (self.v[layer], v)):
+            held.index_copy_(2, self.query[:, 0], new.to(held.dtype))
+        return self.k[layer], self.v[layer]
 
     def extend(self, S):
-        """By S tokens: their positions (B or 1, 1, S), and which of all keys each one sees (B or 1, 1, S, length)."""
+        """By S tokens: their positions (B or 1, 1, S), and which of all keys each one sees (B or 1, 1, S, size)."""
         self.length += S
-        key = torch.arange(self.length, device=self.k.device)
-        query = key[-S:, None]  # (S, 1)
+        key = torch.arange(self.k.shape[3], device=self.k.device)
+        query = self.query = torch.arange(self.length - S, self.length, device=key.device)[:, None]  # (S, 1)
         mask = (self.padding <= key) & (key <= query) | (key == query)  # padding sees itself: its softmax is not 0 / 0
         return (query[:, 0] - self.padding[..., 0]).clamp_min(0), mask
 
@@ -338,13 +337,14 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
 
     def forward(self, x, cache=None):
         """Embeddings (B, S, D) -> hidden states (B, S, D) before the head. With a cache, x continues what is in it."""
-        c, S = self.config, x.shape[1]
+        c, d, S = self.config, self.config.llama_dim // self.config.llama_heads, x.shape[1]
         positions, mask = cache.extend(S) if cache else (torch.arange(S, device=x.device), None)
-        d = c.llama_dim // c.llama_heads
         frequency = c.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
         angle = positions[..., None].float() * frequency.repeat(2)  # (B or 1, 1, S, d) with a cache, else (S, d)
-        save_memory = c.gradient_checkpointing and cache is None
-        return self.norm(run(self.layers, x, angle.cos(), angle.sin(), mask, cache, save_memory=save_memory))
+        return self.through_layers(x, angle.cos(), angle.sin(), mask, cache)
+
+    def through_layers(self, x, *args):
+        return self.norm(run(self.layers, x, *args, save_memory=self.config.gradient_checkpointing))
 
 
 # ---- LoRA: a low-rank correction beside a frozen weight; `prepare.py merge` adds it to the weight --------------------
@@ -479,7 +479,7 @@ class Hawk(nn.Module):
         if beams > 1:
             prompts = (x[b : b + 1, padding[b] :] for b in range(len(x)))
             return [self.beam_search(x, max_new_tokens, beams, repetition_penalty, eos_id) for x in prompts]
-        cache = KVCache(self.config, len(x), x.shape[1] + max_new_tokens, x, padding)
+        cache = KVCache(self.config, len(x), math.ceil((x.shape[1] + max_new_tokens) / 64) * 64, x, padding)
         generator = torch.Generator(self.device).manual_seed(seed)
         new, done = ids[:, :0], torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):

@@ -203,7 +203,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        if len(rows) <= FEW_ROWS and has_kernel(x.device.type):
+        if not torch.compiler.is_compiling() and len(rows) <= FEW_ROWS and has_kernel(x.device.type):
             return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
 
@@ -222,6 +222,34 @@ def quantize_int8(model):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child))
+    return model
+
+
+# ---- Compiled decoding -----------------------------------------------------------------------------------------------
+def compile_decoding(model):
+    """Compiles what LLaMA does for each further token; returns the model. Small steps become one kernel, and a GPU records
+    all kernels once as a CUDA graph: one by one they take longer to start than to run. The first answer waits for the
+    compiler, and so does the first with another size of cache (multiples of 64) or batch."""
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}  # the latter for products with one row
+    eager, kept = model.llama.through_layers, {}  # keys and values by shape: a graph wants them where they once were
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False, options=options)
+    torch._dynamo.config.recompile_limit = 256  # different sizes
+
+    def through_layers(x, cos, sin, mask, cache):
+        if cache is None or x.shape[1] > 1:
+            return eager(x, cos, sin, mask, cache)
+        held = kept.setdefault(cache.k.shape, (cache.k, cache.v))
+        for old, new in zip(held, (cache.k, cache.v), strict=True):
+            torch._dynamo.mark_static_address(old)
+            if new is not old:
+                old.copy_(new)
+        cache.k, cache.v = held
+        try:
+            return compiled(x, cos, sin, mask, cache)
+        except torch._dynamo.exc.TorchDynamoException as error:  # such as a machine without a C++ compiler
+            raise ValueError(f"--compile: torch.compile failed: {' '.join(str(error).split()[:24])}") from error
+
+    model.llama.through_layers = through_layers
     return model
 
 
@@ -379,6 +407,7 @@ def add_model_options(p):
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
     add("--int8", action="store_true", help="LLaMA's weights in int8: half bfloat16's memory, slightly other numbers")
+    add("--compile", action="store_true", help="compile the making of words: meant for GPUs; costs a minute at first")
 
 
 def weights_folder(args):
@@ -389,7 +418,11 @@ def weights_folder(args):
 def load_from_options(args):
     """(model, tokenizer) for the model options, with one line on stderr when these weights know only the toy world."""
     folder, real = weights_folder(args), WEIGHTS / "hawk-7b"
+    if args.compile and getattr(args, "beams", 1) > 1:  # which move what a graph would have to find in its place
+        raise ValueError("--beams and --compile exclude each other")
     model, tokenizer = load(folder, args.device, getattr(torch, args.dtype) if args.dtype else None, args.int8)
+    if args.compile:
+        compile_decoding(model)
     if small_world(model.config):
         note(
             f"note: the small weights in {folder} know the toy world only; for real videos put the 7B weights into "

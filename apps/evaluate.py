@@ -125,7 +125,7 @@ def decisive_options(args):
         "weights": str(folder.resolve()), "weights_sha256": sha256(*files, folder / "tokenizer.model"),
         "config": vars(read_chain(folder)[0]), "annotations": os.path.abspath(args.annotations),
         "annotations_sha256": sha256(args.annotations), "device": device, "dtype": dtype, "temperature": 0.0,
-    } | ({"int8": True} if args.int8 else {}) | {name: getattr(args, name) for name in names}  # fmt: skip
+    } | {k: True for k in ("int8", "compile") if getattr(args, k)} | {name: getattr(args, name) for name in names}  # fmt: skip
 
 
 def record_options(args):

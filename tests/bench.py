@@ -312,11 +312,13 @@ def tensor_bytes(module):
 
 def int8(args):
     """Decoding with int8 weights beside bfloat16: a LLaMA of (half) a billion parameters, on a GPU the 7B one."""
-    from sample import quantize_int8
+    from sample import compile_decoding, quantize_int8
 
     gpu = torch.cuda.is_available()
     size = {} if gpu else ONE_BILLION | {"llama_layers": 8} if args.quick else ONE_BILLION
     model = random_model("cuda" if gpu else "cpu", **size)
+    if gpu:  # where starting the kernels one by one would take longer than they do
+        compile_decoding(model)
     new = 9 if args.quick else 33
     name = f"LLaMA {'7B' if gpu else '0.5B' if args.quick else '1B'}, {'GPU' if gpu else 'CPU'}"
     larger, peer = tensor_bytes(model.llama) / 1e9, generation_times(model, new)[1]
@@ -361,11 +363,16 @@ def gpu(args):
     if not torch.cuda.is_available():
         yield row("decoding and training on a GPU", None, None, None, "-", GPU_ONLY)
         return
+    from sample import compile_decoding
+
     bandwidth, model = copy_bandwidth(), random_model("cuda")
     read = sum(p.nbytes for name, p in model.llama.named_parameters() if "embed_tokens" not in name)
-    each = generation_times(model, 65)[1]
     note = f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; the ratio is the share of the limit"
-    yield row("7B, bf16, batch 1", 1 / each, bandwidth / read, read / each / bandwidth, "tokens/s", note)
+    for name in ("7B, bf16, batch 1", "7B, bf16, batch 1, --compile"):
+        if "compile" in name:
+            compile_decoding(model)
+        each = generation_times(model, 65)[1]
+        yield row(name, 1 / each, bandwidth / read, read / each / bandwidth, "tokens/s", note)
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     peak = 2 * 8192**3 / gpu_seconds(lambda: square @ square)
     x = torch.randn(8, 512, model.config.llama_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
