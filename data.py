@@ -76,7 +76,7 @@ def read_clip(path, n_frames=32, image_size=224, motion="hard", sampling="unifor
 
 
 def make_clip(frames, fps, indices, motion="hard"):
-    """Clip of the frames with these numbers; `frames` (list or dict) also holds their predecessors."""
+    """Clip of the frames with these numbers out of a list of all frames."""
     with _threads() as pool:
         wanted = _Frames(indices, motion, pool)
         for i in _with_predecessors(indices, len(frames)):
@@ -190,7 +190,7 @@ def _check_file(path):
 
 
 def _with_predecessors(indices, total):
-    return sorted({max(i, 1) - back for i in indices.tolist() for back in (0, 1)} & {*range(total)})
+    return sorted({n for i in indices.tolist() for n in (max(i, 1) - 1, max(i, 1)) if n < total})
 
 
 def _decode_through(path, size, total, choose, hold):
@@ -212,7 +212,8 @@ def _decode_through(path, size, total, choose, hold):
 
 def _select(path, size, packets, numbers, frames):
     """Decodes the whole video, but only these frames come out -> `frames` with them; None where a packet is no frame."""
-    short = len(packets.times) < 300  # then flow, which is computed meanwhile, takes as long as decoding does
+    # flow, if it is computed meanwhile, takes as long as decoding a short video does
+    short = len(packets.times) < 300 and getattr(frames, "blocks", None)
     threads = (torch.get_num_threads() + 1) // 2 if short else None
     with _ffmpeg(path, size, times=packets.times[numbers], threads=threads) as run:
         for number, frame in zip(numbers, run.frames(), strict=False):
@@ -1078,9 +1079,11 @@ def frozen_fingerprint(model):
 def settings(pairs):
     """Of `--set KEY=VALUE`: ["KEY=VALUE", …] -> {key: number, truth or text}, for HawkConfig.from_dict to judge."""
     values = dict(pair.partition("=")[::2] for pair in pairs)
-    for key, value in values.items():
-        with suppress(ValueError):  # then it stays text
-            values[key] = json.loads(value.lower())
+    for key, text in values.items():
+        values[key] = {"true": True, "false": False}.get(text.lower(), text)
+        for number in (float, int):  # the last that fits stays
+            with suppress(ValueError):
+                values[key] = number(text)
     return values
 
 

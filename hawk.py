@@ -5,12 +5,11 @@
     motion ─┘           └ motion:     Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┘
 
 It reads only its own format from disk; `prepare.py weights` turns the released files into it.
+Letters: B batch, T frames, S sequence length, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads.
 
     model = Hawk.from_pretrained("weights/tiny")
     soft = model.encode(appearance, motion)             # (B, T, 3, H, W) each, in [0, 1]  ->  .tokens (B, 64, D)
     ids = model.generate(appearance, motion, input_ids)
-
-Letters: B batch, T frames, S sequence length, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads.
 """
 
 import json
@@ -268,21 +267,23 @@ def rotate(x, cos, sin):
 
 
 class KVCache:  # keys and values of every layer, allocated once for `size` positions, of which `length` are filled
-    def __init__(self, config, batch, size, like, padding=0):
-        shape = (config.llama_layers, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
-        self.k, self.v, self.length = like.new_zeros(shape), like.new_zeros(shape), 0  # also what is masked is finite
+    def __init__(self, config, batch, size, like, padding=0, static=False):
+        self.size, self.length, self.static = 1 << (size - 1).bit_length() if static else size, 0, static
+        shape = (batch, config.llama_heads, self.size, config.llama_dim // config.llama_heads)
+        self.k, self.v = ([like.new_zeros(shape) for _ in range(config.llama_layers)] for _ in range(2))
         self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1): left padding
 
     def write(self, layer, k, v):
-        """Stores k, v (B, h, S, d) of the last S positions; returns all `size`: the shapes are the same in every step."""
+        """Stores k, v (B, h, S, d) of the last S positions; returns those so far, or all `size` of them if static."""
         for held, new in ((self.k[layer], k), (self.v[layer], v)):
             held.index_copy_(2, self.query[:, 0], new.to(held.dtype))
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, : self.end], self.v[layer][:, :, : self.end]
 
     def extend(self, S):
-        """By S tokens: their positions (B or 1, 1, S), and which of all keys each one sees (B or 1, 1, S, size)."""
+        """By S tokens: their positions (B or 1, 1, S), and which of all keys each one sees (B or 1, 1, S, end)."""
         self.length += S
-        key = torch.arange(self.k.shape[3], device=self.k.device)
+        self.end = self.size if self.static else self.length
+        key = torch.arange(self.end, device=self.padding.device)
         query = self.query = torch.arange(self.length - S, self.length, device=key.device)[:, None]  # (S, 1)
         mask = (self.padding <= key) & (key <= query) | (key == query)  # padding sees itself: its softmax is not 0 / 0
         return (query[:, 0] - self.padding[..., 0]).clamp_min(0), mask
@@ -384,6 +385,7 @@ class Hawk(nn.Module):
         if config.lora_rank:
             self.add_lora()
 
+    static_cache = False  # generate's; for compiled steps, which want the same shapes each time
     device = property(lambda self: self.llama.lm_head.weight.device)
 
     def set_trainable(self, mode):
@@ -479,7 +481,7 @@ class Hawk(nn.Module):
         if beams > 1:
             prompts = (x[b : b + 1, padding[b] :] for b in range(len(x)))
             return [self.beam_search(x, max_new_tokens, beams, repetition_penalty, eos_id) for x in prompts]
-        cache = KVCache(self.config, len(x), math.ceil((x.shape[1] + max_new_tokens) / 64) * 64, x, padding)
+        cache = KVCache(self.config, len(x), x.shape[1] + max_new_tokens, x, padding, self.static_cache)
         generator = torch.Generator(self.device).manual_seed(seed)
         new, done = ids[:, :0], torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
@@ -495,9 +497,8 @@ class Hawk(nn.Module):
         """The `beams` best continuations of one prompt x (1, S, D), kept side by side; returns the best one by mean
         log-probability per token: a finished one, or at the limit perhaps the best of those still open."""
         cache = KVCache(self.config, beams, x.shape[1] + max_new_tokens, x)
-        x, new = x.expand(beams, -1, -1), torch.empty(beams, 0, dtype=torch.long, device=x.device)
+        x, new, finished = x.expand(beams, -1, -1), torch.empty(beams, 0, dtype=torch.long, device=x.device), []
         score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # equal at first: only one spreads
-        finished = []
         for step in range(1, max_new_tokens + 1):
             logits = self.llama.lm_head(self.llama(x, cache)[:, -1]).float()
             total = score[:, None] + penalise(logits, new, repetition_penalty).log_softmax(-1)  # (beams, vocabulary)
@@ -509,7 +510,7 @@ class Hawk(nn.Module):
             new = torch.cat([new[rows], token[:, None]], dim=1)
             if len(finished) >= beams and sorted(finished)[-beams][0] >= score[0].item() / step:
                 break
-            cache.k, cache.v = cache.k[:, rows], cache.v[:, rows]  # row b continues what row rows[b] has said
+            cache.k, cache.v = ([x[rows] for x in held] for held in (cache.k, cache.v))  # row b continues row rows[b]
             x = self.llama.embed_tokens(token[:, None])
         return max([*finished, (score[0].item() / step, new[0].tolist())])[1]
 
@@ -576,8 +577,7 @@ def left_pad(rows, device):
 
 def penalise(logits, new, penalty):
     """Repetition penalty: divides the logits (B, vocabulary) of tokens in new (B, n) if positive, else multiplies."""
-    seen = logits.gather(1, new)
-    return logits.scatter(1, new, torch.where(seen > 0, seen / penalty, seen * penalty))
+    return logits.scatter(1, new, torch.where((seen := logits.gather(1, new)) > 0, seen / penalty, seen * penalty))
 
 
 def choose(logits, temperature, top_p, generator):

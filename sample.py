@@ -229,26 +229,27 @@ def quantize_int8(model):
 def compile_decoding(model):
     """Compiles what LLaMA does for each further token; returns the model. Small steps become one kernel, and a GPU records
     all kernels once as a CUDA graph: one by one they take longer to start than to run. The first answer waits for the
-    compiler, and so does the first with another size of cache (multiples of 64) or batch."""
+    compiler, and so does the first of each other batch size or length of the cache (a power of two)."""
     options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}  # the latter for products with one row
     eager, kept = model.llama.through_layers, {}  # keys and values by shape: a graph wants them where they once were
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, options=options)
-    torch._dynamo.config.recompile_limit = 256  # different sizes
 
     def through_layers(x, cos, sin, mask, cache):
-        if cache is None or x.shape[1] > 1:
+        if cache is None or x.shape[1] > 1 or not cache.static:
             return eager(x, cos, sin, mask, cache)
-        held = kept.setdefault(cache.k.shape, (cache.k, cache.v))
-        for old, new in zip(held, (cache.k, cache.v), strict=True):
+        held = kept.setdefault(cache.k[0].shape, (cache.k, cache.v))
+        for old, new in zip(held[0] + held[1], cache.k + cache.v, strict=True):
             torch._dynamo.mark_static_address(old)
             if new is not old:
                 old.copy_(new)
         cache.k, cache.v = held
+        torch._dynamo.config.recompile_limit = 256  # shapes; here, because it holds for this thread only
         try:
             return compiled(x, cos, sin, mask, cache)
         except torch._dynamo.exc.TorchDynamoException as error:  # such as a machine without a C++ compiler
             raise ValueError(f"--compile: torch.compile failed: {' '.join(str(error).split()[:24])}") from error
 
+    model.static_cache = True
     model.llama.through_layers = through_layers
     return model
 

@@ -148,6 +148,7 @@ def test_size_and_pixels_that_change_on_the_way(tmp_path, monkeypatch):
 def test_times_and_message(tmp_path):
     path = make(tmp_path / "ntsc.mp4", source="testsrc2=s=48x32:r=30000/1001", seconds=10)
     clip = read_clip(path, 8, SIZE, motion="none")
+    assert clip.appearance.any() and not clip.motion.any()
     assert clip.seconds == [round(int(i) * 1001 / 30000, 1) for i in clip.indices]
     film = read_clip(
         make(tmp_path / "film.mp4", source="testsrc2=s=48x32:r=24", seconds=3), image_size=SIZE, motion="none"
