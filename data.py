@@ -189,7 +189,7 @@ def _check_file(path):
     return size
 
 
-def _with_predecessors(indices, total):
+def _with_predecessors(indices, total):  # 0 comes with 1, see _Frames; in a video of one frame alone
     return sorted({n for i in indices.tolist() for n in (max(i, 1) - 1, max(i, 1)) if n < total})
 
 
@@ -417,7 +417,7 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     while len(scales) <= levels and min(previous.shape[-2:]) * scales[-1] * pyr_scale >= 32:
         scales.append(scales[-1] * pyr_scale)
 
-    def improve(frames, flow, scale):  # (2, B, H, W), and flow, where 2 is x and y, of any scale -> flow of this one
+    def improve(frames, flow, scale):  # (2, B, H, W) and a coarser flow, where 2 is x and y -> flow (2, B, h, w)
         images = _blur(frames) if scale == 1 else _blur_and_shrink(frames, scale)  # (2, B, h, w)
         flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
         first, second = _polynomial_expansion(images, poly_n, poly_sigma)
@@ -428,7 +428,7 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
 
     def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
         frames = torch.stack([previous.float(), current.float()])
-        flow = frames.new_zeros(2, len(previous), 1, 1)
+        flow = frames.new_zeros(2, len(previous), 1, 1)  # coarser than any scale
         for scale in reversed(scales):
             pairs = _pairs_in_cache(frames, scale)
             parts = zip(frames.split(pairs, dim=1), flow.split(pairs, dim=1), strict=True)

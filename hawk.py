@@ -274,7 +274,7 @@ class KVCache:  # keys and values of every layer, allocated once for `size` posi
         self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1): left padding
 
     def write(self, layer, k, v):
-        """Stores k, v (B, h, S, d) of the last S positions; returns those so far, or all `size` of them if static."""
+        """Stores k, v (B, h, S, d) of the last S positions; returns those so far, if static all: the rest is zeros."""
         for held, new in ((self.k[layer], k), (self.v[layer], v)):
             held.index_copy_(2, self.query[:, 0], new.to(held.dtype))
         return self.k[layer][:, :, : self.end], self.v[layer][:, :, : self.end]
@@ -344,7 +344,7 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
         angle = positions[..., None].float() * frequency.repeat(2)  # (B or 1, 1, S, d) with a cache, else (S, d)
         return self.through_layers(x, angle.cos(), angle.sin(), mask, cache)
 
-    def through_layers(self, x, *args):
+    def through_layers(self, x, *args):  # a part of its own, so that sample.py:compile_decoding can compile it
         return self.norm(run(self.layers, x, *args, save_memory=self.config.gradient_checkpointing))
 
 

@@ -134,8 +134,8 @@ def log_likelihoods(model, encoding, prompt, answers, starts):
         target = torch.tensor([ids + [0] * (L - len(ids)) for ids, _ in batch], device=model.device)  # (J, L)
         kept = torch.tensor([[start <= t < len(ids) for t in range(L)] for ids, start in batch], device=model.device)
         longer = KVCache(model.config, J, len(prompt) + L, x)
-        for held, start in zip(longer.k + longer.v, cache.k + cache.v, strict=True):
-            held[:, :, : len(prompt)] = start
+        for each, of_prompt in zip(longer.k + longer.v, cache.k + cache.v, strict=True):
+            each[:, :, : len(prompt)] = of_prompt
         longer.length = len(prompt)
         hidden = model.llama(model.llama.embed_tokens(target), longer)[:, :-1]
         hidden = torch.cat([before.expand(J, -1, -1), hidden], dim=1)  # (J, L, D): what predicts each token
