@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from copy import copy
 from dataclasses import dataclass, field
 from html import escape
@@ -65,12 +65,19 @@ def message(role, content):
 
 
 class Page:
-    """A chat for each user, known by any key; the lock lets one at a time use the model. Files are written and removed in
-    the folder `uploads` only."""
+    """A chat for each user, known by any key. All that the model does is done in one thread: one thing after the other,
+    and CUDA graphs (--compile) belong to the thread that recorded them. Files are written and removed in the folder
+    `uploads` only."""
 
     def __init__(self, model, tokenizer, uploads, max_new_tokens=128):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.uploads, self.lock, self.users = Path(uploads), threading.Lock(), {}
+        self.uploads, self.users = Path(uploads), {}
+        self.thread, self.work = ThreadPoolExecutor(1), Future()  # work: what the thread was last asked to do
+        self.work.set_result(None)
+
+    def do(self, function, *args):
+        self.work = self.thread.submit(function, *args)
+        return self.work
 
     def open(self, key, path):
         """Another video, or None -> (path of the motion sheet or None, what to say about it). The rounds begin anew."""
@@ -82,9 +89,8 @@ class Page:
         user = User(path, Chat(self.model, self.tokenizer, SYSTEM, {}), tempfile.mkdtemp(dir=self.uploads))
         self.users[key] = user
         try:
-            with self.lock:
-                user.chat.open(path)
-                write_picture(motion_sheet(path, user.chat.seen.clip), f"{user.folder}/motion.png")
+            self.do(user.chat.open, path).result()
+            write_picture(motion_sheet(path, user.chat.seen.clip), f"{user.folder}/motion.png")
         except PROBLEMS as error:
             if self.users.get(key) is user:
                 self.leave(key)
@@ -98,19 +104,19 @@ class Page:
             yield [asked, message("assistant", "error: there is no video; upload one or take an example")]
             return
         user.stop, pieces, said, notes = False, SimpleQueue(), "", []
-        yield [*user.shown, asked, message("assistant", "(waiting for others)" if self.lock.locked() else "…")]
-        with ThreadPoolExecutor(1) as pool:
-            work = pool.submit(self.answer, user, question, beams, temperature, pieces.put, notes.append)
-            work.add_done_callback(lambda _: pieces.put(None))
-            try:
-                for piece in iter(pieces.get, None):
-                    said += piece
-                    yield [*user.shown, asked, message("assistant", said)]
-            finally:
-                user.stop = True  # also if nobody takes the words any more
+        yield [*user.shown, asked, message("assistant", "…" if self.work.done() else "(waiting for others)")]
+        work = self.do(self.answer, user, question, beams, temperature, pieces.put, notes.append)
+        work.add_done_callback(lambda _: pieces.put(None))
+        try:
+            for piece in iter(pieces.get, None):
+                said += piece
+                yield [*user.shown, asked, message("assistant", said)]
+        finally:  # also if nobody takes the words any more
+            user.stop = True
+            wait([work])
         try:
             work.result()
-        except Stopped:
+        except (Stopped, CancelledError):
             notes.append("stopped")
         except PROBLEMS as error:
             notes.append(f"error: {error}")
@@ -119,7 +125,7 @@ class Page:
             yield user.shown
 
     def answer(self, user, question, beams, temperature, write, tell):
-        """One round; only what others do not see of it is outside the lock."""
+        """One round, in the model's thread."""
         if beams > 1 and temperature > 0:
             raise ValueError("several beams go with temperature 0 only")
         if len(question) > MOST_LETTERS:  # the page's own limit is the browser's
@@ -130,10 +136,17 @@ class Page:
                 raise Stopped
             write(text)
 
+        if user.stop:  # while others were answered
+            raise Stopped
         generation = {"beams": beams, "temperature": temperature, "max_new_tokens": self.max_new_tokens}
-        with self.lock:
-            user.chat.generation = generation
-            user.chat.say(question, unless_stopped, tell)
+        user.chat.generation = generation
+        user.chat.say(question, unless_stopped, tell)
+
+    def close(self):
+        """At the end of the program: what is being said stops at the next word."""
+        for user in list(self.users.values()):
+            user.stop = True
+        self.thread.shutdown(cancel_futures=True)
 
     def stop(self, key):
         if key in self.users:
@@ -165,7 +178,7 @@ class Page:
 def build(gr, page, examples):
     """The page in Gradio's terms. Each browser tab is a user: its session's name is the key."""
     private = {"api_visibility": "private", "show_progress": "hidden"}
-    model = {"concurrency_limit": None}  # the page's lock decides who waits
+    model = {"concurrency_limit": None}  # the page decides who waits
 
     def open_video(path, request: gr.Request):
         return *page.open(request.session_hash, path), []
@@ -247,6 +260,7 @@ def serve(gr, page, args):
         threading.Event().wait()
     finally:
         blocks.close(verbose=False)
+        page.close()
 
 
 def main(argv=None):

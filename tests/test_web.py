@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -122,17 +123,13 @@ def test_control_tokens_in_a_question_stay_text(world, page, loaded, monkeypatch
 
 
 def test_two_users_at_once(world, page, loaded, monkeypatch):
-    inside, most, generate = 0, 0, loaded[0].generate
+    threads, generate, encode = set(), loaded[0].generate, loaded[0].encode
 
-    def counted(*args, **kwargs):
-        nonlocal inside, most
-        inside += 1
-        most = max(most, inside)
-        found = generate(*args, **kwargs)
-        inside -= 1
-        return found
+    def noted(function):
+        return lambda *args, **kwargs: threads.add(threading.get_ident()) or function(*args, **kwargs)
 
-    monkeypatch.setattr(loaded[0], "generate", counted)
+    monkeypatch.setattr(loaded[0], "generate", noted(generate))
+    monkeypatch.setattr(loaded[0], "encode", noted(encode))
     found = {}
 
     def use(name):
@@ -142,13 +139,37 @@ def test_two_users_at_once(world, page, loaded, monkeypatch):
     users = [threading.Thread(target=use, args=[name]) for name in ("a b.mp4", "c.mp4")]
     [user.start() for user in users]
     [user.join() for user in users]
-    assert most == 1
+    assert len(threads) == 1 and threading.get_ident() not in threads  # where CUDA graphs belong
     for name, answers in found.items():
         history = []
         for question, answer in zip(("What?", "Why?", "Who?"), answers, strict=True):
             alone = sample.ask(*loaded, world / name, question, history, max_new_tokens=12).answer
             assert answer == alone
             history.append((question, answer))
+
+
+def test_who_leaves_while_waiting_costs_nobody_time(world, page, loaded, monkeypatch):
+    going_on, generate, calls, found = threading.Event(), loaded[0].generate, [], []
+    monkeypatch.setattr(
+        loaded[0], "generate", lambda *a, **k: calls.append(1) or (going_on.wait(60) and generate(*a, **k))
+    )
+    for name in ("me", "you"):
+        page.open(name, str(world / "c.mp4"))
+    mine, yours = (threading.Thread(target=lambda k=k: found.append((k, [*page.ask(k, "What?")]))) for k in page.users)
+    mine.start()
+    while not calls:
+        time.sleep(0.01)
+    before = page.work
+    yours.start()
+    while page.work is before:
+        time.sleep(0.01)
+    page.leave("you")
+    going_on.set()
+    mine.join(60)
+    yours.join(60)
+    (_, answered), (_, left) = sorted(found)
+    assert answered[0][-1]["content"] == "…" and "first word" in answered[-1][-1]["content"]
+    assert [shown[-1]["content"] for shown in left] == ["(waiting for others)"] and len(calls) == 1
 
 
 def test_an_answer_can_be_stopped(world, page):
@@ -162,7 +183,7 @@ def test_an_answer_can_be_stopped(world, page):
     rounds = page.ask("me", "Why?")
     [next(rounds) for _ in range(4)]
     rounds.close()  # as when the browser is gone: the model is free again
-    assert not page.lock.locked() and page.users["me"].stop
+    assert page.work.done() and page.users["me"].stop
     rounds = page.ask("me", "Why?")
     [next(rounds) for _ in range(4)]
     old = page.users["me"].chat
