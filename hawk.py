@@ -338,14 +338,14 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
 
     def forward(self, x, cache=None):
         """Embeddings (B, S, D) -> hidden states (B, S, D) before the head. With a cache, x continues what is in it."""
-        c, d, S = self.config, self.config.llama_dim // self.config.llama_heads, x.shape[1]
-        positions, mask = cache.extend(S) if cache else (torch.arange(S, device=x.device), None)
+        positions, mask = cache.extend(x.shape[1]) if cache else (torch.arange(x.shape[1], device=x.device), None)
+        return self.through_layers(x, positions, mask, cache)
+
+    def through_layers(self, x, positions, *args):  # apart, so that sample.py:compile_decoding can compile it
+        c, d = self.config, self.config.llama_dim // self.config.llama_heads
         frequency = c.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
         angle = positions[..., None].float() * frequency.repeat(2)  # (B or 1, 1, S, d) with a cache, else (S, d)
-        return self.through_layers(x, angle.cos(), angle.sin(), mask, cache)
-
-    def through_layers(self, x, *args):  # a part of its own, so that sample.py:compile_decoding can compile it
-        return self.norm(run(self.layers, x, *args, save_memory=self.config.gradient_checkpointing))
+        return self.norm(run(self.layers, x, angle.cos(), angle.sin(), *args, save_memory=c.gradient_checkpointing))
 
 
 # ---- LoRA: a low-rank correction beside a frozen weight; `prepare.py merge` adds it to the weight --------------------

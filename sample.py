@@ -234,9 +234,9 @@ def compile_decoding(model):
     eager, kept = model.llama.through_layers, {}  # keys and values by shape: a graph wants them where they once were
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, options=options)
 
-    def through_layers(x, cos, sin, mask, cache):
+    def through_layers(x, positions, mask, cache):
         if cache is None or x.shape[1] > 1 or not cache.static:
-            return eager(x, cos, sin, mask, cache)
+            return eager(x, positions, mask, cache)
         held = kept.setdefault(cache.k[0].shape, (cache.k, cache.v))
         for old, new in zip(held[0] + held[1], cache.k + cache.v, strict=True):
             torch._dynamo.mark_static_address(old)
@@ -245,7 +245,7 @@ def compile_decoding(model):
         cache.k, cache.v = held
         torch._dynamo.config.recompile_limit = 256  # shapes; here, because it holds for this thread only
         try:
-            return compiled(x, cos, sin, mask, cache)
+            return compiled(x, positions, mask, cache)
         except torch._dynamo.exc.TorchDynamoException as error:  # such as a machine without a C++ compiler
             raise ValueError(f"--compile: torch.compile failed: {' '.join(str(error).split()[:24])}") from error
 
