@@ -28,15 +28,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import farneback, read_clip, sample_frames  # noqa: E402
+from data import Tokenizer, farneback, read_clip, sample_frames  # noqa: E402
 from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
 
 SMALL_EYES = dict(
     vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
     qformer_dim=64, qformer_layers=1, qformer_heads=2, qformer_mlp=64,
 )  # fmt: skip
+REAL_EYES = {name: getattr(HawkConfig(), name) for name in SMALL_EYES}
 ONE_BILLION = dict(llama_dim=2048, llama_layers=20, llama_heads=16, llama_mlp=5632)
 GPU_ONLY = "needs a GPU, none is here"
+COPIED, SIDE = 1 << 30, 8192  # bytes of the copy and side of the matrix that tell what a card can do
 
 
 def medians(runs, repeat):
@@ -141,7 +143,7 @@ def flow(args):
     if not torch.cuda.is_available():
         yield row("optical flow, 16 pairs, GPU", None, None, None, "-", GPU_ONLY)
     else:
-        pair = [torch.from_numpy(x).cuda() for x in (first, second)]
+        pair = [torch.from_numpy(x).to("cuda") for x in (first, second)]
         yield compare("optical flow, 16 pairs, GPU", lambda: farneback(*pair).cpu(), peer, 5, "OpenCV on the CPU")
 
 
@@ -222,22 +224,41 @@ def generation(args):
 
 
 def training(args):
-    """Samples a second of `train.py --stage 2` on the tiny preset, from the cache and from the videos."""
-    (clips, steps), data = (24, 8) if args.quick else (64, 40), ["--data", "toy"]
+    """Samples a second of `train.py --stage 2` from the cache and from the videos: of the tiny preset, on a GPU of the
+    7B one with random weights and the toy world's vocabulary (needs 17 GB of disk), and what that holds in memory."""
+    gpu = torch.cuda.is_available()
+    clips, steps, batch = (96, 40, 16) if gpu else (24, 10, 8) if args.quick else (64, 40, 8)
     with tempfile.TemporaryDirectory() as folder:
 
         def run(*command):
             subprocess.run([sys.executable, *map(str, command)], cwd=folder, check=True, capture_output=True)
 
+        def train(out, steps, *more):
+            """(samples a second in the second half of the steps, when what the loader held at the start is used up; peak GB)"""
+            common = ["--stage", 2, "--data", "toy", "--batch-size", batch, "--workers", 8 if gpu else 2]
+            run(ROOT / "train.py", "--weights", weights, *common, "--steps", steps, "--out", out, *more)
+            lines = [json.loads(line) for line in (Path(folder) / out / "log.jsonl").read_text().splitlines()]
+            half, end = (line["step"] * batch / line["samples_per_s"] for line in (lines[steps // 2 - 1], lines[-1]))
+            return steps // 2 * batch / (end - half), lines[-1]["memory_mb"] * 2**20 / 1e9
+
         run(ROOT / "prepare.py", "toy", "--out", "toy", "--n-train", clips, "--n-test", 2)
-        run(ROOT / "prepare.py", "features", "--weights", ROOT / "weights/tiny", *data, "--out", "features")
-        common = ["--weights", ROOT / "weights/tiny", "--stage", 2, *data, "--batch-size", 8, "--steps", steps]
-        rates = []
-        for out, more in (("cached", ["--features", "features"]), ("videos", [])):
-            run(ROOT / "train.py", *common, "--out", out, *more)
-            rates.append(json.loads((Path(folder) / out / "log.jsonl").read_text().splitlines()[-1])["samples_per_s"])
-    note = "the same training from the videos, tiny preset, mode paper"
-    yield row("stage 2 from cached features", *rates, rates[0] / rates[1], "samples/s", note)
+        weights, preset = ROOT / "weights/tiny", "tiny preset"
+        if gpu:
+            weights, preset = Path(folder) / "weights", "7B, GPU"
+            tokenizer = Path(folder) / "toy/tokenizer.model"
+            vocab_size = Tokenizer(tokenizer).vocab_size
+            random_model("cuda", **REAL_EYES, vocab_size=vocab_size).save_pretrained(weights, tokenizer=tokenizer)
+            torch.cuda.empty_cache()
+        run(ROOT / "prepare.py", "features", "--weights", weights, "--data", "toy", "--out", "features")
+        cached = ["--features", "features"]
+        (ours, held), (peer, _) = train("cached", steps, *cached), train("videos", steps)
+        note = "the same training from the videos, mode paper" + f"; batch {batch}, {held:.1f} GB held" * gpu
+        yield row(f"stage 2 from cached features, {preset}", ours, peer, ours / peer, "samples/s", note)
+        for mode in ("paper", "lora") if gpu else ():
+            options = ["--train", mode, "--set", "gradient_checkpointing=true", *cached]
+            rate, held = train(mode, steps, *options)
+            note = f"no peer; batch {batch}, {rate:.1f} samples/s"
+            yield row(f"7B, {mode}, cached, checkpointing, peak", held, None, None, "GB", note)
 
 
 def saved_bytes(model, run):
@@ -284,7 +305,7 @@ def memory(args):
 def random_model(device, **size):
     """A Hawk in bfloat16 with uniform weights, made on the device without an initialisation that takes minutes."""
     with torch.device("meta"):
-        model = Hawk(HawkConfig(**SMALL_EYES, **size)).to(torch.bfloat16)
+        model = Hawk(HawkConfig(**SMALL_EYES | size)).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for p in model.parameters():
         p.uniform_(-0.02, 0.02) if p.ndim > 1 else p.fill_(1)
@@ -371,10 +392,10 @@ def gpu(args):
     for name in ("7B, bf16, batch 1", "7B, bf16, batch 1, --compile"):
         if "compile" in name:
             compile_decoding(model)
-        each = generation_times(model, 65)[1]
+        each = generation_times(model, 17 if args.quick else 65)[1]
         yield row(name, 1 / each, bandwidth / read, read / each / bandwidth, "tokens/s", note)
-    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * 8192**3 / gpu_seconds(lambda: square @ square)
+    square = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
+    peak = 2 * SIDE**3 / gpu_seconds(lambda: square @ square)
     x = torch.randn(8, 512, model.config.llama_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step():
@@ -384,13 +405,13 @@ def gpu(args):
     # Frozen weights: forward 2, gradient of the activations 2 operations for each weight and token.
     layers = sum(p.numel() for p in model.llama.layers.parameters())
     done = 4 * layers * x.shape[0] * x.shape[1] / gpu_seconds(step)
-    note = "a bf16 matrix product of 8192²; frozen LLaMA, 8 x 512 tokens, forward and backward"
+    note = f"a bf16 matrix product of {SIDE}²; frozen LLaMA, 8 x 512 tokens, forward and backward"
     yield row("7B, training step", done / 1e12, peak / 1e12, done / peak, "TFLOP/s", note)
 
 
 def copy_bandwidth():
     """Bytes a second, read and written, of the largest simple thing: a copy within the card."""
-    source, target = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda")
+    source, target = torch.empty(2, COPIED, dtype=torch.uint8, device="cuda")
     return 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source))
 
 
