@@ -205,12 +205,17 @@ class Int8Linear(nn.Module):
         rows = x.flatten(0, -2)
         if not torch.compiler.is_compiling() and len(rows) <= FEW_ROWS and has_kernel(x.device.type):
             return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+        # the same with the scale as float32; without, torch.compile puts torch's own kernel there, see has_kernel
+        scale = self.scale.float() if x.is_cuda else self.scale
+        return (F.linear(x, self.weight.to(x.dtype)) * scale).to(x.dtype)
 
 
 def has_kernel(device_type):
-    """Whether torch multiplies with int8 weights as they are there; otherwise they are turned into floats each time."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device_type.upper())
+    """Whether torch multiplies with int8 weights as they are there; otherwise they are turned into floats each time, by
+    torch.compile as they are read. CUDA's kernel (torch 2.9 on) is left alone: one thread goes through a whole row."""
+    return device_type != "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "aten::_weight_int8pack_mm", device_type.upper()
+    )
 
 
 def quantize_int8(model):

@@ -13,7 +13,7 @@ from pretended_gpu import GPU, pretended_gpu
 import train
 from data import farneback, motion_mask
 from hawk import Hawk
-from sample import ask, encode_clips, load, look, quantize_int8
+from sample import Int8Linear, ask, encode_clips, load, look, quantize_int8
 
 FRAMES = torch.randint(0, 256, (3, 40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -69,6 +69,17 @@ def test_answers(world, gpu, options):
     expected = answers()
     model.to(gpu)
     assert model.device == GPU and answers() == expected
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_int8_is_the_same_without_torch_s_slow_kernel(gpu, monkeypatch, rows):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *_: pytest.fail("called"))
+    linear = Int8Linear(torch.nn.Linear(32, 48, bias=False).bfloat16())
+    x = torch.randn(rows, 1, 32).bfloat16()
+    expected = torch.nn.functional.linear(x, linear.weight.bfloat16()) * linear.scale
+    y = linear.to(gpu)(x.to(gpu))
+    assert y.dtype == torch.bfloat16 and y.cpu().equal(expected)
 
 
 @pytest.mark.parametrize("more", ["--train lora --accumulate 2", "--train all --stage 1"])
