@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -50,7 +51,7 @@ from data import (
     settings,
     usable_device,
 )
-from hawk import BRANCHES, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
+from hawk import BRANCHES, PAPER, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
 
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
@@ -94,22 +95,22 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.preset) == bool(args.weights):
         p.error("say where to start: either --preset tiny|7b or --weights FOLDER")
-    if args.ask_facts and args.stage == 0:
-        p.error("--ask-facts is for stages 1 and 2; stage 0 makes no soft tokens")
     if args.facts_only and not args.ask_facts:
         p.error("--facts-only goes with --ask-facts WEIGHT")
-    for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be 1 or more")
-    if args.seed < 0:
-        p.error("--seed must be 0 or more")
-    if args.stage == 0 and (args.features or args.augment or args.motion_targets or args.train not in (None, "all")):
-        p.error("--features, --augment, --motion-targets and --train are for stages 1 and 2")
-    args.train = args.train or ("all" if args.preset else "paper")
+    for name, least in dict(steps=1, batch_size=1, accumulate=1, save_every=1, eval_every=1, seed=0).items():
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} must be {least} or more")
+    args.train = args.train or ("all" if args.preset or args.stage == 0 else "paper")
+    bridge = args.features or args.augment or args.motion_targets or args.ask_facts or args.train != "all"
+    if args.stage == 0 and bridge:  # which it does not train
+        p.error("--features, --augment, --motion-targets, --ask-facts and --train are for stages 1 and 2")
     return args
 
 
 # ---- Stage 0: eyes and a language, each on its own -------------------------------------------------------------------
+EYES = "ln_vision|queries|qformer"  # of a branch: what makes a frame's queries of the ViT's features
+
+
 class Pretraining(nn.Module):
     """What a frame shows: is a thing of slot k (a type of object) there, where, and in which colour? Query k of the
     Q-Former has to answer, and so has the very patch of the ViT that holds the thing: the patch learns fast, and a
@@ -159,19 +160,10 @@ class Pretraining(nn.Module):
         scores = torch.einsum("shd,nphd->npsh", q, k) / math.sqrt(q.shape[-1])  # (N, 1 + patches, slots, heads)
         return F.cross_entropy(scores, patch[..., None].expand(-1, -1, heads))
 
-    def set_trainable(self):
-        """Trains what both branches will share a copy of, and LLaMA."""
-        self.hawk.requires_grad_(False)
-        eyes = self.hawk.appearance
-        for part in (self.hawk.vit, eyes.ln_vision, eyes.queries, eyes.qformer, self.hawk.llama):
-            part.requires_grad_(True)
-
     def share_eyes(self):
         """The motion branch starts as the appearance branch's frozen half, as both start from BLIP-2's in the paper."""
-        own, other = self.hawk.appearance, self.hawk.motion
-        other.ln_vision.load_state_dict(own.ln_vision.state_dict())
-        other.qformer.load_state_dict(own.qformer.state_dict())
-        other.queries.data.copy_(own.queries.data)
+        own = {k: v for k, v in self.hawk.appearance.state_dict().items() if re.match(EYES, k)}
+        self.hawk.motion.load_state_dict(own, strict=False)
 
 
 class ClipFacts(nn.Module):
@@ -363,37 +355,27 @@ def build(args, last):
     """(model, path of its tokenizer, objective module): from OUT/last, --weights, or nothing."""
     torch.manual_seed(args.seed)
     folder = last if args.resume else Path(args.weights) if args.weights else None
-    if folder is None:
-        tokenizer = Path(args.data) / "tokenizer.model"
-        config = HawkConfig.preset(args.preset)
-        if args.preset == "tiny":  # a small world has few words: the table is as long as its tokenizer says
-            config.vocab_size = Tokenizer(tokenizer).vocab_size
-        model = Hawk(HawkConfig.from_dict(asdict(config) | settings(args.set), "--set"))
-    else:
-        tokenizer = folder / "tokenizer.model"
-        stored = read_chain(folder)[0]
-        config = HawkConfig.from_dict(asdict(stored) | settings(args.set), "--set")
-        rank = config.lora_rank
-        if stored.lora_rank not in (0, rank):
-            raise ValueError(f"--set lora_rank={rank}: {folder} already holds a LoRA of rank {stored.lora_rank}")
-        if rank > stored.lora_rank and args.train != "lora":
-            raise ValueError(f"--set lora_rank={rank} goes with --train lora")
-        config.lora_rank = stored.lora_rank
+    tokenizer = (folder or Path(args.data)) / "tokenizer.model"
+    stored = read_chain(folder)[0] if folder else HawkConfig.preset(args.preset)
+    if not folder and args.preset == "tiny":  # a small world has few words: the table is as long as its tokenizer says
+        stored.vocab_size = Tokenizer(tokenizer).vocab_size
+    config = HawkConfig.from_dict(asdict(stored) | settings(args.set), "--set")
+    if folder:
+        rank, config.lora_rank = config.lora_rank, stored.lora_rank
+        if rank != stored.lora_rank and (stored.lora_rank or args.train != "lora"):
+            raise ValueError(f"--set lora_rank={rank} goes with --train lora and weights without a LoRA; that of {folder} "
+                             f"has rank {stored.lora_rank}")  # fmt: skip
         # under autocast what is frozen stays in the type that it is stored in
         dtype = torch.float32 if args.dtype == "float32" else None
         model = Hawk.from_pretrained(folder, dtype=dtype, config=config)
-        config.lora_rank = rank if args.train == "lora" else stored.lora_rank  # set_trainable adds it
-    if args.stage == 0:
-        objective = Pretraining(model)
-        objective.set_trainable()
-        return model, tokenizer, objective
+        config.lora_rank = rank  # set_trainable adds it
+    else:
+        model = Hawk(config)
     model.set_trainable(args.train)
-    if args.features:  # frame features come from the cache: nothing before them can learn
-        model.vit.requires_grad_(False)
-        for branch in (getattr(model, name) for name in BRANCHES):
-            for part in (branch.ln_vision, branch.queries, branch.qformer):
-                part.requires_grad_(False)
-    return model, tokenizer, model
+    learns = rf"vit|appearance\.({EYES})|llama" if args.stage == 0 else rf"{PAPER}|llama" if args.features else ""
+    for name, p in model.named_parameters():  # nothing that comes before cached features can learn
+        p.requires_grad_(p.requires_grad and re.match(learns, name) is not None)
+    return model, tokenizer, model if args.stage else Pretraining(model)
 
 
 def datasets(args, model, tokenizer):
