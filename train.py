@@ -21,9 +21,10 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -178,13 +179,12 @@ class ClipFacts(nn.Module):
         rows = [row for dataset in (train_set, held_out) for row in dataset.rows]
         if any(row.get(field) is None for row in rows for field in self.FIELDS):
             raise ValueError(f"--ask-facts needs {', '.join(self.FIELDS)} in each row of the index, as toy rows have")
-        words = [sorted({row[field] for row in train_set.rows}) for field in self.FIELDS]
-        asked = list(zip(words, self.FIELDS, strict=True))
+        words = {field: sorted({row[field] for row in train_set.rows}) for field in self.FIELDS}
         for dataset in (train_set, held_out):
-            rows = [[w.index(row[f]) if row[f] in w else -100 for w, f in asked] for row in dataset.rows]
+            rows = [[w.index(row[f]) if row[f] in w else -100 for f, w in words.items()] for row in dataset.rows]
             dataset.facts = torch.tensor(rows)
         self.hawk, self.weight, self.alone = hawk, weight, alone
-        self.heads = nn.ModuleList(nn.Linear(len(BRANCHES) * hawk.config.llama_dim, len(w)) for w in words)
+        self.heads = nn.ModuleList(nn.Linear(len(BRANCHES) * hawk.config.llama_dim, len(w)) for w in words.values())
 
     def forward(self, appearance, motion, facts, **texts):
         encoding = self.hawk.encode(appearance, motion)
@@ -204,11 +204,9 @@ def place_cells(xy):
 
     Asked for x and y themselves a query learns a code in which the average over the frames is the mean position, and
     all movement is lost in it. The average of place cells is a histogram: how far a thing went, and how it swayed."""
-    cells = []
-    for i, n in enumerate(PLACE_CELLS):
-        distance = (xy[..., i : i + 1] - torch.linspace(0, 1, n, device=xy.device)) * (n - 1)  # in cells
-        cells.append(torch.exp(-((distance / 0.7) ** 2)))
-    return torch.cat(cells, dim=-1)
+    places = zip(xy.split(1, dim=-1), PLACE_CELLS, strict=True)
+    distances = [(z - torch.linspace(0, 1, n, device=xy.device)) * (n - 1) for z, n in places]  # in cells
+    return torch.exp(-((torch.cat(distances, dim=-1) / 0.7) ** 2))
 
 
 def answer_losses(answers, targets, colours):
@@ -242,29 +240,23 @@ def make_optimizer(module, args):
 
 
 class StepBatches:
-    """Batch sampler: the samples that this process needs for the steps from `start` on, one list a micro-batch. Sample
-    numbers run on over the epochs (epoch = number // n); each epoch is shuffled by (seed, epoch)."""
+    """Batch sampler: the samples that this process needs for the steps from `start` on, one list a pass. Sample numbers
+    run on over the epochs (epoch = number // n); each epoch is shuffled by (seed, epoch)."""
 
     def __init__(self, n, args, start, rank, world):
         self.n, self.args, self.start, self.rank, self.world = n, args, start, rank, world
-        self.micro = args.batch_size // (world * args.accumulate)
 
-    def __len__(self):
-        return (self.args.steps - self.start) * self.args.accumulate
+    def shuffled(self, epoch):
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+        return (epoch * self.n + torch.randperm(self.n, generator=generator)).tolist()
 
     def __iter__(self):
-        B, order, shuffled = self.args.batch_size, None, -1
-        for step in range(self.start, self.args.steps):
-            batch = []
-            for k in range(step * B, (step + 1) * B):
-                epoch, i = divmod(k, self.n)
-                if epoch != shuffled:
-                    generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
-                    order, shuffled = torch.randperm(self.n, generator=generator).tolist(), epoch
-                batch.append(epoch * self.n + order[i])
-            mine = batch[self.rank :: self.world]
-            for j in range(self.args.accumulate):
-                yield mine[j * self.micro : (j + 1) * self.micro]
+        epoch, done = divmod(self.start * self.args.batch_size, self.n)
+        numbers = islice(chain.from_iterable(map(self.shuffled, count(epoch))), done, None)
+        for _ in range(self.start, self.args.steps):
+            mine = list(islice(numbers, self.args.batch_size))[self.rank :: self.world]
+            size = len(mine) // self.args.accumulate
+            yield from (mine[j : j + size] for j in range(0, len(mine), size))
 
 
 class Log:
@@ -304,14 +296,11 @@ class Log:
         if self.board:
             self.board.flush()
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError:
             return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        lines = self.read()
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+        lines, figure = self.read(), Figure(figsize=(11, 4), layout="tight")
+        axes = figure.subplots(1, 2)
         for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - NOT_LOSSES):
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), float)]
             axes[0].plot(*zip(*points, strict=True), label=name.replace("_", " "), lw=1.5 if "held" in name else 0.8)
@@ -319,10 +308,8 @@ class Log:
         axes[0].set(yscale="log", xlabel="step", title="losses")
         axes[1].set(xlabel="step", title="learning rate")
         axes[0].legend(fontsize=8)
-        figure.tight_layout()
         figure.savefig(self.out / "curves.tmp.png", dpi=110)
         (self.out / "curves.tmp.png").replace(self.out / "curves.png")
-        plt.close(figure)
 
 
 NOT_LOSSES = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
@@ -379,7 +366,7 @@ def build(args, last):
 
 
 def datasets(args, model, tokenizer):
-    """(training set, held-out set or None)"""
+    """(training set, held-out set, which may be empty)"""
     c, made = model.config, []
     mask = {} if c.motion == "none" else {"motion": c.motion}  # without motion the other half of any cache will do
     expected = {"weights": frozen_fingerprint(model)} | mask if args.features else {}
@@ -424,13 +411,12 @@ def main():
     start = load_state(last, objective, optimizer, scaler, device) if args.resume else 0
     stop = []  # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    batches, held_out = open_loaders(train_set, test_set, args, start, rank, world)
+    batches = loaded(train_set, StepBatches(len(train_set), args, start, rank, world), args)
     module = objective
     if args.compile:
         objective.compile(dynamic=True)  # in place: the names of the weights stay
     if world > 1:
-        devices = [device] if device.type == "cuda" else None
-        module = DistributedDataParallel(objective, devices, find_unused_parameters=args.facts_only)
+        module = DistributedDataParallel(objective, find_unused_parameters=args.facts_only)
 
     log = Log(out, start) if rank == 0 else None
     skipped, bad, began = 0, 0, time.perf_counter()
@@ -456,8 +442,8 @@ def main():
                 if args.stage:  # 1: the biases alone satisfy the consistency loss
                     biases = [getattr(model, name).encoder_1.bias for name in BRANCHES]
                     values["bias_cosine"] = F.cosine_similarity(*biases, dim=0).item()
-                if held_out and (step % args.eval_every == 0 or step == args.steps):
-                    values |= evaluate(objective, model, held_out, args, device, precision, tokenizer)
+                if len(test_set) and (step % args.eval_every == 0 or step == args.steps):
+                    values |= evaluate(objective, model, test_set, args, device, precision, tokenizer)
                 log.write(step, values)
                 bar.update()
                 bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
@@ -474,9 +460,8 @@ def open_run(args, rank, world):
     """(--out, its folder of the last checkpoint), made and whole; sets args.resume if there is something to resume."""
     out, last = Path(args.out), Path(args.out) / "last"
     if args.batch_size % (world * args.accumulate):
-        passes = f"{world} processes × {args.accumulate} passes"
-        raise ValueError(f"--batch-size {args.batch_size} does not divide by {passes}")
-    if args.weights and last.resolve() in (Path(args.weights).resolve(), *Path(args.weights).resolve().parents):
+        raise ValueError(f"--batch-size {args.batch_size}: no multiple of {world} processes × {args.accumulate} passes")
+    if args.weights and Path(args.weights).resolve().is_relative_to(last.resolve()):
         raise ValueError(f"--out {out} would overwrite the weights it starts from; choose another, or go on with "
                          "--resume and the --weights that the run began with")  # fmt: skip
     if rank == 0:
@@ -496,15 +481,9 @@ def open_run(args, rank, world):
     return out, last
 
 
-def open_loaders(train_set, test_set, args, start, rank, world):
-    """(this process's batches after step `start`, a function that gives the held-out batches or None)"""
-    loading = dict(collate_fn=collate, worker_init_fn=obey_parent_only)
-    batches = load_batches(train_set, StepBatches(len(train_set), args, start, rank, world), args.workers, **loading)
-    if rank or not test_set:
-        return batches, None
-    return batches, partial(
-        load_batches, test_set, BatchSampler(range(len(test_set)), 16, False), args.workers, **loading
-    )
+def loaded(dataset, order, args):
+    """The batches of these lists of sample numbers."""
+    return load_batches(dataset, order, args.workers, collate_fn=collate, worker_init_fn=obey_parent_only)
 
 
 def refuse_to_go_on(step, skipped, bad, seen, out):
@@ -531,7 +510,7 @@ def train_step(module, batches, train_set, optimizer, precision, scaler, args, d
     """One optimizer step over this process's share of a batch -> (losses by name, gradient norm, unreadable clips).
     The processes' gradients are averaged once, in the last pass. A step whose gradient is not finite changes nothing.
     A pass counts by its readable clips; one that has none still runs, with weight 0, as the other processes wait for it."""
-    sums, errors = {}, []
+    sums, errors = Counter(), []
     for k in range(args.accumulate):
         batch = next(batches)
         errors += batch["errors"]
@@ -546,7 +525,7 @@ def train_step(module, batches, train_set, optimizer, precision, scaler, args, d
                 losses = module(**inputs(batch, device, args.stage))
             scaler.scale(losses["total"] * weight).backward()
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.detach() * weight
+            sums[name] += loss.detach() * weight
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, args.clip or math.inf).item()
@@ -566,18 +545,18 @@ def any_readable(dataset):
 
 
 @torch.no_grad()
-def evaluate(module, model, loader, args, device, precision, tokenizer):
+def evaluate(module, model, test_set, args, device, precision, tokenizer):
     """Mean held-out losses as {"held_out_…": float}, and in stage 2 a few answers beside what they should be."""
     module.eval()
-    sums, n, answers = {}, 0, []
-    for batch in loader():
+    sums, n, answers = Counter(), 0, []
+    for batch in loaded(test_set, BatchSampler(range(len(test_set)), 16, False), args):
         list_bad(batch["errors"], Path(args.out))
         x, size = inputs(batch, device, args.stage), len(batch.get("input_ids", ()))
         if not size:
             continue
         with precision():
             for name, loss in module(**x).items():
-                sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0.0) + loss.item() * size
+                sums[f"held_out_{name}"] += loss.item() * size
         n += size
         for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
             prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
@@ -586,7 +565,7 @@ def evaluate(module, model, loader, args, device, precision, tokenizer):
             reference = x["labels"][i][x["labels"][i] >= 0].tolist()
             answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
     module.train()
-    return {name: value / max(n, 1) for name, value in sums.items()} | ({"answers": answers} if answers else {})
+    return {name: value / n for name, value in sums.items()} | ({"answers": answers} if answers else {})
 
 
 def average(losses, world):
