@@ -127,7 +127,8 @@ class Pretraining(nn.Module):
         self.patch_kind = nn.Linear(hawk.config.vit_dim, len(SLOTS))
 
     def forward(self, frames, targets, colours, input_ids, labels):
-        """frames (N, 3, H, W), targets (N, slots, 4) = present, x, y, lying; colours (N, slots), -100 for none"""
+        """frames (clips, n, 3, H, W), targets (clips, n, slots, 4): present, x, y, lying; colours (clips, n, slots) or -100"""
+        frames, targets, colours = (x.flatten(0, 1) for x in (frames, targets, colours))  # (N, …)
         eyes, features = self.hawk.appearance, self.hawk.vit(frames)
         queries = eyes.frames(features)[:, : len(SLOTS)]  # (N, slots, C)
         patch = self.patch_of(features, targets)  # (N, slots)
@@ -136,8 +137,7 @@ class Pretraining(nn.Module):
         answers[..., 0] += (queries * self.query_presence).sum(-1)
         losses = answer_losses(answers, targets, colours)
         from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
-        kind = torch.arange(len(SLOTS), device=patch.device).expand_as(patch)[patch > 0]
-        kind_loss = F.cross_entropy(self.patch_kind(patches[patch > 0]).float(), kind)
+        kind_loss = F.cross_entropy(self.patch_kind(patches[patch > 0]).float(), (patch > 0).nonzero()[:, 1])
         losses["patches"] = sum(from_patch.values()) + kind_loss
         losses["pointing"] = self.pointing_loss(features, patch)
         logits = self.hawk.llama.lm_head(self.hawk.llama(self.hawk.llama.embed_tokens(input_ids))[:, :-1]).float()
@@ -225,7 +225,7 @@ def answer_losses(answers, targets, colours):
 def learning_rate(step, args):
     """Linear warm-up from 1e-6, then the cosine of the whole run (which the warm-up does not shift, as released)."""
     if step < args.warmup:
-        return min(1e-6, args.lr) + (args.lr - min(1e-6, args.lr)) * step / max(args.warmup, 1)
+        return min(1e-6, args.lr) + (args.lr - min(1e-6, args.lr)) * step / args.warmup
     return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
 
@@ -388,9 +388,7 @@ def inputs(batch, device, stage):
     unused = ("errors", "index", "indices")
     batch = {name: x.to(device, non_blocking=True) for name, x in batch.items() if name not in unused}
     batch = {name: x.float() / 255 if x.dtype == torch.uint8 else x for name, x in batch.items()}
-    if stage == 0:  # (clips, frames of a clip, …) -> (frames, …)
-        return batch | {name: batch[name].flatten(0, 1) for name in ("frames", "targets", "colours") if name in batch}
-    return batch | {"per_sample": True}  # each clip counts the same, whatever the processes
+    return batch | ({"per_sample": True} if stage else {})  # each clip counts the same, whatever the processes
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -554,16 +552,15 @@ def evaluate(module, model, test_set, args, device, precision, tokenizer):
         x, size = inputs(batch, device, args.stage), len(batch.get("input_ids", ()))
         if not size:
             continue
-        with precision():
+        n += size
+        with precision():  # for the answers too: the parts may be stored in different types
             for name, loss in module(**x).items():
                 sums[f"held_out_{name}"] += loss.item() * size
-        n += size
-        for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
-            prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
-            with precision():  # the parts may be stored in different types
+            for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
+                prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
                 ids = model.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], prompt, eos_id=tokenizer.eos)
-            reference = x["labels"][i][x["labels"][i] >= 0].tolist()
-            answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
+                reference = x["labels"][i][x["labels"][i] >= 0].tolist()
+                answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
     module.train()
     return {name: value / n for name, value in sums.items()} | ({"answers": answers} if answers else {})
 
