@@ -424,9 +424,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-            losses, norm, errors = train_step(
-                module, batches, train_set, optimizer, precision, scaler, args, device, world
-            )
+            losses, norm, errors = train_step(module, batches, train_set, optimizer, precision, scaler, args, device)
             # float16's scaler begins too high and halves until the gradients fit: that is no fault
             settling = scaler.is_enabled() and scaler.get_scale() >= 1 and losses["total"].isfinite()
             skipped, bad = 0 if math.isfinite(norm) or settling else skipped + 1, bad + list_bad(errors, out)
@@ -504,7 +502,7 @@ def obey_parent_only(_):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def train_step(module, batches, train_set, optimizer, precision, scaler, args, device, world):
+def train_step(module, batches, train_set, optimizer, precision, scaler, args, device):
     """One optimizer step over this process's share of a batch -> (losses by name, gradient norm, unreadable clips).
     The processes' gradients are averaged once, in the last pass. A step whose gradient is not finite changes nothing.
     A pass counts by its readable clips; one that has none still runs, with weight 0, as the other processes wait for it."""
@@ -515,7 +513,7 @@ def train_step(module, batches, train_set, optimizer, precision, scaler, args, d
         readable = len(batch.get("input_ids", ()))
         weight = readable / (readable + len(batch["errors"])) / args.accumulate
         batch = batch if readable else collate([any_readable(train_set)])
-        together = nullcontext() if world == 1 or k == args.accumulate - 1 else module.no_sync()
+        together = nullcontext() if k == args.accumulate - 1 else getattr(module, "no_sync", nullcontext)()
         # on the CPU plain matrix products beat the fused attention, whose backward pass is slow there
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
         with together, attention:
