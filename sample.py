@@ -318,16 +318,16 @@ class Chat:
 
     def run(self, lines):
         """Until the lines end; ctrl-C stops what is being done, and an error is one line. Returns the exit status."""
-        failed, lines = False, filter(None, map(str.strip, lines))
+        status, lines = 0, filter(None, map(str.strip, lines))
         while True:
             try:
                 for line in lines:
                     self.obey(line)
-                return 2 if failed else 0
+                return status
             except KeyboardInterrupt:
                 note("(stopped; ctrl-D ends)")
             except PROBLEMS as error:
-                failed = complain(error)
+                status = complain(error)
 
 
 def typed_lines():
@@ -351,11 +351,11 @@ def typed_lines():
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def complain(error):
-    """The error as one line; returns True, for "something failed"."""
+    """The error as one line; returns the exit status that says so."""
     lines = str(error).strip().splitlines()
     lines = lines[-1:] if "Traceback" in str(error) else lines  # a loader process sends all of it
     note(f"error: {' '.join(lines)}")
-    return True
+    return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -442,45 +442,41 @@ def parse_args(argv=None):
     return args
 
 
-def answer_all(model, tokenizer, args, generation):
-    """One answer for each video; True if one of them failed."""
-    failed = False
-    for path in args.video:
-        try:
-            question = DESCRIBE_QUESTIONS[0] if args.question is None else args.question
-            seen = look(model, path)
-            if args.show_motion:
-                write_picture(motion_sheet(path, seen.clip), args.show_motion)
-            result = ask(model, tokenizer, seen, question, system=args.system, **generation)
-        except PROBLEMS as error:
-            failed = complain(error)
-            continue
-        if args.json:
-            print(json.dumps(result._asdict()), flush=True)
-        else:
-            print(result.answer if len(args.video) == 1 else f"{path}: {result.answer}", flush=True)
-            rate = result.tokens / max(result.seconds["generate"], 1e-9)
-            made = f"({result.tokens} tokens, {rate:.1f} a second), peak memory {result.peak_memory_mb:.0f} MB"
-            note(f"{path}: {spent(result.seconds)} {made}")
-    return failed
+def answer(model, tokenizer, path, args, generation):
+    """Prints what is asked about one video; raises what `ask` and `write_picture` do."""
+    seen = look(model, path)
+    if args.show_motion:
+        write_picture(motion_sheet(path, seen.clip), args.show_motion)
+    question = DESCRIBE_QUESTIONS[0] if args.question is None else args.question
+    result = ask(model, tokenizer, seen, question, system=args.system, **generation)
+    if args.json:
+        return print(json.dumps(result._asdict()), flush=True)
+    print(result.answer if len(args.video) == 1 else f"{path}: {result.answer}", flush=True)
+    rate = result.tokens / max(result.seconds["generate"], 1e-9)
+    made = f"({result.tokens} tokens, {rate:.1f} a second), peak memory {result.peak_memory_mb:.0f} MB"
+    note(f"{path}: {spent(result.seconds)} {made}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     names = ("max_new_tokens", "temperature", "top_p", "beams", "repetition_penalty", "seed")
-    generation = {name: getattr(args, name) for name in names}
+    generation, status = {name: getattr(args, name) for name in names}, 0
     try:
         model, tokenizer = load_from_options(args)
-        if not args.chat:
-            return 2 if answer_all(model, tokenizer, args, generation) else 0
-        chat = Chat(model, tokenizer, args.system, generation)
-        if args.video:
-            chat.open(args.video[0])
-        return chat.run(chain([args.question or ""], typed_lines()))
+        if args.chat:
+            chat = Chat(model, tokenizer, args.system, generation)
+            if args.video:
+                chat.open(args.video[0])
+            return chat.run(chain([args.question or ""], typed_lines()))
     except PROBLEMS as error:
-        complain(error)
-        return 2
+        return complain(error)
+    for path in args.video:
+        try:
+            answer(model, tokenizer, path, args, generation)
+        except PROBLEMS as error:
+            status = complain(error)
+    return status
 
 
 if __name__ == "__main__":
