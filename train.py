@@ -110,6 +110,7 @@ def parse_args(argv=None):
 
 # ---- Stage 0: eyes and a language, each on its own -------------------------------------------------------------------
 EYES = "ln_vision|queries|qformer"  # of a branch: what makes a frame's queries of the ViT's features
+PLACE_CELLS = (12, 24)  # columns and rows of the picture
 
 
 class Pretraining(nn.Module):
@@ -194,9 +195,6 @@ class ClipFacts(nn.Module):
             losses[field] = F.cross_entropy(head(share.mean(2).flatten(1)).float(), facts[:, i])  # (B, branches * D) ->
             losses["total"] = losses["total"] + self.weight * losses[field]
         return losses
-
-
-PLACE_CELLS = (12, 24)  # columns and rows of the picture
 
 
 def place_cells(xy):
@@ -301,7 +299,8 @@ class Log:
             return
         lines, figure = self.read(), Figure(figsize=(11, 4), layout="tight")
         axes = figure.subplots(1, 2)
-        for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - NOT_LOSSES):
+        others = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
+        for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - others):
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), float)]
             axes[0].plot(*zip(*points, strict=True), label=name.replace("_", " "), lw=1.5 if "held" in name else 0.8)
         axes[1].plot([line["step"] for line in lines], [line["lr"] for line in lines])
@@ -310,9 +309,6 @@ class Log:
         axes[0].legend(fontsize=8)
         figure.savefig(self.out / "curves.tmp.png", dpi=110)
         (self.out / "curves.tmp.png").replace(self.out / "curves.png")
-
-
-NOT_LOSSES = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
 
 
 # ---- Setting up ------------------------------------------------------------------------------------------------------
