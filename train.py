@@ -162,11 +162,6 @@ class Pretraining(nn.Module):
         scores = torch.einsum("shd,nphd->npsh", q, k) / math.sqrt(q.shape[-1])  # (N, 1 + patches, slots, heads)
         return F.cross_entropy(scores, patch[..., None].expand(-1, -1, heads))
 
-    def share_eyes(self):
-        """The motion branch starts as the appearance branch's frozen half, as both start from BLIP-2's in the paper."""
-        own = {k: v for k, v in self.hawk.appearance.state_dict().items() if re.match(EYES, k)}
-        self.hawk.motion.load_state_dict(own, strict=False)
-
 
 class ClipFacts(nn.Module):
     """For small models that learn from nothing: kind, object, colour, place, moment and scene (fields of the toy
@@ -579,8 +574,9 @@ def list_bad(errors, out):
 
 def save(step, model, objective, optimizer, scaler, tokenizer_path, args, last):
     """OUT/last: the weights (only what trains, when that is the smaller part), and all else that the loop carries."""
-    if args.stage == 0:
-        objective.share_eyes()
+    if args.stage == 0:  # the motion branch gets the same eyes, as both start from BLIP-2's in the paper
+        eyes = {k: v for k, v in model.appearance.state_dict().items() if re.match(EYES, k)}
+        model.motion.load_state_dict(eyes, strict=False)
     n_trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     base = args.weights if n_trained * 2 < sum(p.numel() for p in model.parameters()) else None
     heads = {k: v for k, v in objective.state_dict().items() if objective is not model and not k.startswith("hawk.")}
