@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections import namedtuple
 from itertools import chain
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import DESCRIBE_QUESTIONS, SYSTEM, Clip, Tokenizer, peak_memory_mb, read_clip, read_flow, usable_device
+from data import DESCRIBE_QUESTIONS, SYSTEM, Tokenizer, peak_memory_mb, read_clip, read_flow, usable_device
 from hawk import Encoding, Hawk
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -60,31 +60,14 @@ def context_length(config):
     return 512 if small_world(config) else 4096
 
 
-@dataclass
-class Seen:
-    """A clip and what the model makes of it: enough to answer any number of questions."""
-
-    path: str
-    clip: Clip
-    encoding: Encoding  # of a batch of one
-    seconds: dict  # read, encode
+# A clip and what the model makes of it, an Encoding of a batch of one: enough to answer any number of questions
+Seen = namedtuple("Seen", "path clip encoding seconds")  # seconds: {"read", "encode"}
+# One object of --json
+Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_mb")  # seconds: also "generate"
 
 
-@dataclass
-class Answer:
-    """One object of --json."""
-
-    video: str
-    question: str
-    answer: str
-    seconds: dict  # read, encode, generate
-    tokens: int
-    peak_memory_mb: float
-
-    def times(self):
-        spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
-        rate = self.tokens / max(self.seconds["generate"], 1e-9)
-        return f"{spent} ({self.tokens} tokens, {rate:.1f} a second), peak memory {self.peak_memory_mb:.0f} MB"
+def spent(seconds):
+    return ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
 
 
 @torch.no_grad()
@@ -109,16 +92,16 @@ def look(model, path):
 
 
 def fit_prompt(model, tokenizer, seen, question, history, system, max_new_tokens):
-    """-> (prompt ids, the history that fits, room for the answer). The oldest rounds are left out until an answer of
-    max_new_tokens fits, or of a quarter of the context if that is less. Raises ValueError if even none is too much."""
+    """-> (prompt ids, how many of the oldest rounds are left out, so that an answer of max_new_tokens fits, or of a quarter
+    of the context if that is less). Raises ValueError if even none is too much."""
     n_visual, limit = model.config.n_visual, context_length(model.config)
-    for first in range(len(history) + 1):
-        ids = tokenizer.encode_prompt(question, seen.clip.message, n_visual, system, history[first:])
+    for forgotten in range(len(history) + 1):
+        ids = tokenizer.encode_prompt(question, seen.clip.message, n_visual, system, history[forgotten:])
         if len(ids) + min(max_new_tokens, limit // 4) <= limit:
             break
     if len(ids) >= limit:
         raise ValueError(f"the question is too long: {len(ids)} tokens with the video, these weights take {limit}")
-    return ids, history[first:], limit - len(ids)
+    return ids, forgotten
 
 
 def ask(model, tokenizer, video, question=DESCRIBE_QUESTIONS[0], history=(), system=SYSTEM, on_text=None,
@@ -131,7 +114,8 @@ def ask(model, tokenizer, video, question=DESCRIBE_QUESTIONS[0], history=(), sys
     if not question.strip():
         raise ValueError("the question is empty")
     seen = video if isinstance(video, Seen) else look(model, video)
-    ids, _, room = fit_prompt(model, tokenizer, seen, question, list(history), system, max_new_tokens)
+    ids, _ = fit_prompt(model, tokenizer, seen, question, list(history), system, max_new_tokens)
+    room = context_length(model.config) - len(ids)
     start, made, said = time.perf_counter(), [], ""
 
     def show(tokens):
@@ -173,10 +157,9 @@ def motion_sheet(path, clip, columns=8):
 
 def write_picture(sheet, path):
     """(H, W, 3) uint8 -> PNG file"""
-    path = Path(path)
     options = f"-nostdin -v error -y -f rawvideo -pix_fmt rgb24 -s {sheet.shape[1]}x{sheet.shape[0]} -i pipe:0 "
     options += "-frames:v 1 -c:v png -f image2 -update 1"
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), f"file:{temporary}"]
     done = subprocess.run(command, input=sheet.tobytes(), capture_output=True)
     if done.returncode:
@@ -223,10 +206,9 @@ def quantize_int8(model):
     it raises ValueError: a correction beside rounded weights is not what was trained."""
     if model.config.lora_rank:
         raise ValueError("these weights hold a LoRA, merge it before --int8: python prepare.py merge")
-    for module in list(model.llama.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child))
+    for name, module in list(model.llama.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.llama.set_submodule(name, Int8Linear(module))
     return model
 
 
@@ -284,7 +266,7 @@ class Chat:
 
     def open(self, path):
         self.seen, self.history = look(self.model, path), []
-        self.waited = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seen.seconds.items())
+        self.waited = spent(self.seen.seconds)
         self.transcript.append({"video": os.path.abspath(path), "qa": []})
 
     def say(self, question, write=write, tell=note):
@@ -292,11 +274,10 @@ class Chat:
         if self.seen is None:
             raise ValueError("no video yet: /video PATH")
         length = self.generation["max_new_tokens"]
-        _, kept, _ = fit_prompt(self.model, self.tokenizer, self.seen, question, self.history, self.system, length)
-        forgotten = len(self.history) - len(kept)
+        forgotten = fit_prompt(self.model, self.tokenizer, self.seen, question, self.history, self.system, length)[1]
         if forgotten:
             tell(f"forgot the {forgotten} oldest round(s): the conversation has outgrown the context")
-        self.history, said, first, start = kept, [], [], time.perf_counter()
+        self.history, said, first, start = self.history[forgotten:], [], [], time.perf_counter()
 
         def show(text):
             first.append(time.perf_counter() - start)
@@ -304,7 +285,7 @@ class Chat:
             write(text)
 
         try:
-            given = {"history": kept, "system": self.system, "on_text": show}
+            given = {"history": self.history, "system": self.system, "on_text": show}
             ask(self.model, self.tokenizer, self.seen, question, **given, **self.generation)
         finally:
             answer = "".join(said).strip()
@@ -324,36 +305,34 @@ class Chat:
 
     def obey(self, line):
         """One line of input: a command or a question."""
-        command, _, argument = line.partition(" ")
-        argument = argument.strip()
-        if command in ("/video", "/save") and not argument:
-            raise ValueError(f"{command} needs a path")
-        if command == "/new":
-            self.history = []
-        elif command == "/video":
-            self.open(argument)
-        elif command == "/save":
-            self.save(argument)
-        elif command == "/help":
-            note(HELP)
-        elif command.startswith("/"):
-            raise ValueError(f"no command {command}; /help lists them")
-        else:
-            self.say(line)
+        match line.split(maxsplit=1):
+            case ["/new", *_]:
+                self.history = []
+            case ["/video", path]:
+                self.open(path)
+            case ["/save", path]:
+                self.save(path)
+            case ["/help", *_]:
+                note(HELP)
+            case ["/video" | "/save" as command]:
+                raise ValueError(f"{command} needs a path")
+            case [command, *_] if command.startswith("/"):
+                raise ValueError(f"no command {command}; /help lists them")
+            case _:
+                self.say(line)
 
     def run(self, lines):
         """Until the lines end; ctrl-C stops what is being done, and an error is one line. Returns the exit status."""
-        failed, lines = False, map(str.strip, lines)
+        status, lines = 0, filter(None, map(str.strip, lines))
         while True:
             try:
                 for line in lines:
-                    if line:
-                        self.obey(line)
-                return 2 if failed else 0
+                    self.obey(line)
+                return status
             except KeyboardInterrupt:
                 note("(stopped; ctrl-D ends)")
             except PROBLEMS as error:
-                failed = complain(error)
+                status = complain(error)
 
 
 def typed_lines():
@@ -377,11 +356,11 @@ def typed_lines():
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def complain(error):
-    """The error as one line; returns True, for "something failed"."""
+    """The error as one line; returns the exit status that says so."""
     lines = str(error).strip().splitlines()
     lines = lines[-1:] if "Traceback" in str(error) else lines  # a loader process sends all of it
     note(f"error: {' '.join(lines)}")
-    return True
+    return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -468,43 +447,41 @@ def parse_args(argv=None):
     return args
 
 
-def answer_all(model, tokenizer, args, generation):
-    """One answer for each video; True if one of them failed."""
-    failed = False
-    for path in args.video:
-        try:
-            question = DESCRIBE_QUESTIONS[0] if args.question is None else args.question
-            seen = look(model, path)
-            if args.show_motion:
-                write_picture(motion_sheet(path, seen.clip), args.show_motion)
-            result = ask(model, tokenizer, seen, question, system=args.system, **generation)
-        except PROBLEMS as error:
-            failed = complain(error)
-            continue
-        if args.json:
-            print(json.dumps(asdict(result)), flush=True)
-        else:
-            print(result.answer if len(args.video) == 1 else f"{path}: {result.answer}", flush=True)
-            note(f"{path}: {result.times()}")
-    return failed
+def answer(model, tokenizer, path, args, generation):
+    """Prints what is asked about one video; raises what `ask` and `write_picture` do."""
+    seen = look(model, path)
+    if args.show_motion:
+        write_picture(motion_sheet(path, seen.clip), args.show_motion)
+    question = DESCRIBE_QUESTIONS[0] if args.question is None else args.question
+    result = ask(model, tokenizer, seen, question, system=args.system, **generation)
+    if args.json:
+        return print(json.dumps(result._asdict()), flush=True)
+    print(result.answer if len(args.video) == 1 else f"{path}: {result.answer}", flush=True)
+    rate = result.tokens / max(result.seconds["generate"], 1e-9)
+    made = f"({result.tokens} tokens, {rate:.1f} a second), peak memory {result.peak_memory_mb:.0f} MB"
+    note(f"{path}: {spent(result.seconds)} {made}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     names = ("max_new_tokens", "temperature", "top_p", "beams", "repetition_penalty", "seed")
-    generation = {name: getattr(args, name) for name in names}
+    generation, status = {name: getattr(args, name) for name in names}, 0
     try:
         model, tokenizer = load_from_options(args)
-        if not args.chat:
-            return 2 if answer_all(model, tokenizer, args, generation) else 0
-        chat = Chat(model, tokenizer, args.system, generation)
-        if args.video:
-            chat.open(args.video[0])
-        return chat.run(chain([args.question or ""], typed_lines()))
+        if args.chat:
+            chat = Chat(model, tokenizer, args.system, generation)
+            if args.video:
+                chat.open(args.video[0])
+            return chat.run(chain([args.question or ""], typed_lines()))
     except PROBLEMS as error:
-        complain(error)
-        return 2
+        return complain(error)
+    for path in args.video:
+        try:
+            answer(model, tokenizer, path, args, generation)
+        except PROBLEMS as error:
+            status = complain(error)
+    return status
 
 
 if __name__ == "__main__":

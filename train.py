@@ -16,13 +16,15 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -50,7 +52,7 @@ from data import (
     settings,
     usable_device,
 )
-from hawk import BRANCHES, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
+from hawk import BRANCHES, PAPER, Hawk, HawkConfig, read_chain, recover_folder, replaced_folder
 
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
@@ -94,22 +96,23 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.preset) == bool(args.weights):
         p.error("say where to start: either --preset tiny|7b or --weights FOLDER")
-    if args.ask_facts and args.stage == 0:
-        p.error("--ask-facts is for stages 1 and 2; stage 0 makes no soft tokens")
     if args.facts_only and not args.ask_facts:
         p.error("--facts-only goes with --ask-facts WEIGHT")
-    for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be 1 or more")
-    if args.seed < 0:
-        p.error("--seed must be 0 or more")
-    if args.stage == 0 and (args.features or args.augment or args.motion_targets or args.train not in (None, "all")):
-        p.error("--features, --augment, --motion-targets and --train are for stages 1 and 2")
-    args.train = args.train or ("all" if args.preset else "paper")
+    for name, least in dict(steps=1, batch_size=1, accumulate=1, save_every=1, eval_every=1, seed=0).items():
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} must be {least} or more")
+    args.train = args.train or ("all" if args.preset or args.stage == 0 else "paper")
+    bridge = args.features or args.augment or args.motion_targets or args.ask_facts or args.train != "all"
+    if args.stage == 0 and bridge:  # which it does not train
+        p.error("--features, --augment, --motion-targets, --ask-facts and --train are for stages 1 and 2")
     return args
 
 
 # ---- Stage 0: eyes and a language, each on its own -------------------------------------------------------------------
+EYES = "ln_vision|queries|qformer"  # of a branch: what makes a frame's queries of the ViT's features
+PLACE_CELLS = (12, 24)  # columns and rows of the picture
+
+
 class Pretraining(nn.Module):
     """What a frame shows: is a thing of slot k (a type of object) there, where, and in which colour? Query k of the
     Q-Former has to answer, and so has the very patch of the ViT that holds the thing: the patch learns fast, and a
@@ -125,7 +128,8 @@ class Pretraining(nn.Module):
         self.patch_kind = nn.Linear(hawk.config.vit_dim, len(SLOTS))
 
     def forward(self, frames, targets, colours, input_ids, labels):
-        """frames (N, 3, H, W), targets (N, slots, 4) = present, x, y, lying; colours (N, slots), -100 for none"""
+        """frames (clips, n, 3, H, W), targets (clips, n, slots, 4): present, x, y, lying; colours (clips, n, slots) or -100"""
+        frames, targets, colours = (x.flatten(0, 1) for x in (frames, targets, colours))  # (N, …)
         eyes, features = self.hawk.appearance, self.hawk.vit(frames)
         queries = eyes.frames(features)[:, : len(SLOTS)]  # (N, slots, C)
         patch = self.patch_of(features, targets)  # (N, slots)
@@ -134,8 +138,7 @@ class Pretraining(nn.Module):
         answers[..., 0] += (queries * self.query_presence).sum(-1)
         losses = answer_losses(answers, targets, colours)
         from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
-        kind = torch.arange(len(SLOTS), device=patch.device).expand_as(patch)[patch > 0]
-        kind_loss = F.cross_entropy(self.patch_kind(patches[patch > 0]).float(), kind)
+        kind_loss = F.cross_entropy(self.patch_kind(patches[patch > 0]).float(), (patch > 0).nonzero()[:, 1])
         losses["patches"] = sum(from_patch.values()) + kind_loss
         losses["pointing"] = self.pointing_loss(features, patch)
         logits = self.hawk.llama.lm_head(self.hawk.llama(self.hawk.llama.embed_tokens(input_ids))[:, :-1]).float()
@@ -159,20 +162,6 @@ class Pretraining(nn.Module):
         scores = torch.einsum("shd,nphd->npsh", q, k) / math.sqrt(q.shape[-1])  # (N, 1 + patches, slots, heads)
         return F.cross_entropy(scores, patch[..., None].expand(-1, -1, heads))
 
-    def set_trainable(self):
-        """Trains what both branches will share a copy of, and LLaMA."""
-        self.hawk.requires_grad_(False)
-        eyes = self.hawk.appearance
-        for part in (self.hawk.vit, eyes.ln_vision, eyes.queries, eyes.qformer, self.hawk.llama):
-            part.requires_grad_(True)
-
-    def share_eyes(self):
-        """The motion branch starts as the appearance branch's frozen half, as both start from BLIP-2's in the paper."""
-        own, other = self.hawk.appearance, self.hawk.motion
-        other.ln_vision.load_state_dict(own.ln_vision.state_dict())
-        other.qformer.load_state_dict(own.qformer.state_dict())
-        other.queries.data.copy_(own.queries.data)
-
 
 class ClipFacts(nn.Module):
     """For small models that learn from nothing: kind, object, colour, place, moment and scene (fields of the toy
@@ -186,13 +175,12 @@ class ClipFacts(nn.Module):
         rows = [row for dataset in (train_set, held_out) for row in dataset.rows]
         if any(row.get(field) is None for row in rows for field in self.FIELDS):
             raise ValueError(f"--ask-facts needs {', '.join(self.FIELDS)} in each row of the index, as toy rows have")
-        words = [sorted({row[field] for row in train_set.rows}) for field in self.FIELDS]
-        asked = list(zip(words, self.FIELDS, strict=True))
+        words = {field: sorted({row[field] for row in train_set.rows}) for field in self.FIELDS}
         for dataset in (train_set, held_out):
-            rows = [[w.index(row[f]) if row[f] in w else -100 for w, f in asked] for row in dataset.rows]
+            rows = [[w.index(row[f]) if row[f] in w else -100 for f, w in words.items()] for row in dataset.rows]
             dataset.facts = torch.tensor(rows)
         self.hawk, self.weight, self.alone = hawk, weight, alone
-        self.heads = nn.ModuleList(nn.Linear(len(BRANCHES) * hawk.config.llama_dim, len(w)) for w in words)
+        self.heads = nn.ModuleList(nn.Linear(len(BRANCHES) * hawk.config.llama_dim, len(w)) for w in words.values())
 
     def forward(self, appearance, motion, facts, **texts):
         encoding = self.hawk.encode(appearance, motion)
@@ -204,19 +192,14 @@ class ClipFacts(nn.Module):
         return losses
 
 
-PLACE_CELLS = (12, 24)  # columns and rows of the picture
-
-
 def place_cells(xy):
     """Positions (…, 2) in 0 to 1 -> (…, 36): how near each of 12 columns and 24 rows is, 1 where the thing is.
 
     Asked for x and y themselves a query learns a code in which the average over the frames is the mean position, and
     all movement is lost in it. The average of place cells is a histogram: how far a thing went, and how it swayed."""
-    cells = []
-    for i, n in enumerate(PLACE_CELLS):
-        distance = (xy[..., i : i + 1] - torch.linspace(0, 1, n, device=xy.device)) * (n - 1)  # in cells
-        cells.append(torch.exp(-((distance / 0.7) ** 2)))
-    return torch.cat(cells, dim=-1)
+    places = zip(xy.split(1, dim=-1), PLACE_CELLS, strict=True)
+    distances = [(z - torch.linspace(0, 1, n, device=xy.device)) * (n - 1) for z, n in places]  # in cells
+    return torch.exp(-((torch.cat(distances, dim=-1) / 0.7) ** 2))
 
 
 def answer_losses(answers, targets, colours):
@@ -235,7 +218,7 @@ def answer_losses(answers, targets, colours):
 def learning_rate(step, args):
     """Linear warm-up from 1e-6, then the cosine of the whole run (which the warm-up does not shift, as released)."""
     if step < args.warmup:
-        return min(1e-6, args.lr) + (args.lr - min(1e-6, args.lr)) * step / max(args.warmup, 1)
+        return min(1e-6, args.lr) + (args.lr - min(1e-6, args.lr)) * step / args.warmup
     return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
 
@@ -250,29 +233,23 @@ def make_optimizer(module, args):
 
 
 class StepBatches:
-    """Batch sampler: the samples that this process needs for the steps from `start` on, one list a micro-batch. Sample
-    numbers run on over the epochs (epoch = number // n); each epoch is shuffled by (seed, epoch)."""
+    """Batch sampler: the samples that this process needs for the steps from `start` on, one list a pass. Sample numbers
+    run on over the epochs (epoch = number // n); each epoch is shuffled by (seed, epoch)."""
 
     def __init__(self, n, args, start, rank, world):
         self.n, self.args, self.start, self.rank, self.world = n, args, start, rank, world
-        self.micro = args.batch_size // (world * args.accumulate)
 
-    def __len__(self):
-        return (self.args.steps - self.start) * self.args.accumulate
+    def shuffled(self, epoch):
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+        return (epoch * self.n + torch.randperm(self.n, generator=generator)).tolist()
 
     def __iter__(self):
-        B, order, shuffled = self.args.batch_size, None, -1
-        for step in range(self.start, self.args.steps):
-            batch = []
-            for k in range(step * B, (step + 1) * B):
-                epoch, i = divmod(k, self.n)
-                if epoch != shuffled:
-                    generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
-                    order, shuffled = torch.randperm(self.n, generator=generator).tolist(), epoch
-                batch.append(epoch * self.n + order[i])
-            mine = batch[self.rank :: self.world]
-            for j in range(self.args.accumulate):
-                yield mine[j * self.micro : (j + 1) * self.micro]
+        epoch, done = divmod(self.start * self.args.batch_size, self.n)
+        numbers = islice(chain.from_iterable(map(self.shuffled, count(epoch))), done, None)
+        for _ in range(self.start, self.args.steps):
+            mine = list(islice(numbers, self.args.batch_size))[self.rank :: self.world]
+            size = len(mine) // self.args.accumulate
+            yield from (mine[j : j + size] for j in range(0, len(mine), size))
 
 
 class Log:
@@ -312,28 +289,21 @@ class Log:
         if self.board:
             self.board.flush()
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError:
             return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        lines = self.read()
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-        for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - NOT_LOSSES):
+        lines, figure = self.read(), Figure(figsize=(11, 4), layout="tight")
+        axes = figure.subplots(1, 2)
+        others = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
+        for name in sorted({k for line in lines for k, v in line.items() if isinstance(v, float)} - others):
             points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), float)]
             axes[0].plot(*zip(*points, strict=True), label=name.replace("_", " "), lw=1.5 if "held" in name else 0.8)
         axes[1].plot([line["step"] for line in lines], [line["lr"] for line in lines])
         axes[0].set(yscale="log", xlabel="step", title="losses")
         axes[1].set(xlabel="step", title="learning rate")
         axes[0].legend(fontsize=8)
-        figure.tight_layout()
         figure.savefig(self.out / "curves.tmp.png", dpi=110)
         (self.out / "curves.tmp.png").replace(self.out / "curves.png")
-        plt.close(figure)
-
-
-NOT_LOSSES = {"lr", "grad_norm", "samples_per_s", "memory_mb", "bias_cosine"}
 
 
 # ---- Setting up ------------------------------------------------------------------------------------------------------
@@ -363,41 +333,31 @@ def build(args, last):
     """(model, path of its tokenizer, objective module): from OUT/last, --weights, or nothing."""
     torch.manual_seed(args.seed)
     folder = last if args.resume else Path(args.weights) if args.weights else None
-    if folder is None:
-        tokenizer = Path(args.data) / "tokenizer.model"
-        config = HawkConfig.preset(args.preset)
-        if args.preset == "tiny":  # a small world has few words: the table is as long as its tokenizer says
-            config.vocab_size = Tokenizer(tokenizer).vocab_size
-        model = Hawk(HawkConfig.from_dict(asdict(config) | settings(args.set), "--set"))
-    else:
-        tokenizer = folder / "tokenizer.model"
-        stored = read_chain(folder)[0]
-        config = HawkConfig.from_dict(asdict(stored) | settings(args.set), "--set")
-        rank = config.lora_rank
-        if stored.lora_rank not in (0, rank):
-            raise ValueError(f"--set lora_rank={rank}: {folder} already holds a LoRA of rank {stored.lora_rank}")
-        if rank > stored.lora_rank and args.train != "lora":
-            raise ValueError(f"--set lora_rank={rank} goes with --train lora")
-        config.lora_rank = stored.lora_rank
+    tokenizer = (folder or Path(args.data)) / "tokenizer.model"
+    stored = read_chain(folder)[0] if folder else HawkConfig.preset(args.preset)
+    if not folder and args.preset == "tiny":  # a small world has few words: the table is as long as its tokenizer says
+        stored.vocab_size = Tokenizer(tokenizer).vocab_size
+    config = HawkConfig.from_dict(asdict(stored) | settings(args.set), "--set")
+    if folder:
+        rank, config.lora_rank = config.lora_rank, stored.lora_rank
+        if rank != stored.lora_rank and (stored.lora_rank or args.train != "lora"):
+            raise ValueError(f"--set lora_rank={rank} goes with --train lora and weights without a LoRA; that of {folder} "
+                             f"has rank {stored.lora_rank}")  # fmt: skip
         # under autocast what is frozen stays in the type that it is stored in
         dtype = torch.float32 if args.dtype == "float32" else None
         model = Hawk.from_pretrained(folder, dtype=dtype, config=config)
-        config.lora_rank = rank if args.train == "lora" else stored.lora_rank  # set_trainable adds it
-    if args.stage == 0:
-        objective = Pretraining(model)
-        objective.set_trainable()
-        return model, tokenizer, objective
+        config.lora_rank = rank  # set_trainable adds it
+    else:
+        model = Hawk(config)
     model.set_trainable(args.train)
-    if args.features:  # frame features come from the cache: nothing before them can learn
-        model.vit.requires_grad_(False)
-        for branch in (getattr(model, name) for name in BRANCHES):
-            for part in (branch.ln_vision, branch.queries, branch.qformer):
-                part.requires_grad_(False)
-    return model, tokenizer, model
+    learns = rf"vit|appearance\.({EYES})|llama" if args.stage == 0 else rf"{PAPER}|llama" if args.features else ""
+    for name, p in model.named_parameters():  # nothing that comes before cached features can learn
+        p.requires_grad_(p.requires_grad and re.match(learns, name) is not None)
+    return model, tokenizer, model if args.stage else Pretraining(model)
 
 
 def datasets(args, model, tokenizer):
-    """(training set, held-out set or None)"""
+    """(training set, held-out set, which may be empty)"""
     c, made = model.config, []
     mask = {} if c.motion == "none" else {"motion": c.motion}  # without motion the other half of any cache will do
     expected = {"weights": frozen_fingerprint(model)} | mask if args.features else {}
@@ -419,9 +379,7 @@ def inputs(batch, device, stage):
     unused = ("errors", "index", "indices")
     batch = {name: x.to(device, non_blocking=True) for name, x in batch.items() if name not in unused}
     batch = {name: x.float() / 255 if x.dtype == torch.uint8 else x for name, x in batch.items()}
-    if stage == 0:  # (clips, frames of a clip, …) -> (frames, …)
-        return batch | {name: batch[name].flatten(0, 1) for name in ("frames", "targets", "colours") if name in batch}
-    return batch | {"per_sample": True}  # each clip counts the same, whatever the processes
+    return batch | ({"per_sample": True} if stage else {})  # each clip counts the same, whatever the processes
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -442,13 +400,12 @@ def main():
     start = load_state(last, objective, optimizer, scaler, device) if args.resume else 0
     stop = []  # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    batches, held_out = open_loaders(train_set, test_set, args, start, rank, world)
+    batches = loaded(train_set, StepBatches(len(train_set), args, start, rank, world), args)
     module = objective
     if args.compile:
         objective.compile(dynamic=True)  # in place: the names of the weights stay
     if world > 1:
-        devices = [device] if device.type == "cuda" else None
-        module = DistributedDataParallel(objective, devices, find_unused_parameters=args.facts_only)
+        module = DistributedDataParallel(objective, find_unused_parameters=args.facts_only)
 
     log = Log(out, start) if rank == 0 else None
     skipped, bad, began = 0, 0, time.perf_counter()
@@ -458,9 +415,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-            losses, norm, errors = train_step(
-                module, batches, train_set, optimizer, precision, scaler, args, device, world
-            )
+            losses, norm, errors = train_step(module, batches, train_set, optimizer, precision, scaler, args, device)
             # float16's scaler begins too high and halves until the gradients fit: that is no fault
             settling = scaler.is_enabled() and scaler.get_scale() >= 1 and losses["total"].isfinite()
             skipped, bad = 0 if math.isfinite(norm) or settling else skipped + 1, bad + list_bad(errors, out)
@@ -474,8 +429,8 @@ def main():
                 if args.stage:  # 1: the biases alone satisfy the consistency loss
                     biases = [getattr(model, name).encoder_1.bias for name in BRANCHES]
                     values["bias_cosine"] = F.cosine_similarity(*biases, dim=0).item()
-                if held_out and (step % args.eval_every == 0 or step == args.steps):
-                    values |= evaluate(objective, model, held_out, args, device, precision, tokenizer)
+                if len(test_set) and (step % args.eval_every == 0 or step == args.steps):
+                    values |= evaluate(objective, model, test_set, args, device, precision, tokenizer)
                 log.write(step, values)
                 bar.update()
                 bar.set_postfix(loss=f"{values['total']:.3f}", samples_s=values["samples_per_s"])
@@ -492,9 +447,8 @@ def open_run(args, rank, world):
     """(--out, its folder of the last checkpoint), made and whole; sets args.resume if there is something to resume."""
     out, last = Path(args.out), Path(args.out) / "last"
     if args.batch_size % (world * args.accumulate):
-        passes = f"{world} processes × {args.accumulate} passes"
-        raise ValueError(f"--batch-size {args.batch_size} does not divide by {passes}")
-    if args.weights and last.resolve() in (Path(args.weights).resolve(), *Path(args.weights).resolve().parents):
+        raise ValueError(f"--batch-size {args.batch_size}: no multiple of {world} processes × {args.accumulate} passes")
+    if args.weights and Path(args.weights).resolve().is_relative_to(last.resolve()):
         raise ValueError(f"--out {out} would overwrite the weights it starts from; choose another, or go on with "
                          "--resume and the --weights that the run began with")  # fmt: skip
     if rank == 0:
@@ -514,15 +468,9 @@ def open_run(args, rank, world):
     return out, last
 
 
-def open_loaders(train_set, test_set, args, start, rank, world):
-    """(this process's batches after step `start`, a function that gives the held-out batches or None)"""
-    loading = dict(collate_fn=collate, worker_init_fn=obey_parent_only)
-    batches = load_batches(train_set, StepBatches(len(train_set), args, start, rank, world), args.workers, **loading)
-    if rank or not test_set:
-        return batches, None
-    return batches, partial(
-        load_batches, test_set, BatchSampler(range(len(test_set)), 16, False), args.workers, **loading
-    )
+def loaded(dataset, order, args):
+    """The batches of these lists of sample numbers."""
+    return load_batches(dataset, order, args.workers, collate_fn=collate, worker_init_fn=obey_parent_only)
 
 
 def refuse_to_go_on(step, skipped, bad, seen, out):
@@ -545,18 +493,18 @@ def obey_parent_only(_):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def train_step(module, batches, train_set, optimizer, precision, scaler, args, device, world):
+def train_step(module, batches, train_set, optimizer, precision, scaler, args, device):
     """One optimizer step over this process's share of a batch -> (losses by name, gradient norm, unreadable clips).
     The processes' gradients are averaged once, in the last pass. A step whose gradient is not finite changes nothing.
     A pass counts by its readable clips; one that has none still runs, with weight 0, as the other processes wait for it."""
-    sums, errors = {}, []
+    sums, errors = Counter(), []
     for k in range(args.accumulate):
         batch = next(batches)
         errors += batch["errors"]
         readable = len(batch.get("input_ids", ()))
         weight = readable / (readable + len(batch["errors"])) / args.accumulate
         batch = batch if readable else collate([any_readable(train_set)])
-        together = nullcontext() if world == 1 or k == args.accumulate - 1 else module.no_sync()
+        together = nullcontext() if k == args.accumulate - 1 else getattr(module, "no_sync", nullcontext)()
         # on the CPU plain matrix products beat the fused attention, whose backward pass is slow there
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
         with together, attention:
@@ -564,7 +512,7 @@ def train_step(module, batches, train_set, optimizer, precision, scaler, args, d
                 losses = module(**inputs(batch, device, args.stage))
             scaler.scale(losses["total"] * weight).backward()
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.detach() * weight
+            sums[name] += loss.detach() * weight
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, args.clip or math.inf).item()
@@ -584,27 +532,26 @@ def any_readable(dataset):
 
 
 @torch.no_grad()
-def evaluate(module, model, loader, args, device, precision, tokenizer):
+def evaluate(module, model, test_set, args, device, precision, tokenizer):
     """Mean held-out losses as {"held_out_…": float}, and in stage 2 a few answers beside what they should be."""
     module.eval()
-    sums, n, answers = {}, 0, []
-    for batch in loader():
+    sums, n, answers = Counter(), 0, []
+    for batch in loaded(test_set, BatchSampler(range(len(test_set)), 16, False), args):
         list_bad(batch["errors"], Path(args.out))
         x, size = inputs(batch, device, args.stage), len(batch.get("input_ids", ()))
         if not size:
             continue
-        with precision():
-            for name, loss in module(**x).items():
-                sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0.0) + loss.item() * size
         n += size
-        for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
-            prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
-            with precision():  # the parts may be stored in different types
+        with precision():  # for the answers too: the parts may be stored in different types
+            for name, loss in module(**x).items():
+                sums[f"held_out_{name}"] += loss.item() * size
+            for i in range(min(3 - len(answers), size) if args.stage == 2 else 0):
+                prompt = x["input_ids"][i : i + 1, : int((x["labels"][i] != -100).nonzero()[0])]
                 ids = model.generate(x["appearance"][i : i + 1], x["motion"][i : i + 1], prompt, eos_id=tokenizer.eos)
-            reference = x["labels"][i][x["labels"][i] >= 0].tolist()
-            answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
+                reference = x["labels"][i][x["labels"][i] >= 0].tolist()
+                answers.append({"answer": tokenizer.decode(ids[0]), "reference": tokenizer.decode(reference)})
     module.train()
-    return {name: value / max(n, 1) for name, value in sums.items()} | ({"answers": answers} if answers else {})
+    return {name: value / n for name, value in sums.items()} | ({"answers": answers} if answers else {})
 
 
 def average(losses, world):
@@ -627,8 +574,9 @@ def list_bad(errors, out):
 
 def save(step, model, objective, optimizer, scaler, tokenizer_path, args, last):
     """OUT/last: the weights (only what trains, when that is the smaller part), and all else that the loop carries."""
-    if args.stage == 0:
-        objective.share_eyes()
+    if args.stage == 0:  # the motion branch gets the same eyes, as both start from BLIP-2's in the paper
+        eyes = {k: v for k, v in model.appearance.state_dict().items() if re.match(EYES, k)}
+        model.motion.load_state_dict(eyes, strict=False)
     n_trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     base = args.weights if n_trained * 2 < sum(p.numel() for p in model.parameters()) else None
     heads = {k: v for k, v in objective.state_dict().items() if objective is not model and not k.startswith("hawk.")}
