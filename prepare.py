@@ -39,21 +39,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
-from data import (
-    DESCRIBE_QUESTIONS,
-    ClipDataset,
-    VideoError,
-    check_row,
-    clip_generator,
-    frozen_fingerprint,
-    load_batches,
-    random_crop,
-    read_index,
-    refuse_changed,
-    settings,
-    usable_device,
-    videos_digest,
-)  # fmt: skip
+import data
 from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, read_chain, replaced_folder, save_tensors
 
 
@@ -64,9 +50,7 @@ def write(path, content):
     os.replace(temporary, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. toy: a small drawn world (clips, annotations in the Hawk format, a tokenizer)
-#
+# ---- 1. toy: a small drawn world (clips, annotations in the Hawk format, a tokenizer) --------------------------------
 # A fixed camera looks at a road: two pavements and two lanes. In the far lane traffic goes left, in the near one right.
 # plan() decides what happens, describe() puts it into words, render() draws it, all from (seed, split, index) alone.
 
@@ -423,7 +407,7 @@ def make_toy_clip(folder, seed, split, index):
 
 def toy_tokenizer():
     """A SentencePiece model of the toy language, always the same; ids 0, 1, 2 are <unk>, <s>, </s> as LLaMA's."""
-    texts = ["[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>", "</Video> ", " [/INST] ", *DESCRIBE_QUESTIONS] * 20
+    texts = ["[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>", "</Video> ", " [/INST] ", *data.DESCRIBE_QUESTIONS] * 20
     texts += [chr(code) for code in range(32, 127)]
     for index in range(1500):
         clip = toy_clip(2024, "train", index)[1]
@@ -461,28 +445,25 @@ def toy(args):
                 write(args.out / f"all_videos_{split}.json", json.dumps(rows, indent=1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# features: everything before the frame positions is frozen in training, so it is computed once
-
-
+# ---- 2. features: everything before the frame positions is frozen in training, so it is computed once ----------------
 def features(args):
     """Writes OUT/train and OUT/test: for each clip (and each of --crops variants of it) the frame features of both
     branches. Goes on where an interrupted run stopped; a folder made with other weights or settings is refused."""
     if not any((args.data / f"{split}.jsonl").exists() for split in ("train", "test")):
         raise ValueError(f"{args.data}: holds neither train.jsonl nor test.jsonl")
-    model = Hawk.from_pretrained(args.weights, device=usable_device(args.device))
-    expected = {"weights": frozen_fingerprint(model), "seed": args.seed, "bfloat16": args.bfloat16}
+    model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
+    expected = {"weights": data.frozen_fingerprint(model), "seed": args.seed, "bfloat16": args.bfloat16}
     for split in ("train", "test"):
         if not (args.data / f"{split}.jsonl").exists():
             continue
-        rows, c = read_index(args.data / f"{split}.jsonl"), model.config
+        rows, c = data.read_index(args.data / f"{split}.jsonl"), model.config
         crops = args.crops if split == "train" else 1
-        meta = expected | {"choices": crops, "videos": videos_digest(rows), "motion": c.motion}
+        meta = expected | {"choices": crops, "videos": data.videos_digest(rows), "motion": c.motion}
         shape = (len(rows), crops, c.n_frames, c.n_queries, c.qformer_dim)
         streams, done, record = open_cache(args.out / split, meta, shape, args.dtype, rows)
         todo = [(i, k) for i in range(len(rows)) for k in range(crops) if (i, k) not in done]
         clips = Crops(rows, c.n_frames, c.image_size, todo, args.seed, c.motion)
-        loader = load_batches(
+        loader = data.load_batches(
             clips, BatchSampler(range(len(clips)), args.batch_size, False), args.workers, collate_fn=list
         )
         with record, tqdm(total=len(rows) * crops, initial=len(done), desc=split, unit="clip") as bar:
@@ -498,7 +479,7 @@ def features(args):
                 bar.update(len(batch))
 
 
-class Crops(ClipDataset):
+class Crops(data.ClipDataset):
     """The clips to cache: sample n is row and variant todo[n]; variant 0 is the whole picture."""
 
     def __init__(self, rows, n_frames, image_size, todo, seed, motion):
@@ -513,11 +494,11 @@ class Crops(ClipDataset):
         line = {"row": i, "choice": k, "video": os.path.basename(self.rows[i]["video"])}
         try:
             appearance, motion, clip = self.read(i, "uniform", None)
-        except VideoError as error:
+        except data.VideoError as error:
             return line | {"error": str(error)}
         line["bytes"] = os.path.getsize(self.rows[i]["video"])
         if k:
-            appearance, motion = random_crop(appearance, motion, clip_generator(self.seed, k, i))
+            appearance, motion = data.random_crop(appearance, motion, data.clip_generator(self.seed, k, i))
         frames = torch.stack([appearance, motion])  # (2, T, 3, H, W)
         return line | {"frames": frames, "message": clip.message, "indices": clip.indices.tolist()}
 
@@ -564,7 +545,7 @@ def open_cache(folder, meta, shape, dtype, rows):
         lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
         write(clips, "".join(lines))
         seen = [clip for clip in map(json.loads, lines) if "error" not in clip]
-        refuse_changed(folder, rows, seen)
+        data.refuse_changed(folder, rows, seen)
         done = {(clip["row"], clip["choice"]) for clip in seen}
         return [np.load(name, mmap_mode="r+") for name in names], done, clips.open("a")
     arrays = new_arrays(names, dtype, shape)
@@ -573,9 +554,7 @@ def open_cache(folder, meta, shape, dtype, rows):
     return arrays, set(), clips.open("a")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. weights: the released files -> one folder of ours
-
+# ---- 3. weights: the released files -> one folder of ours ------------------------------------------------------------
 # Where each tensor of ours comes from: a pattern of our name, and its name in the released .pth files | in
 # Hugging Face's BLIP-2. {m} is "_motion" or nothing, [q] and [v] are thirds of a bias [queries, keys, values].
 NAMES = {
@@ -846,7 +825,7 @@ def weights(args):
     open_tensors.cache_clear()
     roles = [role for role in ("llama", "vit", "qformer", "hawk", "video_llama") if getattr(args, role)]
     sources, entries, origin = {role: Source(getattr(args, role)) for role in roles}, [], {}
-    overrides = settings(args.set)
+    overrides = data.settings(args.set)
     motion, motion_line = choose_motion(args.motion_qformer, sources.get("hawk"))
     config = infer_config(sources, overrides)
     with torch.device("meta"):
@@ -914,10 +893,7 @@ def write_folder(out, config, tokenizer, entries, record=None, files=()):
     print(f"wrote {out}: {total / 1e9:.2f} GB")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. merge: trained weights, what they are based on and their LoRA -> one folder that stands alone
-
-
+# ---- 4. merge: trained weights, what they are based on and their LoRA -> one folder that stands alone ----------------
 def merge(args):
     """Reads the weights with all that they are based on (mapped, as stored), and adds each LoRA correction to its
     weight. Unless --dtype says otherwise the sum is written in float32, so that merging rounds nothing away."""
@@ -935,7 +911,7 @@ def merge(args):
             entries.append((name, weight.numel(), dtype, partial(merged, name, weight)))
     tokenizers = [folder / "tokenizer.model" for folder in reversed(read_chain(args.weights)[1])]
     tokenizer = next(filter(Path.exists, tokenizers), tokenizers[0])
-    config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | settings(args.set), "--set")
+    config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Hawk(config).named_parameters()}
     if shapes != {name: p.shape for name, p in model.named_parameters() if "lora_" not in name}:
@@ -943,9 +919,7 @@ def merge(args):
     write_folder(args.out, config, tokenizer, entries)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. download: the released files, from where their authors publish them
-
+# ---- 5. download: the released files, from where their authors publish them ------------------------------------------
 SHARDS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 HUB = {  # repository on the Hugging Face hub, and which of its files
     "llama": ("meta-llama/Llama-2-7b-chat-hf", r"config\.json|tokenizer\.model|" + SHARDS),
@@ -1021,9 +995,7 @@ def url_files(name, out):
     return [(file, size, fetch)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. motion captions: what stage 1's motion-language loss wants the motion tokens alone to say
-#
+# ---- 6. motion captions: what stage 1's motion-language loss wants the motion tokens alone to say --------------------
 # The verbs of a description with their subjects and objects: "car swerves lane, collides SUV". They come from spaCy, as
 # in the released code, where it and its small English model are installed, else from the rules of built_in_motion().
 
@@ -1142,9 +1114,7 @@ def motion_caption(text):
     return spacy_motion(spacy_model()(text)) if spacy_model() else built_in_motion(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. hawk and webvid: published annotations, and videos as they lie on this disk -> index files of ours
-
+# ---- 7. hawk and webvid: published annotations, and videos as they lie on this disk -> index files of ours -----------
 FOLDERS = {  # in the annotations, which hold paths on their authors' machine: in the published videos
     "UCF-Crime": "UCF_Crime", "ShanghaiTechDataset": "ShanghaiTech", "avenue/avenue": "CUHK_Avenue",
     "ped1/ped1": "Ped1", "ped2/ped2": "Ped2", "DoTA": "DoTA", "UBnormal": "UBnormal",
@@ -1231,7 +1201,7 @@ def hawk_rows(file, videos, table, report):
         counts = table[source]
         counts["rows"] += 1
         try:
-            row = check_row({"video": entry["video"], "description": entry["description"], "qa": entry["QA"]})
+            row = data.check_row({"video": entry["video"], "description": entry["description"], "qa": entry["QA"]})
             if None in row.values():
                 raise KeyError("null")
             path = video_path(videos, Path(source, found[2]) if found else name)
@@ -1286,9 +1256,7 @@ def webvid_entries(file, videos):
             ) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
