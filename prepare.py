@@ -426,7 +426,7 @@ def toy_tokenizer():
 
 
 def toy(args):
-    """Writes the toy world into args.out; what was there under the same names is replaced."""
+    """Writes the toy world into OUT; what was there under the same names is replaced."""
     counts = [args.n_train, args.n_test, args.n_long]
     if min(counts) < 0 or max(counts) == 0:
         raise ValueError("nothing to make: give --n-train, --n-test or --n-long a number above 0")
@@ -821,7 +821,7 @@ def choose_motion(choice, hawk):
 
 
 def weights(args):
-    """`prepare.py weights`: reads the released files, writes one folder that Hawk.from_pretrained opens."""
+    """Reads the released files, writes one folder that Hawk.from_pretrained opens."""
     open_tensors.cache_clear()
     roles = [role for role in ("llama", "vit", "qformer", "hawk", "video_llama") if getattr(args, role)]
     sources, entries, origin = {role: Source(getattr(args, role)) for role in roles}, [], {}
@@ -1257,86 +1257,72 @@ def webvid_entries(file, videos):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
 
-    job = jobs.add_parser("toy", help="make the toy world: clips, index files, tokenizer")
-    job.set_defaults(run=toy)
-    job.add_argument("--out", type=Path, required=True, help="folder to write")
-    job.add_argument("--n-train", type=int, default=0, help="clips in train.jsonl")
-    job.add_argument("--n-test", type=int, default=0, help="clips in test.jsonl")
-    job.add_argument("--n-long", type=int, default=0, help="40-second videos with one event each, in long.jsonl")
-    job.add_argument("--seed", type=int, default=0, help="the splits never share random numbers, whatever the seed")
-    job.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
-
-    job = jobs.add_parser("features", help="compute the frozen part once for all clips, for training without videos")
-    job.set_defaults(run=features)
-    job.add_argument(
-        "--weights", type=Path, required=True, help="folder of weights whose ViT and Q-Formers look at the clips"
-    )
-    job.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
-    job.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run goes on there")
-    job.add_argument(
-        "--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped"
-    )
-    job.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="float16: half the size")
-    job.add_argument("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
-    job.add_argument("--batch-size", type=int, default=8)
-    job.add_argument("--workers", type=int, default=2)
-    job.add_argument("--device", default="cpu")
-    job.add_argument("--seed", type=int, default=42, help="of the crops")
-
-    job = jobs.add_parser("weights", help="turn the released files into one folder of ours")
-    job.set_defaults(run=weights)
-    job.add_argument("--llama", type=Path, required=True, help="Hugging Face folder of llama-2-7b-chat-hf")
-    job.add_argument("--vit", type=Path, required=True, help="eva_vit_g.pth, or a Hugging Face blip2 folder")
-    job.add_argument("--qformer", type=Path, required=True, help="blip2_pretrained_flant5xxl.pth, or that same folder")
-    trained = job.add_mutually_exclusive_group()
-    trained.add_argument("--hawk", type=Path, help="finetune.pth or pretrained.pth; without it: a start for training")
-    trained.add_argument("--video-llama", type=Path, help="VL_LLaMA_2_7B_Finetuned.pth, a better start for training")
-    job.add_argument("--out", type=Path, required=True, help="folder to write")
-    job.add_argument(
-        "--motion-qformer", choices=["auto", "checkpoint", "replay", "blip2"], default="auto",
-        help="the motion branch's Q-Former: as the checkpoint has it, rebuilt from the released training's seed, or "
-        "BLIP-2's; auto: checkpoint if it is there, else replay with --hawk, else blip2",
-    )  # fmt: skip
-    job.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
-    job.add_argument(
-        "--dtype", choices=["released", "keep", *DTYPES], default="released",
-        help="of ViT and LLaMA; released: LLaMA in bfloat16, as the released code loads it; keep: as stored",
-    )  # fmt: skip
-
-    job = jobs.add_parser("merge", help="make one folder of trained weights, what they are based on and their LoRA")
-    job.set_defaults(run=merge)
-    job.add_argument("--weights", type=Path, required=True, help="folder that train.py wrote")
-    job.add_argument("--out", type=Path, required=True, help="folder to write")
-    job.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
-    job.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
-
-    for run, what in ((hawk, "index files from Hawk's annotations and videos"), (webvid, "the same from WebVid's CSV")):
+    def add_job(run, what, **out):
         job = jobs.add_parser(run.__name__, help=what, description=run.__doc__)
         job.set_defaults(run=run)
-        videos = "<page_dir>/<videoid>.mp4" if run is webvid else ", ".join(sorted(set(FOLDERS.values())))
-        job.add_argument("--videos", type=Path, required=True, help=f"folder that holds {videos}")
-        job.add_argument("--out", type=Path, required=True, help="folder to write")
-        if run is webvid:
-            job.add_argument("--csv", type=Path, required=True, help="such as results_2M_train.csv")
-            job.add_argument("--n-test", type=int, help="videos to hold out; default: every tenth, at most 500")
-        else:
-            job.add_argument("--annotations", type=Path, required=True, help="folder with all_videos_train.json and "
-                             "all_videos_test.json, in it or in its Annotation/All_Mix or All_Mix")  # fmt: skip
+        job.add_argument("--out", type=Path, help="folder to write", **out or {"required": True})
+        return job
 
-    job = jobs.add_parser("download", help="fetch the released files, about 16 GB")
-    job.set_defaults(run=download)
-    job.add_argument("--out", type=Path, default=Path("downloads"), help="folder to write")
-    job.add_argument(
-        "--what", nargs="+", choices=[*HUB, *URLS], default=["llama", "vit", "qformer", "hawk"],
-        help="blip2 holds vit and qformer in one; video-llama and hawk-pretrained are other starts for training",
-    )  # fmt: skip
-    job.add_argument("--dry-run", action="store_true", help="only say what there is, and how large")
+    add = add_job(toy, "make the toy world: clips, index files, tokenizer").add_argument
+    add("--n-train", type=int, default=0, help="clips in train.jsonl")
+    add("--n-test", type=int, default=0, help="clips in test.jsonl")
+    add("--n-long", type=int, default=0, help="40-second videos with one event each, in long.jsonl")
+    add("--seed", type=int, default=0, help="the splits never share random numbers, whatever the seed")
+    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
 
-    args = parser.parse_args()
+    add = add_job(features, "compute the frozen part once for all clips, for training without videos").add_argument
+    add("--weights", type=Path, required=True, help="folder of weights whose ViT and Q-Formers look at the clips")
+    add("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
+    add("--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped")
+    add("--dtype", choices=["float16", "float32"], default="float16", help="float16: half the size")
+    add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
+    add("--batch-size", type=int, default=8)
+    add("--workers", type=int, default=2)
+    add("--device", default="cpu")
+    add("--seed", type=int, default=42, help="of the crops")
+
+    job = add_job(weights, "turn the released files into one folder of ours")
+    add, add_trained = job.add_argument, job.add_mutually_exclusive_group().add_argument
+    add("--llama", type=Path, required=True, help="Hugging Face folder of llama-2-7b-chat-hf")
+    add("--vit", type=Path, required=True, help="eva_vit_g.pth, or a Hugging Face blip2 folder")
+    add("--qformer", type=Path, required=True, help="blip2_pretrained_flant5xxl.pth, or that same folder")
+    add_trained("--hawk", type=Path, help="finetune.pth or pretrained.pth; without it: a start for training")
+    add_trained("--video-llama", type=Path, help="VL_LLaMA_2_7B_Finetuned.pth, a better start for training")
+    add("--motion-qformer", choices=["auto", "checkpoint", "replay", "blip2"], default="auto",
+        help="the motion branch's Q-Former: as the checkpoint has it, rebuilt from the released training's seed, or "
+        "BLIP-2's; auto: checkpoint if it is there, else replay with --hawk, else blip2")  # fmt: skip
+    add("--dtype", choices=["released", "keep", *DTYPES], default="released",
+        help="of ViT and LLaMA; released: LLaMA in bfloat16, as the released code loads it; keep: as stored")  # fmt: skip
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
+
+    add = add_job(merge, "make one folder of trained weights, what they are based on and their LoRA").add_argument
+    add("--weights", type=Path, required=True, help="folder that train.py wrote")
+    add("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
+
+    add = add_job(hawk, "index files from Hawk's annotations and videos").add_argument
+    add("--annotations", type=Path, required=True,
+        help="folder with all_videos_train.json and all_videos_test.json, in it or in Annotation/All_Mix or All_Mix there")  # fmt: skip
+    add("--videos", type=Path, required=True, help=f"folder that holds {', '.join(sorted(set(FOLDERS.values())))}")
+
+    add = add_job(webvid, "the same from WebVid's CSV").add_argument
+    add("--csv", type=Path, required=True, help="such as results_2M_train.csv")
+    add("--videos", type=Path, required=True, help="folder that holds <page_dir>/<videoid>.mp4")
+    add("--n-test", type=int, help="videos to hold out; default: every tenth, at most 500")
+
+    add = add_job(download, "fetch the released files, about 16 GB", default=Path("downloads")).add_argument
+    add("--what", nargs="+", choices=[*HUB, *URLS], default=["llama", "vit", "qformer", "hawk"],
+        help="blip2 holds vit and qformer in one; video-llama and hawk-pretrained are other starts for training")  # fmt: skip
+    add("--dry-run", action="store_true", help="only say what there is, and how large")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     try:
         if args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"{args.out}: is not empty; choose another name, or delete it first")
