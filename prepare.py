@@ -449,48 +449,38 @@ def toy(args):
 def features(args):
     """Writes OUT/train and OUT/test: for each clip (and each of --crops variants of it) the frame features of both
     branches. Goes on where an interrupted run stopped; a folder made with other weights or settings is refused."""
-    if not any((args.data / f"{split}.jsonl").exists() for split in ("train", "test")):
+    splits = [split for split in SPLITS[:2] if (args.data / f"{split}.jsonl").exists()]
+    if not splits:
         raise ValueError(f"{args.data}: holds neither train.jsonl nor test.jsonl")
     model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
     expected = {"weights": data.frozen_fingerprint(model), "seed": args.seed, "bfloat16": args.bfloat16}
-    for split in ("train", "test"):
-        if not (args.data / f"{split}.jsonl").exists():
-            continue
+    for split in splits:
         rows, c = data.read_index(args.data / f"{split}.jsonl"), model.config
         crops = args.crops if split == "train" else 1
         meta = expected | {"choices": crops, "videos": data.videos_digest(rows), "motion": c.motion}
-        shape = (len(rows), crops, c.n_frames, c.n_queries, c.qformer_dim)
-        streams, done, record = open_cache(args.out / split, meta, shape, args.dtype, rows)
-        todo = [(i, k) for i in range(len(rows)) for k in range(crops) if (i, k) not in done]
-        clips = Crops(rows, c.n_frames, c.image_size, todo, args.seed, c.motion)
-        loader = data.load_batches(
-            clips, BatchSampler(range(len(clips)), args.batch_size, False), args.workers, collate_fn=list
-        )
+        meta |= {"shape": [len(rows), crops, c.n_frames, c.n_queries, c.qformer_dim], "dtype": args.dtype}
+        streams, done, record = open_cache(args.out / split, meta, rows)
+        todo = [k * len(rows) + i for i in range(len(rows)) for k in range(crops) if (i, k) not in done]
+        clips = Crops(rows, c.n_frames, c.image_size, args.seed, motion=c.motion)
+        order = BatchSampler(todo, args.batch_size, drop_last=False)
         with record, tqdm(total=len(rows) * crops, initial=len(done), desc=split, unit="clip") as bar:
-            for batch in loader:
-                for clip in (clip for clip in batch if "error" in clip):
-                    tqdm.write(f"note: {clip['error']}", file=sys.stderr)
+            for batch in data.load_batches(clips, order, args.workers, collate_fn=list):
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bfloat16):
                     write_features(model, [clip for clip in batch if "error" not in clip], streams)
-                record.write(
-                    "".join(json.dumps({k: v for k, v in clip.items() if k != "frames"}) + "\n" for clip in batch)
-                )
+                for clip in batch:
+                    clip.pop("frames", None)
+                    if "error" in clip:
+                        tqdm.write(f"note: {clip['error']}", file=sys.stderr)
+                record.write("".join(json.dumps(clip) + "\n" for clip in batch))
                 record.flush()
                 bar.update(len(batch))
 
 
 class Crops(data.ClipDataset):
-    """The clips to cache: sample n is row and variant todo[n]; variant 0 is the whole picture."""
+    """Samples run on over the variants of the rows' clips; variant 0 is the whole picture."""
 
-    def __init__(self, rows, n_frames, image_size, todo, seed, motion):
-        super().__init__(rows, n_frames, image_size, seed, motion=motion)
-        self.todo = todo
-
-    def __len__(self):
-        return len(self.todo)
-
-    def __getitem__(self, n):
-        i, k = self.todo[n]
+    def __getitem__(self, number):
+        k, i = divmod(number, len(self.rows))
         line = {"row": i, "choice": k, "video": os.path.basename(self.rows[i]["video"])}
         try:
             appearance, motion, clip = self.read(i, "uniform", None)
@@ -508,9 +498,7 @@ def write_features(model, clips, streams):
     """Encodes the clips of equal length together and puts their features into the two arrays."""
     for T in {clip["frames"].shape[1] for clip in clips}:
         same = [clip for clip in clips if clip["frames"].shape[1] == T]
-        frames = (
-            torch.stack([clip["frames"] for clip in same], dim=1).to(model.device).float() / 255
-        )  # (2, B, T, 3, H, W)
+        frames = torch.stack([clip["frames"] for clip in same], 1).to(model.device) / 255  # (2, B, T, 3, H, W)
         for array, seen in zip(streams, model.frame_features(*frames), strict=True):
             for clip, x in zip(same, seen.float().cpu().numpy(), strict=True):
                 array[clip["row"], clip["choice"], :T] = x
@@ -519,39 +507,36 @@ def write_features(model, clips, streams):
 
 
 def new_arrays(files, dtype, shape):
-    """Mapped files of zeros that have their room on the disk: a write to one without would kill the process."""
+    """Files of zeros, to be mapped, that have their room on the disk: a write to one without would kill the process."""
     try:
-        arrays = [np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape) for file in files]
-        for file in files if hasattr(os, "posix_fallocate") else ():
+        for file in files:
+            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=tuple(shape))
             with file.open("r+b") as opened:
-                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     except OSError as error:
         for file in files:
             file.unlink(missing_ok=True)
         raise OSError(error.errno, f"no room for the cache ({error.strerror})", str(files[0].parent)) from error
-    return arrays
 
 
-def open_cache(folder, meta, shape, dtype, rows):
+def open_cache(folder, meta, rows):
     """(arrays, what is done already, record to append to); ValueError if the folder holds another cache."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = meta | {"shape": list(shape), "dtype": dtype}
-    names, clips = [folder / f"{name}.npy" for name in BRANCHES], folder / "clips.jsonl"
-    if (folder / "meta.json").exists():
-        old = read_json(folder / "meta.json")
-        if old != meta:
-            key = next(k for k in meta if old.get(k) != meta[k])
-            raise ValueError(f"{folder}: a cache with {key} {old.get(key)!r}, not {meta[key]!r}; choose another --out")
-        lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write(clips, "".join(lines))
-        seen = [clip for clip in map(json.loads, lines) if "error" not in clip]
-        data.refuse_changed(folder, rows, seen)
-        done = {(clip["row"], clip["choice"]) for clip in seen}
-        return [np.load(name, mmap_mode="r+") for name in names], done, clips.open("a")
-    arrays = new_arrays(names, dtype, shape)
-    clips.write_text("")
-    write(folder / "meta.json", json.dumps(meta, indent=1))
-    return arrays, set(), clips.open("a")
+    arrays, clips, file = [folder / f"{name}.npy" for name in BRANCHES], folder / "clips.jsonl", folder / "meta.json"
+    if not file.exists():
+        new_arrays(arrays, meta["dtype"], meta["shape"])
+        clips.write_text("")
+        write(file, json.dumps(meta, indent=1))
+    if (old := read_json(file)) != meta:
+        key = next(k for k in meta if old.get(k) != meta[k])
+        raise ValueError(f"{folder}: a cache with {key} {old.get(key)!r}, not {meta[key]!r}; choose another --out")
+    lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    write(clips, "".join(lines))
+    seen = [clip for clip in map(json.loads, lines) if "error" not in clip]
+    data.refuse_changed(folder, rows, seen)
+    done = {(clip["row"], clip["choice"]) for clip in seen}
+    return [np.load(file, mmap_mode="r+") for file in arrays], done, clips.open("a")
 
 
 # ---- 3. weights: the released files -> one folder of ours ------------------------------------------------------------
