@@ -1118,17 +1118,10 @@ def video_path(videos, name):
 
 
 def index_row(path, source, description, qa=()):
-    texts = [description, *(turn["a"] for turn in qa)]
     qa = [{"q": turn["q"], "a": turn["a"]} for turn in qa]
-    motion, by = motion_caption(next(filter(None, texts))), "spacy" if spacy_model() else "rules"
-    row = {
-        "video": str(path),
-        "source": source,
-        "description": description,
-        "qa": qa,
-        "motion": motion,
-        "motion_by": by,
-    }
+    motion = motion_caption(next(filter(None, [description, *(turn["a"] for turn in qa)])))
+    row = {"video": str(path), "source": source, "description": description, "qa": qa, "motion": motion}
+    row["motion_by"] = "spacy" if spacy_model() else "rules"
     return row | {"flags": ["refusal"] * bool(REFUSAL.search(description))}
 
 
@@ -1150,9 +1143,7 @@ def hawk(args):
     table, report, splits = defaultdict(Counter), {"missing": [], "broken": []}, {}
     for split in SPLITS[:2]:
         name, folders = f"all_videos_{split}.json", ("", "Annotation/All_Mix", "All_Mix")
-        if file := next(
-            (args.annotations / f / name for f in folders if (args.annotations / f / name).is_file()), None
-        ):
+        if file := next(filter(Path.is_file, (args.annotations / folder / name for folder in folders)), None):
             splits[split] = list(hawk_rows(file, args.videos, table, report))
         else:
             print(f"note: {args.annotations}: no {name}, nor in Annotation/All_Mix or All_Mix", file=sys.stderr)
@@ -1180,29 +1171,26 @@ def hawk_rows(file, videos, table, report):
     if not isinstance(entries, list):
         raise ValueError(f"{file}: must be a list of objects with video, QA and description")
     for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
-        name, where = entry.get("video") if isinstance(entry, dict) else None, {"file": str(file), "number": number}
+        name = entry.get("video") if isinstance(entry, dict) else None
         found = PUBLISHED.search(name) if isinstance(name, str) else None
         source = FOLDERS[found[1]] if found else "other"
-        counts = table[source]
-        counts["rows"] += 1
         try:
             row = data.check_row({"video": entry["video"], "description": entry["description"], "qa": entry["QA"]})
             if None in row.values():
                 raise KeyError("null")
             path = video_path(videos, Path(source, found[2]) if found else name)
-            there = path.is_file() and path.stat().st_size > 0
+            state = "found" if path.is_file() and path.stat().st_size > 0 else "missing"
+            facts = {"video": str(path)}
         except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # RuntimeError: links in a circle
-            counts["broken"] += 1
-            reason = f"needs video, QA and description ({e})" if isinstance(e, KeyError | TypeError) else str(e)
-            report["broken"].append(where | {"reason": reason})
-            continue
-        counts["found" if there else "missing"] += 1
-        if there:
+            lacking = isinstance(e, KeyError | TypeError)
+            state, facts = "broken", {"reason": f"needs video, QA and description ({e})" if lacking else str(e)}
+        table[source].update(["rows", state])
+        if state == "found":
             row = index_row(path, source, row["description"], row["qa"])
-            counts["refusals"] += bool(row["flags"])
+            table[source]["refusals"] += len(row["flags"])
             yield row
         else:
-            report["missing"].append(where | {"video": str(path)})
+            report[state].append({"file": str(file), "number": number} | facts)
 
 
 def webvid(args):
@@ -1236,9 +1224,8 @@ def webvid_entries(file, videos):
                     raise ValueError("has more or fewer fields than the first line, or no videoid")
                 yield video_path(videos, Path(entry["page_dir"], entry["videoid"] + ".mp4")), entry["name"].strip()
         except (csv.Error, ValueError, OSError, RuntimeError) as e:
-            raise ValueError(
-                f"{file}, line {reader.reader.line_num + isinstance(e, UnicodeDecodeError)}: {e}"
-            ) from None
+            number = reader.reader.line_num + isinstance(e, UnicodeDecodeError)  # which the reader has not seen
+            raise ValueError(f"{file}, line {number}: {e}") from None
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
