@@ -137,9 +137,8 @@ def plan(rng, kind, t):
     actor = new_track(rng, band, USERS[band], x)
     during = (t >= begin) & (t < begin + 1)
     if kind == "swerving":
-        actor.y = BAND_Y[band] + rng.uniform(0.065, 0.08) * np.sin(
-            2 * np.pi * (rng.uniform(1.5, 2.5) * s + rng.uniform())
-        )
+        reach = rng.uniform(0.065, 0.08)
+        actor.y = BAND_Y[band] + reach * np.sin(2 * np.pi * (rng.uniform(1.5, 2.5) * s + rng.uniform()))
     if kind == "crossing":
         actor.y, actor.scale = actor.y + (BAND_Y[3 - band] - BAND_Y[band]) * np.clip(s / 0.8 - 0.125, 0, 1), 1.35
     if kind == "falling":  # lies after four frames: a dog on its back
@@ -999,14 +998,11 @@ GRAMMAR = {  # kinds of words that are neither verb nor head of a noun phrase; "
     "bed red",
 }  # fmt: skip
 KIND_OF = {word: kind for kind, words in GRAMMAR.items() for word in words.split()}
-PAST = set(
-    """began begun bent bit broke broken brought burst came caught cut drew drawn drove driven ate fell fallen
+PAST = set("""began begun bent bit broke broken brought burst came caught cut drew drawn drove driven ate fell fallen
     fled flew fought gave got went gone grew held hid hit hurt kept laid lay led left lost made met put ran rang rode
     ridden rose sat saw seen shook shot slept slid spun stole stolen stood struck stuck swung took taken threw thrown
-    tore torn wore wove""".split()
-)
-BASE = set(
-    """aim appear approach argue arrive attack attempt avoid beat begin bend block brake break bring bump burn
+    tore torn wore wove""".split())  # fmt: skip
+BASE = set("""aim appear approach argue arrive attack attempt avoid beat begin bend block brake break bring bump burn
     carry catch cause change chase climb close collapse collide come continue crash crawl cross cut cycle damage dance
     dash disappear drag draw drift drive drop eat emerge enter erupt escape exit explode fail fall fight flee flip fly
     follow force gather get give go grab happen help hide hit hold hurt jump keep kick knock lean leave lie lift
@@ -1014,8 +1010,7 @@ BASE = set(
     punch push put raise react reach remain reverse ride rise roll run rush scatter see seem shatter shoot shout shove
     show sit skate skid slam slide slip slow speed spill spin spray sprint stagger stand start stay steal step stop
     strike struggle stumble surround swerve swing take talk throw tip topple touch travel trip try turn use veer wait
-    walk watch wave yield""".split()
-)
+    walk watch wave yield""".split())  # fmt: skip
 
 
 def is_verb(word, before, came, follows, noun, finite, many):
