@@ -527,7 +527,7 @@ def open_cache(folder, meta, rows):
         new_arrays(arrays, meta["dtype"], meta["shape"])
         clips.write_text("")
         write(file, json.dumps(meta, indent=1))
-    if (old := read_json(file)) != meta:
+    if (old := read_json(file, "shape")) != meta:
         key = next(k for k in meta if old.get(k) != meta[k])
         raise ValueError(f"{folder}: a cache with {key} {old.get(key)!r}, not {meta[key]!r}; choose another --out")
     lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -606,9 +606,9 @@ def open_tensors(file):
 
 def read_json(file, *needed):
     try:
-        content = json.loads(file.read_text())
-        return content | {key: content[key] for key in needed}
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        content = json.loads(file.read_bytes())
+        return content | {key: content[key] for key in needed} if needed else content
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f"{file}: is missing, or not the JSON that belongs here ({type(e).__name__}: {e})") from e
 
 
@@ -649,10 +649,10 @@ class Source:
         """{tensor: why it is left out}; ValueError for one that `reasons` [(pattern, why)] does not know."""
         unused = {}
         for name in sorted(self.held.keys() - self.used):
-            unused[name] = next((why for pattern, why in reasons if re.fullmatch(pattern, name)), None)
-            if unused[name] is None:
+            if not (whys := [why for pattern, why in reasons if re.fullmatch(pattern, name)]):
                 shape = tuple(self.get(name).shape)
                 raise ValueError(f"{self.file(name)}: unknown tensor {name} {shape}: the model has no place for it")
+            unused[name] = whys[0]
         return unused
 
 
@@ -1159,11 +1159,7 @@ def hawk(args):
 
 def hawk_rows(file, videos, table, report):
     """Yields the index rows of one annotation file whose videos are there; counts and reports the others."""
-    try:
-        entries = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}: not JSON ({e})") from None
-    if not isinstance(entries, list):
+    if not isinstance(entries := read_json(file), list):
         raise ValueError(f"{file}: must be a list of objects with video, QA and description")
     for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
         name = entry.get("video") if isinstance(entry, dict) else None
@@ -1193,34 +1189,30 @@ def webvid(args):
     rows whose video is there and not empty, at VIDEOS/<page_dir>/<videoid>.mp4. Some go to OUT/test.jsonl instead:
     always the same ones, chosen by the SHA-256 of the file's name."""
     rows, counts = {}, Counter()
-    for path, caption in webvid_entries(args.csv, args.videos):
-        state = "absent" if not path.is_file() else "empty" if not path.stat().st_size else "found"
-        state = "without a caption" if not caption else "repeated" if path in rows else state
-        counts[state] += 1
-        if state == "found":
-            rows[path] = index_row(path, "webvid", caption)
+    with args.csv.open("rb") as lines:
+        reader = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+        try:
+            if lacking := {"videoid", "name", "page_dir"} - set(reader.fieldnames or ()):
+                raise ValueError(f"has no column {', '.join(sorted(lacking))}")
+            for entry in reader:  # all columns are text: 000001_000050 is a folder
+                if None in entry or None in entry.values() or not entry["videoid"]:
+                    raise ValueError("has more or fewer fields than the first line, or no videoid")
+                path = video_path(args.videos, Path(entry["page_dir"], entry["videoid"] + ".mp4"))
+                caption = entry["name"].strip()
+                state = "absent" if not path.is_file() else "empty" if not path.stat().st_size else "found"
+                state = "without a caption" if not caption else "repeated" if path in rows else state
+                counts[state] += 1
+                if state == "found":
+                    rows[path] = index_row(path, "webvid", caption)
+        except (csv.Error, ValueError, OSError, RuntimeError) as e:
+            number = reader.reader.line_num + isinstance(e, UnicodeDecodeError)  # which the reader has not seen
+            raise ValueError(f"{args.csv}, line {number}: {e}") from None
     print(f"{args.csv}: {counts.total()} rows, " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     n_test = min(500, len(rows) // 10) if args.n_test is None else args.n_test
     if not 0 <= n_test < len(rows):
         raise ValueError(f"{args.videos}: {len(rows)} usable videos, {n_test} of them to hold out: none to train on")
     order = sorted(rows, key=lambda path: hashlib.sha256(path.name.encode()).digest())
     write_splits(args.out, {"train": [rows[p] for p in order[n_test:]], "test": [rows[p] for p in order[:n_test]]})
-
-
-def webvid_entries(file, videos):
-    """Yields (path of the video, caption). All columns are text: 000001_000050 is a folder. Errors name the line."""
-    with file.open("rb") as lines:
-        reader = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
-        try:
-            if lacking := {"videoid", "name", "page_dir"} - set(reader.fieldnames or ()):
-                raise ValueError(f"has no column {', '.join(sorted(lacking))}")
-            for entry in reader:
-                if None in entry or None in entry.values() or not entry["videoid"]:
-                    raise ValueError("has more or fewer fields than the first line, or no videoid")
-                yield video_path(videos, Path(entry["page_dir"], entry["videoid"] + ".mp4")), entry["name"].strip()
-        except (csv.Error, ValueError, OSError, RuntimeError) as e:
-            number = reader.reader.line_num + isinstance(e, UnicodeDecodeError)  # which the reader has not seen
-            raise ValueError(f"{file}, line {number}: {e}") from None
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
