@@ -371,8 +371,7 @@ def toy_clip(seed, split, index):
     kinds, number = ["normal"] * normal + [kind for kind in KINDS if kind != "normal"], SPLITS.index(split)
     turn, place = divmod(index, len(kinds))
     kind = kinds[np.random.default_rng((seed, number, turn, 1)).permutation(len(kinds))[place]]
-    streams = np.random.SeedSequence((seed, number, index)).spawn(3)
-    plan_rng, text_rng, render_rng = map(np.random.default_rng, streams)
+    plan_rng, text_rng, render_rng = np.random.default_rng((seed, number, index)).spawn(3)
     if split == "long":  # a clip's plan, with ordinary traffic before and after
         return plan(plan_rng, kind, (np.arange(LONG_FRAMES) - plan_rng.integers(64, 224)) / FRAMES), None, render_rng
     clip = plan(plan_rng, kind, np.arange(FRAMES) / FRAMES)
@@ -613,10 +612,10 @@ def read_json(file, *needed):
 
 
 class Source:
-    """The tensors of a file, of a Hugging Face folder, or `made` here. `held`: {name: its file, or the tensor}."""
+    """The tensors of a file, of a Hugging Face folder, or `made` here. `held`: {name: its file}."""
 
     def __init__(self, path, made=None):
-        self.path, self.used, self.held = path, set(), {} if made is None else made
+        self.path, self.made, self.used, self.held = path, made, set(), dict.fromkeys(made or (), path)
         if made is None:
             shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
             for listing in path.glob(f"*{shards[0].suffix}.index.json") if shards else ():
@@ -628,22 +627,17 @@ class Source:
     def get(self, name):
         """A tensor. "x[q]" and "x[v]" are thirds of a bias of [queries, keys, values], whose keys must be zero."""
         name, _, third = name.partition("[")
-        tensor = file = self.held[name]
+        file = self.held[name]
         self.used.add(name)
-        if isinstance(file, Path):
-            try:
-                tensor = open_tensors(file)[name]
-            except (ValueError, KeyError) as e:
-                raise ValueError(f"{file}: the tensor {name}, which its index places here, is missing") from e
+        try:
+            tensor = (self.made or open_tensors(file))[name]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{file}: the tensor {name}, which its index places here, is missing") from e
         if not third:
             return tensor
         if tensor.ndim != 1 or len(tensor) % 3 or tensor.chunk(3)[1].any():
             raise ValueError(f"{file}: {name} {tuple(tensor.shape)} must be [queries, zeros, values]")
         return tensor.chunk(3)["qkv".index(third[0])]
-
-    def file(self, name):
-        file = self.held[name.partition("[")[0]]
-        return file if isinstance(file, Path) else self.path
 
     def unused(self, reasons):
         """{tensor: why it is left out}; ValueError for one that `reasons` [(pattern, why)] does not know."""
@@ -651,14 +645,14 @@ class Source:
         for name in sorted(self.held.keys() - self.used):
             if not (whys := [why for pattern, why in reasons if re.fullmatch(pattern, name)]):
                 shape = tuple(self.get(name).shape)
-                raise ValueError(f"{self.file(name)}: unknown tensor {name} {shape}: the model has no place for it")
+                raise ValueError(f"{self.held[name]}: unknown tensor {name} {shape}: the model has no place for it")
             unused[name] = whys[0]
         return unused
 
 
 def locate(name, sources, motion):
-    """(source, released name) of tensor `name` of ours; ValueError if it is missing. `motion`: which source has the
-    frozen part of the motion branch: "hawk", "made" or "qformer"."""
+    """(function that reads it, "file: released name") of tensor `name` of ours; ValueError if it is missing. `motion`:
+    which source has the frozen part of the motion branch: "hawk", "made" or "qformer"."""
     tower, _, part = name.partition(".")
     role, frozen = "hawk" if "hawk" in sources else "made", part.startswith(FROZEN)
     if tower not in BRANCHES:
@@ -673,8 +667,8 @@ def locate(name, sources, motion):
     suffix = "_motion" if tower == "motion" and role in ("hawk", "made") else ""  # the other files serve both branches
     names = released_names(part, suffix)
     for released in names:
-        if released.partition("[")[0] in sources[role].held:
-            return sources[role], released
+        if file := sources[role].held.get(released.partition("[")[0]):
+            return partial(sources[role].get, released), f"{file}: {released}"
     raise ValueError(f"{sources[role].path}: the tensor {' or '.join(names)} is missing (it becomes {name})")
 
 
@@ -683,9 +677,9 @@ def infer_config(sources, overrides):
     the published widths of a head. `overrides` wins over all of them."""
 
     def size(name, axis):
-        source, released = locate(name, sources, "qformer")
-        if axis >= (tensor := source.get(released)).ndim:
-            raise ValueError(f"{source.file(released)}: {released} has too few dimensions: {tuple(tensor.shape)}")
+        read, origin = locate(name, sources, "qformer")
+        if axis >= (tensor := read()).ndim:
+            raise ValueError(f"{origin} has too few dimensions: {tuple(tensor.shape)}")
         return tensor.shape[axis]
 
     def layers(role, pattern):
@@ -731,10 +725,8 @@ def bert_linears(config):
     for i in range(config.qformer_layers):
         for kind, width in (("attention", dim), ("crossattention", config.vit_dim)):
             if kind == "attention" or i % config.cross_every == 0:
-                yield f"encoder.layer.{i}.{kind}.self.query", dim, dim
-                yield f"encoder.layer.{i}.{kind}.self.key", dim, width
-                yield f"encoder.layer.{i}.{kind}.self.value", dim, width
-                yield f"encoder.layer.{i}.{kind}.output.dense", dim, dim
+                inputs = {"self.query": dim, "self.key": width, "self.value": width, "output.dense": dim}
+                yield from ((f"encoder.layer.{i}.{kind}.{name}", dim, size) for name, size in inputs.items())
         for half in ("", "_query"):  # the MLP for text, which is thrown away, and the one for queries
             yield f"encoder.layer.{i}.intermediate{half}.dense", mlp, dim
             yield f"encoder.layer.{i}.output{half}.dense", dim, mlp
@@ -784,12 +776,19 @@ def replay_motion_qformer(config, seed=42):
     return made
 
 
-def fresh_weight(name, like, generator):
-    """A start for what training from BLIP-2 (and Video-LLaMA) begins with at random, spread as in the released code."""
-    if like.ndim == 1:  # biases and norms
-        return torch.full(like.shape, float(name.endswith("norm.weight")))
-    std = 1.0 if "frame_position" in name else 0.02 if ".video_" in name else (3 * like.shape[1]) ** -0.5
-    return torch.empty(like.shape).normal_(0.0, std, generator=generator)
+def fresh_weights(wanted):
+    """What training from BLIP-2 (and Video-LLaMA) begins with at random, spread as in the released code: {released name:
+    tensor}. `wanted`: our parameters by name, of which only the shapes count."""
+    made, generator = {}, torch.Generator().manual_seed(0)
+    for name, like in wanted.items():
+        tower, _, part = name.partition(".")
+        if tower in BRANCHES and not part.startswith(FROZEN):
+            tensor = torch.full(like.shape, float(name.endswith("norm.weight")))  # biases and norms
+            if like.ndim > 1:
+                std = 1.0 if "frame_position" in name else 0.02 if ".video_" in name else (3 * like.shape[1]) ** -0.5
+                tensor.normal_(0.0, std, generator=generator)
+            made[released_names(part, "_motion" * (tower == "motion"))[0]] = tensor
+    return made
 
 
 def choose_motion(choice, hawk):
@@ -808,7 +807,7 @@ def weights(args):
     """Reads the released files, writes one folder that Hawk.from_pretrained opens."""
     open_tensors.cache_clear()
     roles = [role for role in ("llama", "vit", "qformer", "hawk", "video_llama") if getattr(args, role)]
-    sources, entries, origin = {role: Source(getattr(args, role)) for role in roles}, [], {}
+    sources, entries, origins = {role: Source(getattr(args, role)) for role in roles}, [], {}
     overrides = data.settings(args.set)
     motion, motion_line = choose_motion(args.motion_qformer, sources.get("hawk"))
     config = infer_config(sources, overrides)
@@ -817,29 +816,26 @@ def weights(args):
     print("motion Q-Former:", motion_line, flush=True)
     made = {"ln_vision_motion.weight": torch.ones(config.vit_dim), "ln_vision_motion.bias": torch.zeros(config.vit_dim)}
     made |= replay_motion_qformer(config) if motion == "made" else {}
-    sources["made"], generator = Source("made from a fixed seed", made), torch.Generator().manual_seed(0)
+    made |= {} if args.hawk else fresh_weights(wanted)
+    sources["made"] = Source("made from a fixed seed", made)
     for name, like in wanted.items():
-        tower, _, part = name.partition(".")
-        if tower in BRANCHES and not args.hawk and not part.startswith(FROZEN):
-            made[released_names(part, "_motion" * (tower == "motion"))[0]] = fresh_weight(name, like, generator)
-        source, released = locate(name, sources, motion)
-        tensor, dtype = source.get(released), source.get(released).dtype
-        if tensor.shape != like.shape or not dtype.is_floating_point:
-            found = f"{source.file(released)}: {released} is {tuple(tensor.shape)} {dtype}"
+        read, origins[name] = locate(name, sources, motion)
+        shape, dtype = read().shape, read().dtype
+        if shape != like.shape or not dtype.is_floating_point:
+            found = f"{origins[name]} is {tuple(shape)} {dtype}"
             raise ValueError(f"{found}, but {name} needs {tuple(like.shape)} of floating point")
         if name.startswith(("vit.", "llama.")):  # the big frozen towers; the rest stays as it was trained
             llama = args.dtype == "released" and name.startswith("llama.")  # which the released code rounds
             dtype = torch.bfloat16 if llama else DTYPES.get(args.dtype, dtype)
-        entries.append((name, like.numel(), dtype, partial(source.get, released)))
-        origin[name] = f"{source.file(released)}: {released}"
+        entries.append((name, like.numel(), dtype, read))
     known = [*LEFT_OUT, ("vit", rf"blocks\.{config.vit_depth}\..+", "EVA's last block, which BLIP-2 leaves out")]
     if motion != "hawk":
         known.append(("hawk", r"(Qformer|ln_vision)_motion\..+", "replaced, as --motion-qformer asks"))
     left_out = {}
     for role in roles:
         left_out[role] = sources[role].unused([(names, why) for kinds, names, why in known if role in kinds.split()])
-    record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origin}
-    files = sorted({source.file(name) for role in roles if (source := sources[role]) for name in source.used})
+    record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origins}
+    files = sorted({sources[role].held[name] for role in roles for name in sources[role].used})
     write_folder(args.out, config, args.llama / "tokenizer.model", entries, record, files)
 
 
