@@ -40,7 +40,7 @@ from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 import data
-from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, read_chain, replaced_folder, save_tensors
+from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, QFormer, read_chain, replaced_folder, save_tensors
 
 
 def write(path, content):
@@ -715,21 +715,7 @@ def infer_config(sources, overrides):
 
 
 # What no file holds: the motion Q-Former of the published training
-
 BERT_WORDS, BERT_POSITIONS = 30522, 512  # bert-base-uncased, whose text half the released code builds and throws away
-
-
-def bert_linears(config):
-    """(name, outputs, inputs) of the Linears in the released Q-Former's layers, in the order of their construction."""
-    dim, mlp = config.qformer_dim, config.qformer_mlp
-    for i in range(config.qformer_layers):
-        for kind, width in (("attention", dim), ("crossattention", config.vit_dim)):
-            if kind == "attention" or i % config.cross_every == 0:
-                inputs = {"self.query": dim, "self.key": width, "self.value": width, "output.dense": dim}
-                yield from ((f"encoder.layer.{i}.{kind}.{name}", dim, size) for name, size in inputs.items())
-        for half in ("", "_query"):  # the MLP for text, which is thrown away, and the one for queries
-            yield f"encoder.layer.{i}.intermediate{half}.dense", mlp, dim
-            yield f"encoder.layer.{i}.output{half}.dense", dim, mlp
 
 
 def replay_motion_qformer(config, seed=42):
@@ -741,7 +727,9 @@ def replay_motion_qformer(config, seed=42):
     can be thrown away in portions of any size; normal ones are drawn tensor by tensor, because torch draws 16 more for
     a tensor whose size is not a multiple of 16, and two at a time for one of fewer than 16."""
     generator, scratch = torch.Generator().manual_seed(seed), torch.empty(1 << 16)
-    dim, linears = config.qformer_dim, list(bert_linears(config))
+    with torch.device("meta"):  # ours names its parameters in the order in which BERT's are built
+        qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
+    shapes = {name: p.shape for name, p in qformer.named_parameters(prefix="qformer")}
 
     def skip_uniform(count):
         for start in range(0, count, len(scratch)):
@@ -756,23 +744,24 @@ def replay_motion_qformer(config, seed=42):
     weights, biases = config.vit_depth * (4 * vit * vit + 2 * vit * mlp), config.vit_depth * (vit + mlp + vit)
     for _ in range(2):
         skip_uniform(vit * 3 * config.patch_size**2 + vit + weights + biases + (patches + 1) * vit + vit + weights)
-    for name in ("Qformer", "Qformer_motion"):
-        made, norms = {}, [f"{name}.bert.embeddings.LayerNorm"]
+    dim, mlp = config.qformer_dim, config.qformer_mlp
+    linears = sum(shape.numel() for name, shape in shapes.items() if "norm" not in name)
+    linears += config.qformer_layers * (2 * dim * mlp + mlp + dim)  # each layer has a second MLP, for text
+    for _ in range(2):
         # BertModel is built (torch's default initialisers), and initialised: Embeddings and Linears normal, biases zero
+        made = {}
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
-        skip_uniform(sum(outputs * inputs + outputs for _, outputs, inputs in linears))
+        skip_uniform(linears)
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
-        for linear, outputs, inputs in linears:
-            module, weight = f"{name}.bert.{linear}", normal(outputs, inputs)
-            if not re.search(r"\d\.(intermediate|output)\.", linear):  # the text MLP is not kept
-                made |= {f"{module}.weight": weight, f"{module}.bias": torch.zeros(outputs)}
-                norms += [module.replace("dense", "LayerNorm")] if "output" in linear else []
+        for name, shape in shapes.items():
+            if name.endswith("mlp.fc1.weight"):  # the MLP for text comes first
+                normal(mlp, dim), normal(dim, mlp)
+            tensor = normal(*shape) if len(shape) == 2 else torch.full(shape, float(name.endswith("norm.weight")))
+            made[released_names(name, "_motion")[0]] = tensor
         # the head for words is built and initialised; what BertModel has initialised is skipped this time
         skip_uniform(dim * dim + dim + BERT_WORDS * dim)
         normal(dim, dim), normal(BERT_WORDS, dim)
-        made[name.replace("Qformer", "query_tokens")] = normal(1, config.n_queries, dim)
-        made |= {f"{norm}.weight": torch.ones(dim) for norm in norms}
-        made |= {f"{norm}.bias": torch.zeros(dim) for norm in norms}
+        made["query_tokens_motion"] = normal(1, config.n_queries, dim)
     return made
 
 
