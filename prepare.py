@@ -40,7 +40,7 @@ from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 import data
-from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, QFormer, read_chain, replaced_folder, save_tensors
+from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, QFormer, ViT, read_chain, replaced_folder, save_tensors
 
 
 def write(path, content):
@@ -66,8 +66,7 @@ WIDTH = {"car": 42, "bus": 50, "truck": 46, "motorbike": 38, "person": 14, "cycl
 COLOURS = {"red": (205, 35, 35), "blue": (35, 85, 215), "green": (35, 150, 60), "yellow": (240, 205, 45)}
 COLOURS |= {"white": (243, 243, 243), "purple": (165, 50, 190)}
 # picture widths per clip, of walkers and of vehicles; walkers must be quick enough for a change to be seen
-SPEEDS = {kind: [(0.28, 0.4), (0.38, 0.5)] for kind in ("sudden_stop", "turn_back", "falling")}
-SPEEDS |= {"normal": [(0.28, 0.4), (0.38, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
+SPEEDS = {"normal": [(0.28, 0.4), (0.38, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
 PACE = {"sudden_stop": 0, "fire": 0, "falling": 0, "collision": 0, "crossing": 0.02}  # after the event began
 EFFECTS = {"collision": ("crash", 0), "fire": ("fire", -0.06), "left_bag": ("bag", 0.04)}  # what, how far down
 # The phrase stands in every description of a kind and in no other's. point: it happens at one moment, which is named.
@@ -727,8 +726,8 @@ def replay_motion_qformer(config, seed=42):
     can be thrown away in portions of any size; normal ones are drawn tensor by tensor, because torch draws 16 more for
     a tensor whose size is not a multiple of 16, and two at a time for one of fewer than 16."""
     generator, scratch = torch.Generator().manual_seed(seed), torch.empty(1 << 16)
-    with torch.device("meta"):  # ours names its parameters in the order in which BERT's are built
-        qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
+    with torch.device("meta"):  # ours, which name their parameters in the order in which the released ones are built
+        vit, qformer = ViT(config), QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
     shapes = {name: p.shape for name, p in qformer.named_parameters(prefix="qformer")}
 
     def skip_uniform(count):
@@ -740,10 +739,9 @@ def replay_motion_qformer(config, seed=42):
 
     # A ViT draws torch's default initialisers of every layer (weight and bias; q_bias and v_bias are zeros), and then a
     # truncated normal (one uniform number each) for positions, class token and all weights of its Linears again.
-    vit, mlp, patches = config.vit_dim, config.vit_mlp, (config.image_size // config.patch_size) ** 2
-    weights, biases = config.vit_depth * (4 * vit * vit + 2 * vit * mlp), config.vit_depth * (vit + mlp + vit)
+    drawn = [p for name, p in vit.named_parameters() if not re.search(r"norm|[qv]_bias", name)]
     for _ in range(2):
-        skip_uniform(vit * 3 * config.patch_size**2 + vit + weights + biases + (patches + 1) * vit + vit + weights)
+        skip_uniform(sum(p.numel() * (2 if p.ndim == 2 else 1) for p in drawn))
     dim, mlp = config.qformer_dim, config.qformer_mlp
     linears = sum(shape.numel() for name, shape in shapes.items() if "norm" not in name)
     linears += config.qformer_layers * (2 * dim * mlp + mlp + dim)  # each layer has a second MLP, for text
