@@ -1248,7 +1248,7 @@ def parse_args():
 
     add = add_job(hawk, "index files from Hawk's annotations and videos").add_argument
     add("--annotations", type=Path, required=True,
-        help="folder with all_videos_train.json and all_videos_test.json, in it or in Annotation/All_Mix or All_Mix there")  # fmt: skip
+        help="folder with all_videos_{train,test}.json, in it or in its Annotation/All_Mix or All_Mix")  # fmt: skip
     add("--videos", type=Path, required=True, help=f"folder that holds {', '.join(sorted(set(FOLDERS.values())))}")
 
     add = add_job(webvid, "the same from WebVid's CSV").add_argument
