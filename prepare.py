@@ -39,22 +39,8 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
-from data import (
-    DESCRIBE_QUESTIONS,
-    ClipDataset,
-    VideoError,
-    check_row,
-    clip_generator,
-    frozen_fingerprint,
-    load_batches,
-    random_crop,
-    read_index,
-    refuse_changed,
-    settings,
-    usable_device,
-    videos_digest,
-)  # fmt: skip
-from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, read_chain, replaced_folder, save_tensors
+import data
+from hawk import BRANCHES, Hawk, HawkConfig, LoRALinear, QFormer, ViT, read_chain, replaced_folder, save_tensors
 
 
 def write(path, content):
@@ -64,9 +50,7 @@ def write(path, content):
     os.replace(temporary, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. toy: a small drawn world (clips, annotations in the Hawk format, a tokenizer)
-#
+# ---- 1. toy: a small drawn world (clips, annotations in the Hawk format, a tokenizer) --------------------------------
 # A fixed camera looks at a road: two pavements and two lanes. In the far lane traffic goes left, in the near one right.
 # plan() decides what happens, describe() puts it into words, render() draws it, all from (seed, split, index) alone.
 
@@ -82,8 +66,7 @@ WIDTH = {"car": 42, "bus": 50, "truck": 46, "motorbike": 38, "person": 14, "cycl
 COLOURS = {"red": (205, 35, 35), "blue": (35, 85, 215), "green": (35, 150, 60), "yellow": (240, 205, 45)}
 COLOURS |= {"white": (243, 243, 243), "purple": (165, 50, 190)}
 # picture widths per clip, of walkers and of vehicles; walkers must be quick enough for a change to be seen
-SPEEDS = {kind: [(0.28, 0.4), (0.38, 0.5)] for kind in ("sudden_stop", "turn_back", "falling")}
-SPEEDS |= {"normal": [(0.28, 0.4), (0.38, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
+SPEEDS = {"normal": [(0.28, 0.4), (0.38, 0.5)], "speeding": [(0.75, 0.95), (0.95, 1.2)]}
 PACE = {"sudden_stop": 0, "fire": 0, "falling": 0, "collision": 0, "crossing": 0.02}  # after the event began
 EFFECTS = {"collision": ("crash", 0), "fire": ("fire", -0.06), "left_bag": ("bag", 0.04)}  # what, how far down
 # The phrase stands in every description of a kind and in no other's. point: it happens at one moment, which is named.
@@ -153,9 +136,8 @@ def plan(rng, kind, t):
     actor = new_track(rng, band, USERS[band], x)
     during = (t >= begin) & (t < begin + 1)
     if kind == "swerving":
-        actor.y = BAND_Y[band] + rng.uniform(0.065, 0.08) * np.sin(
-            2 * np.pi * (rng.uniform(1.5, 2.5) * s + rng.uniform())
-        )
+        reach = rng.uniform(0.065, 0.08)
+        actor.y = BAND_Y[band] + reach * np.sin(2 * np.pi * (rng.uniform(1.5, 2.5) * s + rng.uniform()))
     if kind == "crossing":
         actor.y, actor.scale = actor.y + (BAND_Y[3 - band] - BAND_Y[band]) * np.clip(s / 0.8 - 0.125, 0, 1), 1.35
     if kind == "falling":  # lies after four frames: a dog on its back
@@ -388,8 +370,7 @@ def toy_clip(seed, split, index):
     kinds, number = ["normal"] * normal + [kind for kind in KINDS if kind != "normal"], SPLITS.index(split)
     turn, place = divmod(index, len(kinds))
     kind = kinds[np.random.default_rng((seed, number, turn, 1)).permutation(len(kinds))[place]]
-    streams = np.random.SeedSequence((seed, number, index)).spawn(3)
-    plan_rng, text_rng, render_rng = map(np.random.default_rng, streams)
+    plan_rng, text_rng, render_rng = np.random.default_rng((seed, number, index)).spawn(3)
     if split == "long":  # a clip's plan, with ordinary traffic before and after
         return plan(plan_rng, kind, (np.arange(LONG_FRAMES) - plan_rng.integers(64, 224)) / FRAMES), None, render_rng
     clip = plan(plan_rng, kind, np.arange(FRAMES) / FRAMES)
@@ -423,7 +404,7 @@ def make_toy_clip(folder, seed, split, index):
 
 def toy_tokenizer():
     """A SentencePiece model of the toy language, always the same; ids 0, 1, 2 are <unk>, <s>, </s> as LLaMA's."""
-    texts = ["[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>", "</Video> ", " [/INST] ", *DESCRIBE_QUESTIONS] * 20
+    texts = ["[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>", "</Video> ", " [/INST] ", *data.DESCRIBE_QUESTIONS] * 20
     texts += [chr(code) for code in range(32, 127)]
     for index in range(1500):
         clip = toy_clip(2024, "train", index)[1]
@@ -442,7 +423,7 @@ def toy_tokenizer():
 
 
 def toy(args):
-    """Writes the toy world into args.out; what was there under the same names is replaced."""
+    """Writes the toy world into OUT; what was there under the same names is replaced."""
     counts = [args.n_train, args.n_test, args.n_long]
     if min(counts) < 0 or max(counts) == 0:
         raise ValueError("nothing to make: give --n-train, --n-test or --n-long a number above 0")
@@ -461,63 +442,50 @@ def toy(args):
                 write(args.out / f"all_videos_{split}.json", json.dumps(rows, indent=1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# features: everything before the frame positions is frozen in training, so it is computed once
-
-
+# ---- 2. features: everything before the frame positions is frozen in training, so it is computed once ----------------
 def features(args):
     """Writes OUT/train and OUT/test: for each clip (and each of --crops variants of it) the frame features of both
     branches. Goes on where an interrupted run stopped; a folder made with other weights or settings is refused."""
-    if not any((args.data / f"{split}.jsonl").exists() for split in ("train", "test")):
+    splits = [split for split in SPLITS[:2] if (args.data / f"{split}.jsonl").exists()]
+    if not splits:
         raise ValueError(f"{args.data}: holds neither train.jsonl nor test.jsonl")
-    model = Hawk.from_pretrained(args.weights, device=usable_device(args.device))
-    expected = {"weights": frozen_fingerprint(model), "seed": args.seed, "bfloat16": args.bfloat16}
-    for split in ("train", "test"):
-        if not (args.data / f"{split}.jsonl").exists():
-            continue
-        rows, c = read_index(args.data / f"{split}.jsonl"), model.config
+    model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
+    expected = {"weights": data.frozen_fingerprint(model), "seed": args.seed, "bfloat16": args.bfloat16}
+    for split in splits:
+        rows, c = data.read_index(args.data / f"{split}.jsonl"), model.config
         crops = args.crops if split == "train" else 1
-        meta = expected | {"choices": crops, "videos": videos_digest(rows), "motion": c.motion}
-        shape = (len(rows), crops, c.n_frames, c.n_queries, c.qformer_dim)
-        streams, done, record = open_cache(args.out / split, meta, shape, args.dtype, rows)
-        todo = [(i, k) for i in range(len(rows)) for k in range(crops) if (i, k) not in done]
-        clips = Crops(rows, c.n_frames, c.image_size, todo, args.seed, c.motion)
-        loader = load_batches(
-            clips, BatchSampler(range(len(clips)), args.batch_size, False), args.workers, collate_fn=list
-        )
+        meta = expected | {"choices": crops, "videos": data.videos_digest(rows), "motion": c.motion}
+        meta |= {"shape": [len(rows), crops, c.n_frames, c.n_queries, c.qformer_dim], "dtype": args.dtype}
+        streams, done, record = open_cache(args.out / split, meta, rows)
+        todo = [k * len(rows) + i for i in range(len(rows)) for k in range(crops) if (i, k) not in done]
+        clips = Crops(rows, c.n_frames, c.image_size, args.seed, motion=c.motion)
+        order = BatchSampler(todo, args.batch_size, drop_last=False)
         with record, tqdm(total=len(rows) * crops, initial=len(done), desc=split, unit="clip") as bar:
-            for batch in loader:
-                for clip in (clip for clip in batch if "error" in clip):
-                    tqdm.write(f"note: {clip['error']}", file=sys.stderr)
+            for batch in data.load_batches(clips, order, args.workers, collate_fn=list):
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bfloat16):
                     write_features(model, [clip for clip in batch if "error" not in clip], streams)
-                record.write(
-                    "".join(json.dumps({k: v for k, v in clip.items() if k != "frames"}) + "\n" for clip in batch)
-                )
+                for clip in batch:
+                    clip.pop("frames", None)
+                    if "error" in clip:
+                        tqdm.write(f"note: {clip['error']}", file=sys.stderr)
+                record.write("".join(json.dumps(clip) + "\n" for clip in batch))
                 record.flush()
                 bar.update(len(batch))
 
 
-class Crops(ClipDataset):
-    """The clips to cache: sample n is row and variant todo[n]; variant 0 is the whole picture."""
+class Crops(data.ClipDataset):
+    """Samples run on over the variants of the rows' clips; variant 0 is the whole picture."""
 
-    def __init__(self, rows, n_frames, image_size, todo, seed, motion):
-        super().__init__(rows, n_frames, image_size, seed, motion=motion)
-        self.todo = todo
-
-    def __len__(self):
-        return len(self.todo)
-
-    def __getitem__(self, n):
-        i, k = self.todo[n]
+    def __getitem__(self, number):
+        k, i = divmod(number, len(self.rows))
         line = {"row": i, "choice": k, "video": os.path.basename(self.rows[i]["video"])}
         try:
             appearance, motion, clip = self.read(i, "uniform", None)
-        except VideoError as error:
+        except data.VideoError as error:
             return line | {"error": str(error)}
         line["bytes"] = os.path.getsize(self.rows[i]["video"])
         if k:
-            appearance, motion = random_crop(appearance, motion, clip_generator(self.seed, k, i))
+            appearance, motion = data.random_crop(appearance, motion, data.clip_generator(self.seed, k, i))
         frames = torch.stack([appearance, motion])  # (2, T, 3, H, W)
         return line | {"frames": frames, "message": clip.message, "indices": clip.indices.tolist()}
 
@@ -527,9 +495,7 @@ def write_features(model, clips, streams):
     """Encodes the clips of equal length together and puts their features into the two arrays."""
     for T in {clip["frames"].shape[1] for clip in clips}:
         same = [clip for clip in clips if clip["frames"].shape[1] == T]
-        frames = (
-            torch.stack([clip["frames"] for clip in same], dim=1).to(model.device).float() / 255
-        )  # (2, B, T, 3, H, W)
+        frames = torch.stack([clip["frames"] for clip in same], 1).to(model.device) / 255  # (2, B, T, 3, H, W)
         for array, seen in zip(streams, model.frame_features(*frames), strict=True):
             for clip, x in zip(same, seen.float().cpu().numpy(), strict=True):
                 array[clip["row"], clip["choice"], :T] = x
@@ -538,44 +504,39 @@ def write_features(model, clips, streams):
 
 
 def new_arrays(files, dtype, shape):
-    """Mapped files of zeros that have their room on the disk: a write to one without would kill the process."""
+    """Files of zeros, to be mapped, that have their room on the disk: a write to one without would kill the process."""
     try:
-        arrays = [np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape) for file in files]
-        for file in files if hasattr(os, "posix_fallocate") else ():
+        for file in files:
+            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=tuple(shape))
             with file.open("r+b") as opened:
-                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     except OSError as error:
         for file in files:
             file.unlink(missing_ok=True)
         raise OSError(error.errno, f"no room for the cache ({error.strerror})", str(files[0].parent)) from error
-    return arrays
 
 
-def open_cache(folder, meta, shape, dtype, rows):
+def open_cache(folder, meta, rows):
     """(arrays, what is done already, record to append to); ValueError if the folder holds another cache."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = meta | {"shape": list(shape), "dtype": dtype}
-    names, clips = [folder / f"{name}.npy" for name in BRANCHES], folder / "clips.jsonl"
-    if (folder / "meta.json").exists():
-        old = read_json(folder / "meta.json")
-        if old != meta:
-            key = next(k for k in meta if old.get(k) != meta[k])
-            raise ValueError(f"{folder}: a cache with {key} {old.get(key)!r}, not {meta[key]!r}; choose another --out")
-        lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write(clips, "".join(lines))
-        seen = [clip for clip in map(json.loads, lines) if "error" not in clip]
-        refuse_changed(folder, rows, seen)
-        done = {(clip["row"], clip["choice"]) for clip in seen}
-        return [np.load(name, mmap_mode="r+") for name in names], done, clips.open("a")
-    arrays = new_arrays(names, dtype, shape)
-    clips.write_text("")
-    write(folder / "meta.json", json.dumps(meta, indent=1))
-    return arrays, set(), clips.open("a")
+    arrays, clips, file = [folder / f"{name}.npy" for name in BRANCHES], folder / "clips.jsonl", folder / "meta.json"
+    if not file.exists():
+        new_arrays(arrays, meta["dtype"], meta["shape"])
+        clips.write_text("")
+        write(file, json.dumps(meta, indent=1))
+    if (old := read_json(file, "shape")) != meta:
+        key = next(k for k in meta if old.get(k) != meta[k])
+        raise ValueError(f"{folder}: a cache with {key} {old.get(key)!r}, not {meta[key]!r}; choose another --out")
+    lines = [line for line in clips.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    write(clips, "".join(lines))
+    seen = [clip for clip in map(json.loads, lines) if "error" not in clip]
+    data.refuse_changed(folder, rows, seen)
+    done = {(clip["row"], clip["choice"]) for clip in seen}
+    return [np.load(file, mmap_mode="r+") for file in arrays], done, clips.open("a")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. weights: the released files -> one folder of ours
-
+# ---- 3. weights: the released files -> one folder of ours ------------------------------------------------------------
 # Where each tensor of ours comes from: a pattern of our name, and its name in the released .pth files | in
 # Hugging Face's BLIP-2. {m} is "_motion" or nothing, [q] and [v] are thirds of a bias [queries, keys, values].
 NAMES = {
@@ -643,17 +604,17 @@ def open_tensors(file):
 
 def read_json(file, *needed):
     try:
-        content = json.loads(file.read_text())
-        return content | {key: content[key] for key in needed}
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        content = json.loads(file.read_bytes())
+        return content | {key: content[key] for key in needed} if needed else content
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f"{file}: is missing, or not the JSON that belongs here ({type(e).__name__}: {e})") from e
 
 
 class Source:
-    """The tensors of a file, of a Hugging Face folder, or `made` here. `held`: {name: its file, or the tensor}."""
+    """The tensors of a file, of a Hugging Face folder, or `made` here. `held`: {name: its file}."""
 
     def __init__(self, path, made=None):
-        self.path, self.used, self.held = path, set(), {} if made is None else made
+        self.path, self.made, self.used, self.held = path, made, set(), dict.fromkeys(made or (), path)
         if made is None:
             shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
             for listing in path.glob(f"*{shards[0].suffix}.index.json") if shards else ():
@@ -665,37 +626,32 @@ class Source:
     def get(self, name):
         """A tensor. "x[q]" and "x[v]" are thirds of a bias of [queries, keys, values], whose keys must be zero."""
         name, _, third = name.partition("[")
-        tensor = file = self.held[name]
+        file = self.held[name]
         self.used.add(name)
-        if isinstance(file, Path):
-            try:
-                tensor = open_tensors(file)[name]
-            except (ValueError, KeyError) as e:
-                raise ValueError(f"{file}: the tensor {name}, which its index places here, is missing") from e
+        try:
+            tensor = (self.made or open_tensors(file))[name]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{file}: the tensor {name}, which its index places here, is missing") from e
         if not third:
             return tensor
         if tensor.ndim != 1 or len(tensor) % 3 or tensor.chunk(3)[1].any():
             raise ValueError(f"{file}: {name} {tuple(tensor.shape)} must be [queries, zeros, values]")
         return tensor.chunk(3)["qkv".index(third[0])]
 
-    def file(self, name):
-        file = self.held[name.partition("[")[0]]
-        return file if isinstance(file, Path) else self.path
-
     def unused(self, reasons):
         """{tensor: why it is left out}; ValueError for one that `reasons` [(pattern, why)] does not know."""
         unused = {}
         for name in sorted(self.held.keys() - self.used):
-            unused[name] = next((why for pattern, why in reasons if re.fullmatch(pattern, name)), None)
-            if unused[name] is None:
+            if not (whys := [why for pattern, why in reasons if re.fullmatch(pattern, name)]):
                 shape = tuple(self.get(name).shape)
-                raise ValueError(f"{self.file(name)}: unknown tensor {name} {shape}: the model has no place for it")
+                raise ValueError(f"{self.held[name]}: unknown tensor {name} {shape}: the model has no place for it")
+            unused[name] = whys[0]
         return unused
 
 
 def locate(name, sources, motion):
-    """(source, released name) of tensor `name` of ours; ValueError if it is missing. `motion`: which source has the
-    frozen part of the motion branch: "hawk", "made" or "qformer"."""
+    """(function that reads it, "file: released name") of tensor `name` of ours; ValueError if it is missing. `motion`:
+    which source has the frozen part of the motion branch: "hawk", "made" or "qformer"."""
     tower, _, part = name.partition(".")
     role, frozen = "hawk" if "hawk" in sources else "made", part.startswith(FROZEN)
     if tower not in BRANCHES:
@@ -710,8 +666,8 @@ def locate(name, sources, motion):
     suffix = "_motion" if tower == "motion" and role in ("hawk", "made") else ""  # the other files serve both branches
     names = released_names(part, suffix)
     for released in names:
-        if released.partition("[")[0] in sources[role].held:
-            return sources[role], released
+        if file := sources[role].held.get(released.partition("[")[0]):
+            return partial(sources[role].get, released), f"{file}: {released}"
     raise ValueError(f"{sources[role].path}: the tensor {' or '.join(names)} is missing (it becomes {name})")
 
 
@@ -720,9 +676,9 @@ def infer_config(sources, overrides):
     the published widths of a head. `overrides` wins over all of them."""
 
     def size(name, axis):
-        source, released = locate(name, sources, "qformer")
-        if axis >= (tensor := source.get(released)).ndim:
-            raise ValueError(f"{source.file(released)}: {released} has too few dimensions: {tuple(tensor.shape)}")
+        read, origin = locate(name, sources, "qformer")
+        if axis >= (tensor := read()).ndim:
+            raise ValueError(f"{origin} has too few dimensions: {tuple(tensor.shape)}")
         return tensor.shape[axis]
 
     def layers(role, pattern):
@@ -758,23 +714,7 @@ def infer_config(sources, overrides):
 
 
 # What no file holds: the motion Q-Former of the published training
-
 BERT_WORDS, BERT_POSITIONS = 30522, 512  # bert-base-uncased, whose text half the released code builds and throws away
-
-
-def bert_linears(config):
-    """(name, outputs, inputs) of the Linears in the released Q-Former's layers, in the order of their construction."""
-    dim, mlp = config.qformer_dim, config.qformer_mlp
-    for i in range(config.qformer_layers):
-        for kind, width in (("attention", dim), ("crossattention", config.vit_dim)):
-            if kind == "attention" or i % config.cross_every == 0:
-                yield f"encoder.layer.{i}.{kind}.self.query", dim, dim
-                yield f"encoder.layer.{i}.{kind}.self.key", dim, width
-                yield f"encoder.layer.{i}.{kind}.self.value", dim, width
-                yield f"encoder.layer.{i}.{kind}.output.dense", dim, dim
-        for half in ("", "_query"):  # the MLP for text, which is thrown away, and the one for queries
-            yield f"encoder.layer.{i}.intermediate{half}.dense", mlp, dim
-            yield f"encoder.layer.{i}.output{half}.dense", dim, mlp
 
 
 def replay_motion_qformer(config, seed=42):
@@ -786,7 +726,9 @@ def replay_motion_qformer(config, seed=42):
     can be thrown away in portions of any size; normal ones are drawn tensor by tensor, because torch draws 16 more for
     a tensor whose size is not a multiple of 16, and two at a time for one of fewer than 16."""
     generator, scratch = torch.Generator().manual_seed(seed), torch.empty(1 << 16)
-    dim, linears = config.qformer_dim, list(bert_linears(config))
+    with torch.device("meta"):  # ours, which name their parameters in the order in which the released ones are built
+        vit, qformer = ViT(config), QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
+    shapes = {name: p.shape for name, p in qformer.named_parameters(prefix="qformer")}
 
     def skip_uniform(count):
         for start in range(0, count, len(scratch)):
@@ -797,36 +739,43 @@ def replay_motion_qformer(config, seed=42):
 
     # A ViT draws torch's default initialisers of every layer (weight and bias; q_bias and v_bias are zeros), and then a
     # truncated normal (one uniform number each) for positions, class token and all weights of its Linears again.
-    vit, mlp, patches = config.vit_dim, config.vit_mlp, (config.image_size // config.patch_size) ** 2
-    weights, biases = config.vit_depth * (4 * vit * vit + 2 * vit * mlp), config.vit_depth * (vit + mlp + vit)
+    drawn = [p for name, p in vit.named_parameters() if not re.search(r"norm|[qv]_bias", name)]
     for _ in range(2):
-        skip_uniform(vit * 3 * config.patch_size**2 + vit + weights + biases + (patches + 1) * vit + vit + weights)
-    for name in ("Qformer", "Qformer_motion"):
-        made, norms = {}, [f"{name}.bert.embeddings.LayerNorm"]
+        skip_uniform(sum(p.numel() * (2 if p.ndim == 2 else 1) for p in drawn))
+    dim, mlp = config.qformer_dim, config.qformer_mlp
+    linears = sum(shape.numel() for name, shape in shapes.items() if "norm" not in name)
+    linears += config.qformer_layers * (2 * dim * mlp + mlp + dim)  # each layer has a second MLP, for text
+    for _ in range(2):
         # BertModel is built (torch's default initialisers), and initialised: Embeddings and Linears normal, biases zero
+        made = {}
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
-        skip_uniform(sum(outputs * inputs + outputs for _, outputs, inputs in linears))
+        skip_uniform(linears)
         normal(BERT_WORDS, dim), normal(BERT_POSITIONS, dim)
-        for linear, outputs, inputs in linears:
-            module, weight = f"{name}.bert.{linear}", normal(outputs, inputs)
-            if not re.search(r"\d\.(intermediate|output)\.", linear):  # the text MLP is not kept
-                made |= {f"{module}.weight": weight, f"{module}.bias": torch.zeros(outputs)}
-                norms += [module.replace("dense", "LayerNorm")] if "output" in linear else []
+        for name, shape in shapes.items():
+            if name.endswith("mlp.fc1.weight"):  # the MLP for text comes first
+                normal(mlp, dim), normal(dim, mlp)
+            tensor = normal(*shape) if len(shape) == 2 else torch.full(shape, float(name.endswith("norm.weight")))
+            made[released_names(name, "_motion")[0]] = tensor
         # the head for words is built and initialised; what BertModel has initialised is skipped this time
         skip_uniform(dim * dim + dim + BERT_WORDS * dim)
         normal(dim, dim), normal(BERT_WORDS, dim)
-        made[name.replace("Qformer", "query_tokens")] = normal(1, config.n_queries, dim)
-        made |= {f"{norm}.weight": torch.ones(dim) for norm in norms}
-        made |= {f"{norm}.bias": torch.zeros(dim) for norm in norms}
+        made["query_tokens_motion"] = normal(1, config.n_queries, dim)
     return made
 
 
-def fresh_weight(name, like, generator):
-    """A start for what training from BLIP-2 (and Video-LLaMA) begins with at random, spread as in the released code."""
-    if like.ndim == 1:  # biases and norms
-        return torch.full(like.shape, float(name.endswith("norm.weight")))
-    std = 1.0 if "frame_position" in name else 0.02 if ".video_" in name else (3 * like.shape[1]) ** -0.5
-    return torch.empty(like.shape).normal_(0.0, std, generator=generator)
+def fresh_weights(wanted):
+    """What training from BLIP-2 (and Video-LLaMA) begins with at random, spread as in the released code: {released name:
+    tensor}. `wanted`: our parameters by name, of which only the shapes count."""
+    made, generator = {}, torch.Generator().manual_seed(0)
+    for name, like in wanted.items():
+        tower, _, part = name.partition(".")
+        if tower in BRANCHES and not part.startswith(FROZEN):
+            tensor = torch.full(like.shape, float(name.endswith("norm.weight")))  # biases and norms
+            if like.ndim > 1:
+                std = 1.0 if "frame_position" in name else 0.02 if ".video_" in name else (3 * like.shape[1]) ** -0.5
+                tensor.normal_(0.0, std, generator=generator)
+            made[released_names(part, "_motion" * (tower == "motion"))[0]] = tensor
+    return made
 
 
 def choose_motion(choice, hawk):
@@ -842,11 +791,11 @@ def choose_motion(choice, hawk):
 
 
 def weights(args):
-    """`prepare.py weights`: reads the released files, writes one folder that Hawk.from_pretrained opens."""
+    """Reads the released files, writes one folder that Hawk.from_pretrained opens."""
     open_tensors.cache_clear()
     roles = [role for role in ("llama", "vit", "qformer", "hawk", "video_llama") if getattr(args, role)]
-    sources, entries, origin = {role: Source(getattr(args, role)) for role in roles}, [], {}
-    overrides = settings(args.set)
+    sources, entries, origins = {role: Source(getattr(args, role)) for role in roles}, [], {}
+    overrides = data.settings(args.set)
     motion, motion_line = choose_motion(args.motion_qformer, sources.get("hawk"))
     config = infer_config(sources, overrides)
     with torch.device("meta"):
@@ -854,29 +803,26 @@ def weights(args):
     print("motion Q-Former:", motion_line, flush=True)
     made = {"ln_vision_motion.weight": torch.ones(config.vit_dim), "ln_vision_motion.bias": torch.zeros(config.vit_dim)}
     made |= replay_motion_qformer(config) if motion == "made" else {}
-    sources["made"], generator = Source("made from a fixed seed", made), torch.Generator().manual_seed(0)
+    made |= {} if args.hawk else fresh_weights(wanted)
+    sources["made"] = Source("made from a fixed seed", made)
     for name, like in wanted.items():
-        tower, _, part = name.partition(".")
-        if tower in BRANCHES and not args.hawk and not part.startswith(FROZEN):
-            made[released_names(part, "_motion" * (tower == "motion"))[0]] = fresh_weight(name, like, generator)
-        source, released = locate(name, sources, motion)
-        tensor, dtype = source.get(released), source.get(released).dtype
-        if tensor.shape != like.shape or not dtype.is_floating_point:
-            found = f"{source.file(released)}: {released} is {tuple(tensor.shape)} {dtype}"
+        read, origins[name] = locate(name, sources, motion)
+        shape, dtype = read().shape, read().dtype
+        if shape != like.shape or not dtype.is_floating_point:
+            found = f"{origins[name]} is {tuple(shape)} {dtype}"
             raise ValueError(f"{found}, but {name} needs {tuple(like.shape)} of floating point")
         if name.startswith(("vit.", "llama.")):  # the big frozen towers; the rest stays as it was trained
             llama = args.dtype == "released" and name.startswith("llama.")  # which the released code rounds
             dtype = torch.bfloat16 if llama else DTYPES.get(args.dtype, dtype)
-        entries.append((name, like.numel(), dtype, partial(source.get, released)))
-        origin[name] = f"{source.file(released)}: {released}"
+        entries.append((name, like.numel(), dtype, read))
     known = [*LEFT_OUT, ("vit", rf"blocks\.{config.vit_depth}\..+", "EVA's last block, which BLIP-2 leaves out")]
     if motion != "hawk":
         known.append(("hawk", r"(Qformer|ln_vision)_motion\..+", "replaced, as --motion-qformer asks"))
     left_out = {}
     for role in roles:
         left_out[role] = sources[role].unused([(names, why) for kinds, names, why in known if role in kinds.split()])
-    record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origin}
-    files = sorted({source.file(name) for role in roles if (source := sources[role]) for name in source.used})
+    record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origins}
+    files = sorted({sources[role].held[name] for role in roles for name in sources[role].used})
     write_folder(args.out, config, args.llama / "tokenizer.model", entries, record, files)
 
 
@@ -914,10 +860,7 @@ def write_folder(out, config, tokenizer, entries, record=None, files=()):
     print(f"wrote {out}: {total / 1e9:.2f} GB")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. merge: trained weights, what they are based on and their LoRA -> one folder that stands alone
-
-
+# ---- 4. merge: trained weights, what they are based on and their LoRA -> one folder that stands alone ----------------
 def merge(args):
     """Reads the weights with all that they are based on (mapped, as stored), and adds each LoRA correction to its
     weight. Unless --dtype says otherwise the sum is written in float32, so that merging rounds nothing away."""
@@ -935,7 +878,7 @@ def merge(args):
             entries.append((name, weight.numel(), dtype, partial(merged, name, weight)))
     tokenizers = [folder / "tokenizer.model" for folder in reversed(read_chain(args.weights)[1])]
     tokenizer = next(filter(Path.exists, tokenizers), tokenizers[0])
-    config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | settings(args.set), "--set")
+    config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Hawk(config).named_parameters()}
     if shapes != {name: p.shape for name, p in model.named_parameters() if "lora_" not in name}:
@@ -943,9 +886,7 @@ def merge(args):
     write_folder(args.out, config, tokenizer, entries)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. download: the released files, from where their authors publish them
-
+# ---- 5. download: the released files, from where their authors publish them ------------------------------------------
 SHARDS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 HUB = {  # repository on the Hugging Face hub, and which of its files
     "llama": ("meta-llama/Llama-2-7b-chat-hf", r"config\.json|tokenizer\.model|" + SHARDS),
@@ -1021,9 +962,7 @@ def url_files(name, out):
     return [(file, size, fetch)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. motion captions: what stage 1's motion-language loss wants the motion tokens alone to say
-#
+# ---- 6. motion captions: what stage 1's motion-language loss wants the motion tokens alone to say --------------------
 # The verbs of a description with their subjects and objects: "car swerves lane, collides SUV". They come from spaCy, as
 # in the released code, where it and its small English model are installed, else from the rules of built_in_motion().
 
@@ -1042,14 +981,11 @@ GRAMMAR = {  # kinds of words that are neither verb nor head of a noun phrase; "
     "bed red",
 }  # fmt: skip
 KIND_OF = {word: kind for kind, words in GRAMMAR.items() for word in words.split()}
-PAST = set(
-    """began begun bent bit broke broken brought burst came caught cut drew drawn drove driven ate fell fallen
+PAST = set("""began begun bent bit broke broken brought burst came caught cut drew drawn drove driven ate fell fallen
     fled flew fought gave got went gone grew held hid hit hurt kept laid lay led left lost made met put ran rang rode
     ridden rose sat saw seen shook shot slept slid spun stole stolen stood struck stuck swung took taken threw thrown
-    tore torn wore wove""".split()
-)
-BASE = set(
-    """aim appear approach argue arrive attack attempt avoid beat begin bend block brake break bring bump burn
+    tore torn wore wove""".split())  # fmt: skip
+BASE = set("""aim appear approach argue arrive attack attempt avoid beat begin bend block brake break bring bump burn
     carry catch cause change chase climb close collapse collide come continue crash crawl cross cut cycle damage dance
     dash disappear drag draw drift drive drop eat emerge enter erupt escape exit explode fail fall fight flee flip fly
     follow force gather get give go grab happen help hide hit hold hurt jump keep kick knock lean leave lie lift
@@ -1057,8 +993,7 @@ BASE = set(
     punch push put raise react reach remain reverse ride rise roll run rush scatter see seem shatter shoot shout shove
     show sit skate skid slam slide slip slow speed spill spin spray sprint stagger stand start stay steal step stop
     strike struggle stumble surround swerve swing take talk throw tip topple touch travel trip try turn use veer wait
-    walk watch wave yield""".split()
-)
+    walk watch wave yield""".split())  # fmt: skip
 
 
 def is_verb(word, before, came, follows, noun, finite, many):
@@ -1142,9 +1077,7 @@ def motion_caption(text):
     return spacy_motion(spacy_model()(text)) if spacy_model() else built_in_motion(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. hawk and webvid: published annotations, and videos as they lie on this disk -> index files of ours
-
+# ---- 7. hawk and webvid: published annotations, and videos as they lie on this disk -> index files of ours -----------
 FOLDERS = {  # in the annotations, which hold paths on their authors' machine: in the published videos
     "UCF-Crime": "UCF_Crime", "ShanghaiTechDataset": "ShanghaiTech", "avenue/avenue": "CUHK_Avenue",
     "ped1/ped1": "Ped1", "ped2/ped2": "Ped2", "DoTA": "DoTA", "UBnormal": "UBnormal",
@@ -1163,17 +1096,10 @@ def video_path(videos, name):
 
 
 def index_row(path, source, description, qa=()):
-    texts = [description, *(turn["a"] for turn in qa)]
     qa = [{"q": turn["q"], "a": turn["a"]} for turn in qa]
-    motion, by = motion_caption(next(filter(None, texts))), "spacy" if spacy_model() else "rules"
-    row = {
-        "video": str(path),
-        "source": source,
-        "description": description,
-        "qa": qa,
-        "motion": motion,
-        "motion_by": by,
-    }
+    motion = motion_caption(next(filter(None, [description, *(turn["a"] for turn in qa)])))
+    row = {"video": str(path), "source": source, "description": description, "qa": qa, "motion": motion}
+    row["motion_by"] = "spacy" if spacy_model() else "rules"
     return row | {"flags": ["refusal"] * bool(REFUSAL.search(description))}
 
 
@@ -1195,9 +1121,7 @@ def hawk(args):
     table, report, splits = defaultdict(Counter), {"missing": [], "broken": []}, {}
     for split in SPLITS[:2]:
         name, folders = f"all_videos_{split}.json", ("", "Annotation/All_Mix", "All_Mix")
-        if file := next(
-            (args.annotations / f / name for f in folders if (args.annotations / f / name).is_file()), None
-        ):
+        if file := next(filter(Path.is_file, (args.annotations / folder / name for folder in folders)), None):
             splits[split] = list(hawk_rows(file, args.videos, table, report))
         else:
             print(f"note: {args.annotations}: no {name}, nor in Annotation/All_Mix or All_Mix", file=sys.stderr)
@@ -1218,36 +1142,29 @@ def hawk(args):
 
 def hawk_rows(file, videos, table, report):
     """Yields the index rows of one annotation file whose videos are there; counts and reports the others."""
-    try:
-        entries = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}: not JSON ({e})") from None
-    if not isinstance(entries, list):
+    if not isinstance(entries := read_json(file), list):
         raise ValueError(f"{file}: must be a list of objects with video, QA and description")
     for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
-        name, where = entry.get("video") if isinstance(entry, dict) else None, {"file": str(file), "number": number}
+        name = entry.get("video") if isinstance(entry, dict) else None
         found = PUBLISHED.search(name) if isinstance(name, str) else None
         source = FOLDERS[found[1]] if found else "other"
-        counts = table[source]
-        counts["rows"] += 1
         try:
-            row = check_row({"video": entry["video"], "description": entry["description"], "qa": entry["QA"]})
+            row = data.check_row({"video": entry["video"], "description": entry["description"], "qa": entry["QA"]})
             if None in row.values():
                 raise KeyError("null")
             path = video_path(videos, Path(source, found[2]) if found else name)
-            there = path.is_file() and path.stat().st_size > 0
+            state = "found" if path.is_file() and path.stat().st_size > 0 else "missing"
+            facts = {"video": str(path)}
         except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # RuntimeError: links in a circle
-            counts["broken"] += 1
-            reason = f"needs video, QA and description ({e})" if isinstance(e, KeyError | TypeError) else str(e)
-            report["broken"].append(where | {"reason": reason})
-            continue
-        counts["found" if there else "missing"] += 1
-        if there:
+            lacking = isinstance(e, KeyError | TypeError)
+            state, facts = "broken", {"reason": f"needs video, QA and description ({e})" if lacking else str(e)}
+        table[source].update(["rows", state])
+        if state == "found":
             row = index_row(path, source, row["description"], row["qa"])
-            counts["refusals"] += bool(row["flags"])
+            table[source]["refusals"] += len(row["flags"])
             yield row
         else:
-            report["missing"].append(where | {"video": str(path)})
+            report[state].append({"file": str(file), "number": number} | facts)
 
 
 def webvid(args):
@@ -1255,12 +1172,24 @@ def webvid(args):
     rows whose video is there and not empty, at VIDEOS/<page_dir>/<videoid>.mp4. Some go to OUT/test.jsonl instead:
     always the same ones, chosen by the SHA-256 of the file's name."""
     rows, counts = {}, Counter()
-    for path, caption in webvid_entries(args.csv, args.videos):
-        state = "absent" if not path.is_file() else "empty" if not path.stat().st_size else "found"
-        state = "without a caption" if not caption else "repeated" if path in rows else state
-        counts[state] += 1
-        if state == "found":
-            rows[path] = index_row(path, "webvid", caption)
+    with args.csv.open("rb") as lines:
+        reader = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+        try:
+            if lacking := {"videoid", "name", "page_dir"} - set(reader.fieldnames or ()):
+                raise ValueError(f"has no column {', '.join(sorted(lacking))}")
+            for entry in reader:  # all columns are text: 000001_000050 is a folder
+                if None in entry or None in entry.values() or not entry["videoid"]:
+                    raise ValueError("has more or fewer fields than the first line, or no videoid")
+                path = video_path(args.videos, Path(entry["page_dir"], entry["videoid"] + ".mp4"))
+                caption = entry["name"].strip()
+                state = "absent" if not path.is_file() else "empty" if not path.stat().st_size else "found"
+                state = "without a caption" if not caption else "repeated" if path in rows else state
+                counts[state] += 1
+                if state == "found":
+                    rows[path] = index_row(path, "webvid", caption)
+        except (csv.Error, ValueError, OSError, RuntimeError) as e:
+            number = reader.reader.line_num + isinstance(e, UnicodeDecodeError)  # which the reader has not seen
+            raise ValueError(f"{args.csv}, line {number}: {e}") from None
     print(f"{args.csv}: {counts.total()} rows, " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     n_test = min(500, len(rows) // 10) if args.n_test is None else args.n_test
     if not 0 <= n_test < len(rows):
@@ -1269,106 +1198,73 @@ def webvid(args):
     write_splits(args.out, {"train": [rows[p] for p in order[n_test:]], "test": [rows[p] for p in order[:n_test]]})
 
 
-def webvid_entries(file, videos):
-    """Yields (path of the video, caption). All columns are text: 000001_000050 is a folder. Errors name the line."""
-    with file.open("rb") as lines:
-        reader = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
-        try:
-            if lacking := {"videoid", "name", "page_dir"} - set(reader.fieldnames or ()):
-                raise ValueError(f"has no column {', '.join(sorted(lacking))}")
-            for entry in reader:
-                if None in entry or None in entry.values() or not entry["videoid"]:
-                    raise ValueError("has more or fewer fields than the first line, or no videoid")
-                yield video_path(videos, Path(entry["page_dir"], entry["videoid"] + ".mp4")), entry["name"].strip()
-        except (csv.Error, ValueError, OSError, RuntimeError) as e:
-            raise ValueError(
-                f"{file}, line {reader.reader.line_num + isinstance(e, UnicodeDecodeError)}: {e}"
-            ) from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def main():
+# ---- Command line ----------------------------------------------------------------------------------------------------
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
 
-    job = jobs.add_parser("toy", help="make the toy world: clips, index files, tokenizer")
-    job.set_defaults(run=toy)
-    job.add_argument("--out", type=Path, required=True, help="folder to write")
-    job.add_argument("--n-train", type=int, default=0, help="clips in train.jsonl")
-    job.add_argument("--n-test", type=int, default=0, help="clips in test.jsonl")
-    job.add_argument("--n-long", type=int, default=0, help="40-second videos with one event each, in long.jsonl")
-    job.add_argument("--seed", type=int, default=0, help="the splits never share random numbers, whatever the seed")
-    job.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
-
-    job = jobs.add_parser("features", help="compute the frozen part once for all clips, for training without videos")
-    job.set_defaults(run=features)
-    job.add_argument(
-        "--weights", type=Path, required=True, help="folder of weights whose ViT and Q-Formers look at the clips"
-    )
-    job.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
-    job.add_argument("--out", type=Path, required=True, help="folder to write; an interrupted run goes on there")
-    job.add_argument(
-        "--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped"
-    )
-    job.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="float16: half the size")
-    job.add_argument("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
-    job.add_argument("--batch-size", type=int, default=8)
-    job.add_argument("--workers", type=int, default=2)
-    job.add_argument("--device", default="cpu")
-    job.add_argument("--seed", type=int, default=42, help="of the crops")
-
-    job = jobs.add_parser("weights", help="turn the released files into one folder of ours")
-    job.set_defaults(run=weights)
-    job.add_argument("--llama", type=Path, required=True, help="Hugging Face folder of llama-2-7b-chat-hf")
-    job.add_argument("--vit", type=Path, required=True, help="eva_vit_g.pth, or a Hugging Face blip2 folder")
-    job.add_argument("--qformer", type=Path, required=True, help="blip2_pretrained_flant5xxl.pth, or that same folder")
-    trained = job.add_mutually_exclusive_group()
-    trained.add_argument("--hawk", type=Path, help="finetune.pth or pretrained.pth; without it: a start for training")
-    trained.add_argument("--video-llama", type=Path, help="VL_LLaMA_2_7B_Finetuned.pth, a better start for training")
-    job.add_argument("--out", type=Path, required=True, help="folder to write")
-    job.add_argument(
-        "--motion-qformer", choices=["auto", "checkpoint", "replay", "blip2"], default="auto",
-        help="the motion branch's Q-Former: as the checkpoint has it, rebuilt from the released training's seed, or "
-        "BLIP-2's; auto: checkpoint if it is there, else replay with --hawk, else blip2",
-    )  # fmt: skip
-    job.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
-    job.add_argument(
-        "--dtype", choices=["released", "keep", *DTYPES], default="released",
-        help="of ViT and LLaMA; released: LLaMA in bfloat16, as the released code loads it; keep: as stored",
-    )  # fmt: skip
-
-    job = jobs.add_parser("merge", help="make one folder of trained weights, what they are based on and their LoRA")
-    job.set_defaults(run=merge)
-    job.add_argument("--weights", type=Path, required=True, help="folder that train.py wrote")
-    job.add_argument("--out", type=Path, required=True, help="folder to write")
-    job.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
-    job.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
-
-    for run, what in ((hawk, "index files from Hawk's annotations and videos"), (webvid, "the same from WebVid's CSV")):
+    def add_job(run, what, **out):
         job = jobs.add_parser(run.__name__, help=what, description=run.__doc__)
         job.set_defaults(run=run)
-        videos = "<page_dir>/<videoid>.mp4" if run is webvid else ", ".join(sorted(set(FOLDERS.values())))
-        job.add_argument("--videos", type=Path, required=True, help=f"folder that holds {videos}")
-        job.add_argument("--out", type=Path, required=True, help="folder to write")
-        if run is webvid:
-            job.add_argument("--csv", type=Path, required=True, help="such as results_2M_train.csv")
-            job.add_argument("--n-test", type=int, help="videos to hold out; default: every tenth, at most 500")
-        else:
-            job.add_argument("--annotations", type=Path, required=True, help="folder with all_videos_train.json and "
-                             "all_videos_test.json, in it or in its Annotation/All_Mix or All_Mix")  # fmt: skip
+        job.add_argument("--out", type=Path, help="folder to write", **out or {"required": True})
+        return job
 
-    job = jobs.add_parser("download", help="fetch the released files, about 16 GB")
-    job.set_defaults(run=download)
-    job.add_argument("--out", type=Path, default=Path("downloads"), help="folder to write")
-    job.add_argument(
-        "--what", nargs="+", choices=[*HUB, *URLS], default=["llama", "vit", "qformer", "hawk"],
-        help="blip2 holds vit and qformer in one; video-llama and hawk-pretrained are other starts for training",
-    )  # fmt: skip
-    job.add_argument("--dry-run", action="store_true", help="only say what there is, and how large")
+    add = add_job(toy, "make the toy world: clips, index files, tokenizer").add_argument
+    add("--n-train", type=int, default=0, help="clips in train.jsonl")
+    add("--n-test", type=int, default=0, help="clips in test.jsonl")
+    add("--n-long", type=int, default=0, help="40-second videos with one event each, in long.jsonl")
+    add("--seed", type=int, default=0, help="the splits never share random numbers, whatever the seed")
+    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
 
-    args = parser.parse_args()
+    add = add_job(features, "compute the frozen part once for all clips, for training without videos").add_argument
+    add("--weights", type=Path, required=True, help="folder of weights whose ViT and Q-Formers look at the clips")
+    add("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
+    add("--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped")
+    add("--dtype", choices=["float16", "float32"], default="float16", help="float16: half the size")
+    add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
+    add("--batch-size", type=int, default=8)
+    add("--workers", type=int, default=2)
+    add("--device", default="cpu")
+    add("--seed", type=int, default=42, help="of the crops")
+
+    job = add_job(weights, "turn the released files into one folder of ours")
+    add, add_trained = job.add_argument, job.add_mutually_exclusive_group().add_argument
+    add("--llama", type=Path, required=True, help="Hugging Face folder of llama-2-7b-chat-hf")
+    add("--vit", type=Path, required=True, help="eva_vit_g.pth, or a Hugging Face blip2 folder")
+    add("--qformer", type=Path, required=True, help="blip2_pretrained_flant5xxl.pth, or that same folder")
+    add_trained("--hawk", type=Path, help="finetune.pth or pretrained.pth; without it: a start for training")
+    add_trained("--video-llama", type=Path, help="VL_LLaMA_2_7B_Finetuned.pth, a better start for training")
+    add("--motion-qformer", choices=["auto", "checkpoint", "replay", "blip2"], default="auto",
+        help="the motion branch's Q-Former: as the checkpoint has it, rebuilt from the released training's seed, or "
+        "BLIP-2's; auto: checkpoint if it is there, else replay with --hawk, else blip2")  # fmt: skip
+    add("--dtype", choices=["released", "keep", *DTYPES], default="released",
+        help="of ViT and LLaMA; released: LLaMA in bfloat16, as the released code loads it; keep: as stored")  # fmt: skip
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
+
+    add = add_job(merge, "make one folder of trained weights, what they are based on and their LoRA").add_argument
+    add("--weights", type=Path, required=True, help="folder that train.py wrote")
+    add("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
+
+    add = add_job(hawk, "index files from Hawk's annotations and videos").add_argument
+    add("--annotations", type=Path, required=True,
+        help="folder with all_videos_{train,test}.json, in it or in its Annotation/All_Mix or All_Mix")  # fmt: skip
+    add("--videos", type=Path, required=True, help=f"folder that holds {', '.join(sorted(set(FOLDERS.values())))}")
+
+    add = add_job(webvid, "the same from WebVid's CSV").add_argument
+    add("--csv", type=Path, required=True, help="such as results_2M_train.csv")
+    add("--videos", type=Path, required=True, help="folder that holds <page_dir>/<videoid>.mp4")
+    add("--n-test", type=int, help="videos to hold out; default: every tenth, at most 500")
+
+    add = add_job(download, "fetch the released files, about 16 GB", default=Path("downloads")).add_argument
+    add("--what", nargs="+", choices=[*HUB, *URLS], default=["llama", "vit", "qformer", "hawk"],
+        help="blip2 holds vit and qformer in one; video-llama and hawk-pretrained are other starts for training")  # fmt: skip
+    add("--dry-run", action="store_true", help="only say what there is, and how large")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     try:
         if args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"{args.out}: is not empty; choose another name, or delete it first")
