@@ -35,7 +35,7 @@ CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,
 ONE_RUN_BYTES = 1 << 20  # smaller files are read in one run of ffmpeg: quicker than a first run that only looks
 HELD_BYTES = 96 << 20  # of frames, at most, are held in that run
 MOST_BYTES = 2 << 30  # of a run of ffmpeg: a kilobyte can declare frames and tables that need any amount
-BLOCK = 4  # pairs of frames whose flow a thread computes at a time
+BLOCK = 4
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
 # Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
@@ -389,14 +389,11 @@ def motion_mask(previous, current, kind="hard"):
     if kind not in ("hard", "soft"):
         raise ValueError(f'motion must be "hard", "soft" or "none", not {kind!r}')
 
-    def mask(previous, current):
-        flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
-        length = torch.hypot(flow[..., :1], flow[..., 1:])  # (B, H, W, 1)
-        if kind == "hard":
-            return current * (length > 0.2)
-        return (current * (length / length.amax((-3, -2), keepdim=True).clamp(min=1e-6))).round().to(torch.uint8)
-
-    return _in_blocks(mask, previous, current)
+    flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
+    length = torch.hypot(flow[..., :1], flow[..., 1:])  # (T, H, W, 1)
+    if kind == "hard":
+        return current * (length > 0.2)
+    return (current * (length / length.amax((-3, -2), keepdim=True).clamp(min=1e-6))).round().to(torch.uint8)
 
 
 def rgb_to_gray(frames):
@@ -417,47 +414,25 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     while len(scales) <= levels and min(previous.shape[-2:]) * scales[-1] * pyr_scale >= 32:
         scales.append(scales[-1] * pyr_scale)
 
-    def improve(frames, flow, scale):  # (2, B, H, W) and a coarser flow, where 2 is x and y -> flow (2, B, h, w)
-        images = _blur(frames) if scale == 1 else _blur_and_shrink(frames, scale)  # (2, B, h, w)
-        flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
-        first, second = _polynomial_expansion(images, poly_n, poly_sigma)
-        second = _pad_to_power_of_two(second.transpose(0, 1))
-        for _ in range(iterations):
-            flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
-        return flow
-
     def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
         frames = torch.stack([previous.float(), current.float()])
-        flow = frames.new_zeros(2, len(previous), 1, 1)  # coarser than any scale
+        flow = frames.new_zeros(2, len(previous), 1, 1)  # where 2 is x and y; coarser than any scale
         for scale in reversed(scales):
-            pairs = _pairs_in_cache(frames, scale)
-            parts = zip(frames.split(pairs, dim=1), flow.split(pairs, dim=1), strict=True)
-            flow = torch.cat([improve(*part, scale) for part in parts], dim=1)
+            images = _blur_and_shrink(frames, scale)  # (2, B, h, w)
+            flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
+            first, second = _polynomial_expansion(images, poly_n, poly_sigma)
+            second = _pad_to_power_of_two(second.transpose(0, 1))
+            for _ in range(iterations):
+                flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
         return flow.permute(1, 2, 3, 0)
 
-    flat = (frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, current))
-    return _in_blocks(coarse_to_fine, *flat).reshape(*previous.shape, 2)
-
-
-def _pairs_in_cache(frames, scale):
-    """How many pairs of (…, H, W) are worked on at a time: on a CPU so few that their data stay in its cache."""
-    pixels = frames.shape[-2:].numel() * scale**2
-    return max(1, int(2 * 224**2 / pixels)) if frames.device.type == "cpu" else frames.shape[1]
-
-
-def _in_blocks(function, previous, current):
-    """`function` on BLOCK pairs of frames at a time, on the CPU in threads.
-
-    Threads take whole blocks: single steps are too short to be worth dividing, and torch's own threads, which would do
-    that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
-    """
-    if previous.device.type != "cpu":
-        return function(previous, current)
-    blocks = previous.split(BLOCK), current.split(BLOCK)
-    if torch.get_num_threads() == 1:
-        return torch.cat([*map(function, *blocks)])
+    pairs = [frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, current)]
+    blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
+    # Threads take whole blocks: single steps are too short to be worth dividing, and torch's own threads, which would do
+    # that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
     with _threads() as pool:
-        return torch.cat([*pool.map(function, *blocks)])
+        in_order = pool.map if torch.get_num_threads() > 1 else map
+        return torch.cat([*in_order(coarse_to_fine, *blocks)]).reshape(*previous.shape, 2)
 
 
 @contextmanager
@@ -472,34 +447,35 @@ def _threads():
         torch.set_num_threads(threads)
 
 
-def _blur(images):
-    """(…, h, w) with each pixel mixed with its neighbours, 1 : 2 : 1 in both directions; at the border mirrored."""
-    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    rows = (padded[..., :-2] + padded[..., 2:]).add_(padded[..., 1:-1], alpha=2)
-    return (rows[..., :-2, :] + rows[..., 2:, :]).add_(rows[..., 1:-1, :], alpha=2).div_(16)
+def _correlate(images, dim, weights, sign=1):
+    """Weighted sums of 2n + 1 neighbours along a dimension, which gets shorter by 2n. The weights given are those at 0…n;
+    at -n…-1 they are the same or, with sign -1, minus the same: then what is equal on both sides cancels exactly."""
+    n = len(weights) - 1
+    size = images.shape[dim] - 2 * n
+    total = images.narrow(dim, n, size) * weights[0]
+    both = torch.empty_like(total)
+    for k in range(1, n + 1):  # on a CPU several times faster than a convolution or a pooling of torch
+        torch.add(images.narrow(dim, n + k, size), images.narrow(dim, n - k, size), alpha=sign, out=both)
+        total.add_(both, alpha=weights[k])
+    return total
+
+
+def _gaussian(n, sigma):
+    """-> x = 0 … n, and the weights there of a Gaussian window of 2n + 1 whole numbers."""
+    x = np.arange(n + 1)
+    g = np.exp(-(x**2) / (2 * sigma**2))
+    return x, g / (2 * g.sum() - g[0])
 
 
 def _blur_and_shrink(images, scale):
-    """Both are linear and separable: one matrix for the rows and one for the columns."""
-    rows, columns = (_shrinking_matrix(n, round(n * scale), scale).to(images.device) for n in images.shape[-2:])
-    return rows @ images @ columns.T
-
-
-@lru_cache
-def _shrinking_matrix(n, m, scale):
-    """(m, n): Gaussian blur with mirrored borders, then bilinear interpolation from n to m samples."""
+    """(…, h, w) -> (…, h·scale, w·scale): a Gaussian blur with mirrored borders, then bilinear interpolation."""
     sigma = (1 / scale - 1) / 2
-    radius = max(round(sigma * 5) // 2, 1)
-    offsets = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-(offsets.double() ** 2) / (2 * sigma**2))
-    blur = torch.zeros(n, n, dtype=torch.float64)
-    source = (torch.arange(n)[:, None] + offsets).abs() % max(2 * n - 2, 1)  # mirrored at 0 and at n - 1
-    source = torch.where(source < n, source, 2 * n - 2 - source)
-    blur.scatter_add_(1, source, (kernel / kernel.sum()).expand(n, -1))
-    at = ((torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5).clamp(0, n - 1)
-    left = at.long()
-    share = (at - left)[:, None]
-    return (blur[left] * (1 - share) + blur[(left + 1).clamp(max=n - 1)] * share).float()
+    n = max(round(sigma * 5) // 2, 1)
+    weights = _gaussian(n, sigma)[1] if sigma else [0.5, 0.25]
+    size = [round(length * scale) for length in images.shape[-2:]]
+    padded = F.pad(images, (n, n, n, n), mode="reflect")
+    blurred = _correlate(_correlate(padded, -1, weights), -2, weights)
+    return F.interpolate(blurred, size, mode="bilinear") if sigma else blurred
 
 
 def _polynomial_expansion(images, n, sigma):
@@ -507,52 +483,16 @@ def _polynomial_expansion(images, n, sigma):
     y, x, y², x² and a quarter of that of xy: what two frames share is then their sum, what differs their difference.
 
     The fit is weighted by a Gaussian g over the (2n+1)² neighbours. Its normal equations have the same small matrix
-    everywhere, so the coefficients are sums of correlations of the image with g(x)g(y) times 1, x, y, x², y², xy.
+    everywhere, so the coefficients are correlations of the image with products of functions of x and of y.
     """
-    (g, xg, xxg), to = _expansion_weights(n, sigma)
+    x, g = _gaussian(n, sigma)
+    m2, m4 = 2 * (x**2 * g).sum(), 2 * (x**4 * g).sum()
+    mixed, second = np.linalg.inv([[1, m2, m2], [m2, m4, m2 * m2], [m2, m2 * m2, m4]])[:2, 1] / 2  # of 1, x², y²
+    level, slope, bend = (g, 1), (x * g / m2 / 2, -1), (x**2 * g * second + g * mixed, 1)  # weights and sign
     padded = F.pad(images, (n, n, n, n), mode="replicate")
-    (B, h, w), step, size = images.shape[1:], padded.shape[-1], padded[0, 0].numel()
-    # All images as one long line: a shift by a column or by a row is then one contiguous slice, and fast. What is added
-    # across the end of a row or an image lands in places that the last line leaves out.
-    line = padded.flatten()
-    across = line.new_zeros(3, len(line) - 2 * n)
-    _correlate(line, 1, n, even=[(across[0], g), (across[2], xxg)], odd=[(across[1], xg)])
-    planes = line.new_zeros(5, len(line))
-    y, x, yy, xx, xy = planes[:, : across.shape[1] - 2 * n * step]
-    _correlate(across[0], step, n, even=[(yy, to["yy"]), (xx, to["xx of 1"])], odd=[(y, to["y"])])
-    _correlate(across[1], step, n, even=[(x, to["x"])], odd=[(xy, to["xy"])])
-    _correlate(across[2], step, n, even=[(xx, to["xx"])])
-    return planes.as_strided((2, 5, B, h, w), (B * size, len(line), size, step, 1))
-
-
-def _correlate(line, step, n, even=(), odd=()):
-    """Adds to each total (L - 2·n·step) the line (L) weighted at n neighbours to both sides, `step` apart. The weights
-    given are those at 0…n; at -n…-1 they are the same (even) or minus the same (odd)."""
-    size = len(line) - 2 * n * step
-    middle, both = line[n * step :][:size], line.new_empty(size)
-    for total, weights in even:
-        total.add_(middle, alpha=weights[0])
-    for k in range(1, n + 1):
-        before, after = line[(n - k) * step :][:size], line[(n + k) * step :][:size]
-        for sign, sums in ((1, even), (-1, odd)):
-            torch.add(after, before, alpha=sign, out=both)
-            for total, weights in sums:
-                total.add_(both, alpha=weights[k])
-
-
-@lru_cache
-def _expansion_weights(n, sigma):
-    """At 0…n: g, xg, x²g, and what turns their correlations along the rows, then down the columns, into coefficients."""
-    x = torch.arange(-n, n + 1, dtype=torch.float64)
-    g = torch.exp(-(x**2) / (2 * sigma**2))
-    g /= g.sum()
-    m2, m4 = (g * x**2).sum().item(), (g * x**4).sum().item()
-    normal = torch.tensor([[1, m2, m2], [m2, m4, m2 * m2], [m2, m2 * m2, m4]], dtype=torch.float64)  # 1, x², y²
-    mixed, second = normal.inverse()[:2, 1] / 2
-    g, xg, xxg = ((g * x**power)[n:] for power in range(3))
-    to = {"y": xg / m2 / 2, "x": g / m2 / 2, "xy": xg / m2**2 / 4}
-    to |= {"yy": xxg * second + g * mixed, "xx of 1": g * mixed, "xx": g * second}
-    return [weights.tolist() for weights in (g, xg, xxg)], {name: weights.tolist() for name, weights in to.items()}
+    levels, slopes, bends = (_correlate(padded, -1, *along_x) for along_x in (level, slope, bend))
+    planes = (levels, slope), (slopes, level), (levels, bend), (bends, level), (slopes, slope)
+    return torch.stack([_correlate(rows, -2, *along_y) for rows, along_y in planes], dim=1)
 
 
 def _equations(first, second, flow):
@@ -610,24 +550,13 @@ def _border_weight(h, w):
 def _window_sums(planes, winsize):
     """(5, B, h, w) -> the same, summed over windows of 2·(winsize//2) + 1 squared, the border pixels repeated."""
     m = winsize // 2
-    padded = F.pad(planes, (m, m, m, m), mode="replicate")
-    sums = _running_sum(padded.flatten(), 2 * m + 1, step=1)
-    sums = _running_sum(sums, 2 * m + 1, step=padded.shape[-1])
-    return sums.as_strided(planes.shape, padded.stride())
-
-
-def _running_sum(line, count, step):
-    """(L) -> (L - (count-1)·step): sums of `count` (odd) neighbours, `step` apart, from sums of 1, 2, 4, … of them."""
-    n = len(line) - (count - 1) * step
-    total, done, width = line[:n], 1, 1
-    while 2 * width <= count:
-        line = line[: -width * step] + line[width * step :]
-        width *= 2
-        if count & width:
-            part = line[done * step : done * step + n]
-            total = total + part if done == 1 else total.add_(part)
-            done += width
-    return total
+    sums = F.pad(planes, (m, m, m, m), mode="replicate")
+    for dim in (-2, -1):
+        first, *others = (sums.narrow(dim, k, sums.shape[dim] - 2 * m) for k in range(2 * m + 1))
+        sums = first.clone()
+        for part in others:
+            sums += part
+    return sums
 
 
 def _solve(equations, winsize):
