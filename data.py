@@ -66,40 +66,45 @@ def read_clip(path, n_frames=32, image_size=224, motion="hard", sampling="unifor
     sampling: "uniform", or "headtail" (half from each half of the video, drawn with `generator`, a numpy Generator).
     """
     with _threads() as pool:
-        frames, fps, _ = _decode(
-            path,
-            image_size,
-            lambda total: sample_frames(total, n_frames, sampling, generator),
-            lambda indices: _Frames(indices, motion, pool),
-        )
+
+        def begin(total):
+            return _Frames(sample_frames(total, n_frames, sampling, generator), total, motion, pool)
+
+        frames, fps = _decode(path, image_size, begin)
         return frames.clip(fps)
 
 
 def make_clip(frames, fps, indices, motion="hard"):
     """Clip of the frames with these numbers out of a list of all frames."""
     with _threads() as pool:
-        wanted = _Frames(indices, motion, pool)
-        for i in _with_predecessors(indices, len(frames)):
-            wanted[i] = frames[i]
+        wanted = _Frames(indices, len(frames), motion, pool)
+        wanted.fill(enumerate(frames))
         return wanted.clip(fps)
 
 
 class _Frames(dict):
-    """{number: frame} of a clip. Motion is computed in the threads of a pool, a block of pairs as soon as its last frame
-    is put in: while later frames are still being decoded."""
+    """{number: frame} of a clip: the chosen frames (`indices`) and their predecessors (together: `numbers`). Motion is
+    computed in the threads of a pool, a block of pairs as soon as its last frame is put in: while others are decoded."""
 
-    def __init__(self, indices, motion, pool):
+    def __init__(self, indices, total, motion="none", pool=None):
         super().__init__()
         self.indices, self.motion, self.pool, self.masked = indices, motion, pool, []
         current = np.maximum(indices, 1)  # frame 0 has no predecessor: frame 1 stands in for it, as released
+        self.numbers = [i for i in np.union1d(current - 1, current).tolist() if i < total]
         self.blocks = [] if motion == "none" else np.split(current, range(BLOCK, len(indices), BLOCK))
 
-    def __setitem__(self, number, frame):
-        super().__setitem__(number, frame)
-        while self.blocks and all(i in self and i - 1 in self for i in self.blocks[0].tolist()):
-            current = self.blocks.pop(0)
-            pairs = (torch.from_numpy(np.stack([self[i] for i in which])) for which in (current - 1, current))
-            self.masked.append(self.pool.submit(motion_mask, *pairs, self.motion))
+    def fill(self, numbered):
+        """Puts in what is wanted of (number, frame) pairs -> how many there were."""
+        count = 0
+        for count, (number, frame) in enumerate(numbered, 1):  # noqa: B007
+            if number not in self.numbers:
+                continue
+            self[number] = frame
+            while self.blocks and all(i in self and i - 1 in self for i in self.blocks[0].tolist()):
+                current = self.blocks.pop(0)
+                pairs = (torch.from_numpy(np.stack([self[i] for i in which])) for which in (current - 1, current))
+                self.masked.append(self.pool.submit(motion_mask, *pairs, self.motion))
+        return count
 
     def clip(self, fps):
         appearance = np.stack([self[i] for i in self.indices])
@@ -111,8 +116,8 @@ class _Frames(dict):
 
 def read_flow(path, indices, image_size=224):
     """The flow that the motion frames are made of: from the frame before to each numbered frame -> (T, H, W, 2) float32."""
-    frames, _, indices = _decode(path, image_size, lambda total: indices, lambda indices: {})
-    current = np.maximum(indices, min(1, len(frames) - 1))  # frame 0 as in make_clip
+    frames, _ = _decode(path, image_size, lambda total: _Frames(indices, total))
+    current = np.maximum(indices, min(1, len(frames) - 1))  # frame 0 as in _Frames
     pairs = (torch.from_numpy(np.stack([frames[i] for i in which])) for which in (np.maximum(current - 1, 0), current))
     return farneback(*map(rgb_to_gray, pairs)).numpy() * (len(frames) > 1)  # a lone frame does not move
 
@@ -129,113 +134,84 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
     return np.sort(np.concatenate(drawn))
 
 
-def _decode(path, size, choose, hold):
-    """-> ({number: (size, size, 3) uint8} with the chosen frames and their predecessors, frame rate, chosen numbers).
-
-    choose: from the number of all frames to the numbers wanted. hold: from those to the dict that frames are put in.
+def _decode(path, size, begin):
+    """-> (_Frames, frame rate). begin: from the number of all frames to the _Frames to be filled.
 
     Frames are, bit for bit, those of `ffmpeg -i PATH -vf scale=S:S:flags=bilinear -fps_mode passthrough`. A first run
     reads only the packets' times, and then nothing but the chosen frames is scaled and comes out of the runs that
-    decode, so memory does not grow with the video's length.
+    decode, so memory does not grow with the video's length. Of a small file one run gives both, if its frames are few.
     """
-    if _check_file(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose, hold)):
-        return found
+    if _check_file(path) < ONE_RUN_BYTES:
+        most = HELD_BYTES // (3 * size * size)
+        with _ffmpeg(path, size, table=True) as run:
+            held = list(islice(run.frames(), most + 1))
+            if len(held) <= most:
+                run.check(len(held))
+                frames = begin(len(held))
+                frames.fill(enumerate(held))
+                return frames, run.packets().rate
     with _ffmpeg(path, table=True) as run:
         run.process.wait()
         run.check(None if os.path.exists(f"{run.folder}/table") else 0)
-        container, codec, printed_rate, _ = run.header()
-        packets = run.packets(printed_rate)
+        packets = run.packets()
     total, frames = max(1, len(packets.times)), None
-    indices = choose(total)
-    numbers = _with_predecessors(indices, total)
-    if packets.plain and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
-        frames = _seek(path, size, packets, numbers, CLEAN_KEYFRAMES[codec], hold(indices))
+    if packets.plain and packets.container in ("mov", "matroska") and packets.codec in CLEAN_KEYFRAMES:
+        frames = _seek(path, size, packets, begin(total))
     if packets.plain and frames is None:
-        frames = _select(path, size, packets, numbers, hold(indices))
-    if frames is None:
-        frames, indices = _decode_through(path, size, total, choose, hold)
-    return frames, packets.rate, indices
-
-
-def _decode_small(path, size, choose, hold):
-    """The same from one run, which keeps every frame; None where they are too many."""
-    held = []
-    with _ffmpeg(path, size, table=True) as run:
-        for frame in run.frames():
-            held.append(frame)
-            if len(held) > HELD_BYTES // frame.size:
-                return None
-        run.check(len(held))
-        rate = run.packets(run.header()[2]).rate
-    indices = choose(len(held))
-    frames = hold(indices)
-    for number in _with_predecessors(indices, len(held)):
-        frames[number] = held[number]
-    return frames, rate, indices
+        frames = _select(path, size, packets, begin(total))
+    return frames or _decode_through(path, size, total, begin), packets.rate
 
 
 def _check_file(path):
     """Only a regular, readable file that is not empty goes to ffmpeg: a named pipe could block for ever. -> its size."""
     try:
         size = os.stat(path).st_size
-        reason = "is a folder" if os.path.isdir(path) else "" if os.path.isfile(path) else "is not a regular file"
-        if not reason:
-            with open(path, "rb") as file:
-                reason = "" if file.read(1) else "is empty"
+        if not os.path.isfile(path):
+            raise ValueError("is a folder" if os.path.isdir(path) else "is not a regular file")
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise ValueError("is empty")
+        return size
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-    if reason:
-        raise VideoError(path, reason)
-    return size
+        raise VideoError(path, getattr(error, "strerror", None) or error) from None
 
 
-def _with_predecessors(indices, total):  # 0 comes with 1, see _Frames; in a video of one frame alone
-    return sorted({n for i in indices.tolist() for n in (max(i, 1) - 1, max(i, 1)) if n < total})
-
-
-def _decode_through(path, size, total, choose, hold):
+def _decode_through(path, size, total, begin):
     """Decodes the whole video and keeps the chosen frames; `total` is a guess, the end of the run tells the truth."""
     for _ in range(2):
-        indices, count = choose(total), 0
-        wanted, frames = set(_with_predecessors(indices, total)), hold(indices)
+        frames = begin(total)
         with _ffmpeg(path, size) as run:
-            for frame in run.frames():
-                if count in wanted:
-                    frames[count] = frame
-                count += 1
+            count = frames.fill(enumerate(run.frames()))
             run.check(count)
         if count == total:
-            return frames, indices
+            return frames
         total = count
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
-def _select(path, size, packets, numbers, frames):
-    """Decodes the whole video, but only these frames come out -> `frames` with them; None where a packet is no frame."""
+def _select(path, size, packets, frames):
+    """Decodes the whole video, but only the wanted frames come out -> `frames`; None where a packet is no frame."""
     # flow, if it is computed meanwhile, takes as long as decoding a short video does
-    short = len(packets.times) < 300 and getattr(frames, "blocks", None)
-    threads = (torch.get_num_threads() + 1) // 2 if short else None
-    with _ffmpeg(path, size, times=packets.times[numbers], threads=threads) as run:
-        for number, frame in zip(numbers, run.frames(), strict=False):
-            frames[number] = frame
+    threads = (torch.get_num_threads() + 1) // 2 if frames.blocks and len(packets.times) < 300 else None
+    with _ffmpeg(path, size, times=packets.times[frames.numbers], threads=threads) as run:
+        found = frames.fill(zip(frames.numbers, run.frames(), strict=False))
         run.process.wait()
         decoded = run.log(r".*Input stream #0:\d+ \(video\): .*; (\d+) frames decoded")
-    return frames if len(frames) == len(numbers) and decoded == [str(len(packets.times))] else None
+    return frames if found == len(frames.numbers) and decoded == [str(len(packets.times))] else None
 
 
-def _seek(path, size, packets, numbers, clean, frames):
-    """Decodes only from the keyframe before each pair -> `frames` with these numbers; None where it fails or is slower.
+def _seek(path, size, packets, frames):
+    """Decodes only from the keyframe before each pair -> `frames`; None where that fails or is slower.
 
-    clean: the kinds of NAL unit that keyframes must be, if there are any. A frame that is lost all the same does not
-    come out at its time: it is missed.
+    A frame that is lost all the same does not come out at its time: it is missed.
     """
     groups = {}  # keyframe -> frame numbers that are decoded from there
-    for number in numbers:
-        early = packets.keys[packets.keys <= max(0, number - SEEK_MARGIN)]
-        groups.setdefault(int(early[-1]) if len(early) else 0, []).append(number)
+    for number in frames.numbers:
+        before = packets.keys <= max(0, number - SEEK_MARGIN)
+        groups.setdefault(int(packets.keys[before][-1]), []).append(number)
     if sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in groups.items()) > 0.7 * len(packets.times):
         return None
-    if clean:
+    if clean := CLEAN_KEYFRAMES[packets.codec]:
         with _ffmpeg(path, clean=clean) as run:
             run.process.wait()
             if sum(not line.startswith("#") for line in run.lines("clean")) != len(packets.keys):
@@ -247,10 +223,8 @@ def _seek(path, size, packets, numbers, clean, frames):
             return zip(wanted, list(run.frames()), strict=False)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for pairs in pool.map(decode, groups, groups.values()):
-            for number, frame in pairs:
-                frames[number] = frame
-    return frames if len(frames) == len(numbers) else None
+        found = sum(map(frames.fill, pool.map(decode, groups, groups.values())))
+    return frames if found == len(frames.numbers) else None
 
 
 @contextmanager
@@ -296,7 +270,7 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, star
 
 # What the container says, without decoding. times: when frame i is shown, ascending, in ticks of `tick` seconds; keys:
 # numbers of the keyframes; rate: average, frames a second; plain: nothing speaks against each packet being one frame.
-_Packets = namedtuple("_Packets", "times keys tick rate plain")
+_Packets = namedtuple("_Packets", "container codec times keys tick rate plain")
 
 
 @dataclass
@@ -352,7 +326,7 @@ class _Run:
     def no_space(self):
         return OSError(errno.ENOSPC, "the temporary folder is full", self.folder)
 
-    def packets(self, printed_rate):
+    def packets(self):
         """Reads the tables. A packet's line: stream, dts, pts, duration, size, checksum, and flags unless just "key"."""
         times, keys, duration, plain = array("q"), array("q"), 0, True
         num, den = 1, 1  # of the tick
@@ -369,6 +343,7 @@ class _Run:
                 plain &= flags & ~0x11 == 0  # no other than "key" and "disposable"
                 if flags & 1:
                     keys.append(times[-1])
+        container, codec, printed_rate, _ = self.header()
         # The printed rate is rounded; the packets' durations, or NTSC's 1000/1001, give it exactly.
         rates = [len(times) * den / (duration * num)] if duration > 0 else []
         rates += [round(printed_rate * 1.001) * 1000 / 1001] if printed_rate else []
@@ -377,7 +352,7 @@ class _Run:
         times = np.sort(np.array(times))
         keys = np.searchsorted(times, np.sort(np.array(keys)))
         plain = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
-        return _Packets(times, keys, num / den, rate, plain)
+        return _Packets(container, codec, times, keys, num / den, rate, plain)
 
 
 def motion_mask(previous, current, kind="hard"):
