@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -143,14 +144,14 @@ def _decode(path, size, begin):
     """
     if _check_file(path) < ONE_RUN_BYTES:
         most = HELD_BYTES // (3 * size * size)
-        with _ffmpeg(path, size, table=True) as run:
+        with _ffmpeg(path, size, table="all") as run:
             held = list(islice(run.frames(), most + 1))
             if len(held) <= most:
                 run.check(len(held))
                 frames = begin(len(held))
                 frames.fill(enumerate(held))
                 return frames, run.packets().rate
-    with _ffmpeg(path, table=True) as run:
+    with _ffmpeg(path, table="all") as run:
         run.process.wait()
         run.check(None if os.path.exists(f"{run.folder}/table") else 0)
         packets = run.packets()
@@ -212,9 +213,9 @@ def _seek(path, size, packets, frames):
     if sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in groups.items()) > 0.7 * len(packets.times):
         return None
     if clean := CLEAN_KEYFRAMES[packets.codec]:
-        with _ffmpeg(path, clean=clean) as run:
+        with _ffmpeg(path, table=clean) as run:
             run.process.wait()
-            if sum(not line.startswith("#") for line in run.lines("clean")) != len(packets.keys):
+            if sum(not line.startswith("#") for line in run.lines("table")) != len(packets.keys):
                 return None
 
     def decode(key, wanted):
@@ -228,27 +229,28 @@ def _seek(path, size, packets, frames):
 
 
 @contextmanager
-def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, start=None, stdin=None, threads=None):
+def _ffmpeg(path, size=None, table=None, times=(), stop=False, start=None, stdin=None, threads=None):
     """One run of ffmpeg on one file -> _Run: no shell, no network, and an end with the `with` block.
 
     size: frames come out, all or those at `times` (ticks); with `stop` the run ends after the last of them. start: where
-    to seek to (seconds). table: lists the packets. clean: lists the packets that hold such kinds of NAL unit. stdin: an
-    open file that takes the place of `path`, and is waited for as long as it takes. threads: at most as many as torch has.
+    to seek to (seconds). table: lists the packets, those that hold such kinds of NAL unit, or all. stdin: an open file
+    that takes the place of `path`, and is waited for as long as it takes. threads: at most as many as torch has.
     """
     threads = min(threads or torch.get_num_threads(), 8)  # one in a loader worker
     options = f"-nostdin -hide_banner -nostats -v level+verbose -copyts -threads {threads} -filter_threads {threads} "
     options += "-max_pixels 100000000 -max_alloc 300000000 -protocol_whitelist file,pipe "
     options += f"-format_whitelist {CONTAINERS} "
     options += "" if start is None else f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}"
-    source, size_on_disk = ("pipe:0", 0) if stdin else ("file:" + os.fsdecode(path), _check_file(path))
+    # a stream is waited for as long as it takes, a file is not
+    limit = threading.TIMEOUT_MAX if stdin else 120 + _check_file(path) / 2e4
+    source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), "-i", source]
     copy = "-an -sn -dn -c copy -copyinkf -copypriorss 1 -f framecrc".split()
     pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "pipesize": 1 << 20}
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "wb") as log:
         if table:
-            command += [*copy, f"file:{folder}/table"]
-        if clean:
-            command += [*copy, "-bsf:v", "filter_units=pass_types=" + clean, f"file:{folder}/clean"]
+            which = [] if table == "all" else ["-bsf:v", f"filter_units=pass_types={table}"]
+            command += [*copy, *which, f"file:{folder}/table"]
         if size:
             select = f"select='{'+'.join(f'eq(pts,{time})' for time in times)}'," if len(times) else ""
             command += ["-an", "-sn", "-dn", "-vf", f"{select}scale={size}:{size}:flags=bilinear"]
@@ -257,8 +259,6 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, star
         with subprocess.Popen(command, stderr=log, **pipes) as process:
             with suppress(AttributeError, OSError, ValueError):  # not on Linux; or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
-            # a stream is waited for as long as it takes, a file is not
-            limit = threading.TIMEOUT_MAX if stdin else 120 + size_on_disk / 2e4
             run = _Run(path, size, folder, process, threading.Timer(limit, process.kill))
             run.timer.start()
             try:
@@ -781,14 +781,12 @@ class HawkDataset(ClipDataset):
         """Half of the time the annotated rounds, else the description as the answer to the first of them."""
         qa = [turn for turn in row.get("qa") or [] if turn["a"]]  # a new list: the row itself is never edited
         description = row.get("description")
-        question, annotated = DESCRIBE_QUESTIONS[0], False
-        if self.train:
-            annotated = bool(qa) and generator.random() < 0.5
-            question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
-        if annotated or not description:
-            return qa
-        described = {"q": question, "a": description}
-        return [described, *qa[1:]] if self.train else [described]  # as released, the later rounds stay
+        if not self.train:
+            return [{"q": DESCRIBE_QUESTIONS[0], "a": description}] if description else qa
+        annotated = bool(qa) and generator.random() < 0.5
+        question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
+        # as released, the later rounds stay
+        return qa if annotated or not description else [{"q": question, "a": description}, *qa[1:]]
 
     def sample(self, i, generator):
         row, sample = self.rows[i], {"index": torch.tensor(i)}
@@ -915,9 +913,6 @@ def pad_to(tensor, length, fill):
 
 
 # ---- 4. Feature cache: what `prepare.py features` writes -------------------------------------------------------------
-CachedClip = namedtuple("CachedClip", "appearance motion message indices")  # streams: tensors (T, Q, C)
-
-
 class CachedFeatures:
     """Frame features (T, Q, C) of both branches for every row of an index, memory-mapped, so that all processes share
     them. A folder holds appearance.npy and motion.npy (rows, choices, T, Q, C), clips.jsonl (one line for each clip
@@ -926,13 +921,11 @@ class CachedFeatures:
 
     def __init__(self, folder, rows, expected):
         """expected: the entries that meta.json must have, such as the fingerprint of the frozen weights."""
+        folder = Path(folder)
         try:
-            with open(os.path.join(folder, "meta.json")) as file:
-                meta = json.load(file)
-            with open(os.path.join(folder, "clips.jsonl")) as file:
-                clips = [json.loads(line) for line in file]
-            files = (os.path.join(folder, name) for name in ("appearance.npy", "motion.npy"))
-            self.streams = [np.load(file, mmap_mode="r") for file in files]
+            meta = json.loads((folder / "meta.json").read_text())
+            clips = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+            self.streams = [np.load(folder / name, mmap_mode="r") for name in ("appearance.npy", "motion.npy")]
             self.clips, self.choices = {(clip["row"], clip["choice"]): clip for clip in clips}, meta["choices"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{folder}: not a feature cache ({e}); make it with `python prepare.py features`") from e
@@ -948,12 +941,13 @@ class CachedFeatures:
         refuse_changed(folder, rows, clips)
 
     def load(self, i, choice):
-        """Row i, variant `choice` -> CachedClip; VideoError if that video could not be read when the cache was made."""
+        """Row i, variant `choice` -> Clip whose streams are features, float tensors (T, Q, C). VideoError if that video
+        could not be read when the cache was made."""
         clip = self.clips[i, choice]
         if "error" in clip:
             raise VideoError(clip["video"], clip["error"])
         appearance, motion = (torch.tensor(x[i, choice, : len(clip["indices"])]) for x in self.streams)
-        return CachedClip(appearance, motion, clip["message"], clip["indices"])
+        return Clip(appearance, motion, [], clip["message"], clip["indices"])
 
 
 def refuse_changed(folder, rows, clips):
