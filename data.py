@@ -66,12 +66,9 @@ def read_clip(path, n_frames=32, image_size=224, motion="hard", sampling="unifor
     motion: "hard" or "soft" (see `motion_mask`), or "none": black, and no flow is computed.
     sampling: "uniform", or "headtail" (half from each half of the video, drawn with `generator`, a numpy Generator).
     """
+    choose = lru_cache(lambda total: sample_frames(total, n_frames, sampling, generator))  # drawn once
     with _threads() as pool:
-
-        def begin(total):
-            return _Frames(sample_frames(total, n_frames, sampling, generator), total, motion, pool)
-
-        frames, fps = _decode(path, image_size, begin)
+        frames, fps = _decode(path, image_size, lambda total: _Frames(choose(total), total, motion, pool))
         return frames.clip(fps)
 
 
@@ -156,10 +153,8 @@ def _decode(path, size, begin):
         run.check(None if os.path.exists(f"{run.folder}/table") else 0)
         packets = run.packets()
     total, frames = max(1, len(packets.times)), None
-    if packets.plain and packets.container in ("mov", "matroska") and packets.codec in CLEAN_KEYFRAMES:
-        frames = _seek(path, size, packets, begin(total))
-    if packets.plain and frames is None:
-        frames = _select(path, size, packets, begin(total))
+    if packets.plain:
+        frames = _seek(path, size, packets, begin(total)) or _select(path, size, packets, begin(total))
     return frames or _decode_through(path, size, total, begin), packets.rate
 
 
@@ -202,10 +197,9 @@ def _select(path, size, packets, frames):
 
 
 def _seek(path, size, packets, frames):
-    """Decodes only from the keyframe before each pair -> `frames`; None where that fails or is slower.
-
-    A frame that is lost all the same does not come out at its time: it is missed.
-    """
+    """Decodes only from the keyframe before each pair -> `frames`; None where that is not exact, fails or is slower."""
+    if packets.container not in ("mov", "matroska") or packets.codec not in CLEAN_KEYFRAMES:
+        return None
     groups = {}  # keyframe -> frame numbers that are decoded from there
     for number in frames.numbers:
         before = packets.keys <= max(0, number - SEEK_MARGIN)
@@ -225,7 +219,7 @@ def _seek(path, size, packets, frames):
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = sum(map(frames.fill, pool.map(decode, groups, groups.values())))
-    return frames if found == len(frames.numbers) else None
+    return frames if found == len(frames.numbers) else None  # a frame that is lost does not come out at its time
 
 
 @contextmanager
@@ -396,7 +390,10 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
             images = _blur_and_shrink(frames, scale)  # (2, B, h, w)
             flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
             first, second = _polynomial_expansion(images, poly_n, poly_sigma)
-            second = _pad_to_power_of_two(second.transpose(0, 1))
+            # Padded to 2ᵃ + 1 and 2ᵇ + 1, so that grid_sample's coordinates, -1…1, hold whole pixels exactly. Otherwise
+            # what stands still at the left border is found at -0.000001 for some pixels, and that counts as outside.
+            bottom, right = (2 ** max(n - 1, 1).bit_length() + 1 - n for n in images.shape[-2:])
+            second = F.pad(second.transpose(0, 1), (0, right, 0, bottom))
             for _ in range(iterations):
                 flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
         return flow.permute(1, 2, 3, 0)
@@ -503,15 +500,6 @@ def _equations(first, second, flow):
     torch.addcmul(axy, ayy, ayy, out=yy)
     torch.addcmul(axy, axx, axx, out=xx)
     return equations.mul_(_border_weight(h, w).to(flow.device))
-
-
-def _pad_to_power_of_two(image):
-    """(…, h, w) -> (…, 2ᵃ + 1, 2ᵇ + 1), so that grid_sample's coordinates, -1…1, hold whole pixels exactly.
-
-    Otherwise what stands still at the left border is found at -0.000001 for some pixels, and that counts as outside.
-    """
-    bottom, right = (2 ** max(n - 1, 1).bit_length() + 1 - n for n in image.shape[-2:])
-    return F.pad(image, (0, right, 0, bottom))
 
 
 @lru_cache
