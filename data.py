@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 IGNORE = -100  # label of what is not learnt
@@ -322,30 +323,26 @@ class _Run:
 
     def packets(self):
         """Reads the tables. A packet's line: stream, dts, pts, duration, size, checksum, and flags unless just "key"."""
-        times, keys, duration, plain = array("q"), array("q"), 0, True
-        num, den = 1, 1  # of the tick
+        rows, num, den = array("q"), 1, 1  # times, durations and flags, one after the other; of the tick
         for line in self.lines("table"):
-            fields = line.split(",")
             if not line.endswith("\n"):
                 raise self.no_space()
             if line.startswith("#tb"):
                 num, den = map(int, line.split()[-1].split("/"))
             elif not line.startswith("#"):
-                flags = int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1
-                times.append(int(fields[2]))
-                duration += int(fields[3])
-                plain &= flags & ~0x11 == 0  # no other than "key" and "disposable"
-                if flags & 1:
-                    keys.append(times[-1])
+                fields = line.split(",")
+                rows.extend((int(fields[2]), int(fields[3]), int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1))
+        times, durations, flags = np.array(rows).reshape(-1, 3).T
+        order, duration = np.argsort(times), durations.sum(dtype=float)
+        times, keys = times[order], np.flatnonzero(flags[order] & 1)
+        plain = len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
+        plain = plain and not (flags & ~0x11).any()  # no other than "key" and "disposable"
         container, codec, printed_rate, _ = self.header()
         # The printed rate is rounded; the packets' durations, or NTSC's 1000/1001, give it exactly.
         rates = [len(times) * den / (duration * num)] if duration > 0 else []
         rates += [round(printed_rate * 1.001) * 1000 / 1001] if printed_rate else []
         near = (rate for rate in rates if abs(rate - printed_rate) < 0.0051)
         rate = next(near, printed_rate or (rates or [25.0])[0])
-        times = np.sort(np.array(times))
-        keys = np.searchsorted(times, np.sort(np.array(keys)))
-        plain = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
         return _Packets(container, codec, times, keys, num / den, rate, plain)
 
 
@@ -357,7 +354,6 @@ def motion_mask(previous, current, kind="hard"):
     """
     if kind not in ("hard", "soft"):
         raise ValueError(f'motion must be "hard", "soft" or "none", not {kind!r}')
-
     flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
     length = torch.hypot(flow[..., :1], flow[..., 1:])  # (T, H, W, 1)
     if kind == "hard":
@@ -379,9 +375,8 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     that A d = (b₁ - b₂)/2: two equations for each pixel, solved by least squares over a window, from coarse to fine.
     """
     previous, current = torch.as_tensor(previous), torch.as_tensor(current)
-    scales = [1.0]
-    while len(scales) <= levels and min(previous.shape[-2:]) * scales[-1] * pyr_scale >= 32:
-        scales.append(scales[-1] * pyr_scale)
+    side = min(previous.shape[-2:])
+    scales = [pyr_scale**k for k in range(levels + 1) if k == 0 or side * pyr_scale**k >= 32]
 
     def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
         frames = torch.stack([previous.float(), current.float()])
@@ -887,17 +882,14 @@ def collate(samples, pad_id=0):
     batch = {"errors": [s for s in samples if "error" in s]}
     for key in good[0] if good else ():
         values = [s[key] for s in good]
+        if key.endswith(("input_ids", "labels")):
+            batch[key] = pad_sequence(values, True, pad_id if key.endswith("input_ids") else IGNORE)
+            continue
         if values[0].dim() > 0:
-            fill = pad_id if key.endswith("input_ids") else IGNORE if key.endswith("labels") else None
-            values = [pad_to(v, max(map(len, values)), fill) for v in values]
+            longest = torch.arange(max(map(len, values)))
+            values = [v[longest.clamp(max=len(v) - 1)] for v in values]
         batch[key] = torch.stack(values)
     return batch
-
-
-def pad_to(tensor, length, fill):
-    """Lengthen the first dimension, with the value fill or, for None, by repeating the last entry."""
-    missing = (length - len(tensor), *tensor.shape[1:])
-    return torch.cat([tensor, tensor[-1:].expand(missing) if fill is None else tensor.new_full(missing, fill)])
 
 
 # ---- 4. Feature cache: what `prepare.py features` writes -------------------------------------------------------------
@@ -921,8 +913,8 @@ class CachedFeatures:
             if meta.get(key) != value:
                 raise ValueError(f"{folder}: made with {key} {meta.get(key)!r}, this run has {value!r}; make it again")
         needed = {(i, k) for i in range(len(rows)) for k in range(self.choices)}
-        if missing := needed - self.clips.keys():
-            done = len(needed) - len(missing)
+        done = len(needed & self.clips.keys())
+        if done < len(needed):
             raise ValueError(f"{folder}: only {done} of {len(needed)} clips are done; run it again")
         if len(self.clips) > len(needed):
             raise ValueError(f"{folder}: clips.jsonl names clips that the index does not have; make it again")
