@@ -18,12 +18,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 IGNORE = -100  # label of what is not learnt
@@ -35,7 +37,7 @@ CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,
 ONE_RUN_BYTES = 1 << 20  # smaller files are read in one run of ffmpeg: quicker than a first run that only looks
 HELD_BYTES = 96 << 20  # of frames, at most, are held in that run
 MOST_BYTES = 2 << 30  # of a run of ffmpeg: a kilobyte can declare frames and tables that need any amount
-BLOCK = 4  # pairs of frames whose flow a thread computes at a time
+BLOCK = 4
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
 # Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
@@ -65,41 +67,43 @@ def read_clip(path, n_frames=32, image_size=224, motion="hard", sampling="unifor
     motion: "hard" or "soft" (see `motion_mask`), or "none": black, and no flow is computed.
     sampling: "uniform", or "headtail" (half from each half of the video, drawn with `generator`, a numpy Generator).
     """
+    choose = lru_cache(lambda total: sample_frames(total, n_frames, sampling, generator))  # drawn once
     with _threads() as pool:
-        frames, fps, _ = _decode(
-            path,
-            image_size,
-            lambda total: sample_frames(total, n_frames, sampling, generator),
-            lambda indices: _Frames(indices, motion, pool),
-        )
+        frames, fps = _decode(path, image_size, lambda total: _Frames(choose(total), total, motion, pool))
         return frames.clip(fps)
 
 
 def make_clip(frames, fps, indices, motion="hard"):
     """Clip of the frames with these numbers out of a list of all frames."""
     with _threads() as pool:
-        wanted = _Frames(indices, motion, pool)
-        for i in _with_predecessors(indices, len(frames)):
-            wanted[i] = frames[i]
+        wanted = _Frames(indices, len(frames), motion, pool)
+        wanted.fill(enumerate(frames))
         return wanted.clip(fps)
 
 
 class _Frames(dict):
-    """{number: frame} of a clip. Motion is computed in the threads of a pool, a block of pairs as soon as its last frame
-    is put in: while later frames are still being decoded."""
+    """{number: frame} of a clip: the chosen frames (`indices`) and their predecessors (together: `numbers`). Motion is
+    computed in the threads of a pool, a block of pairs as soon as its last frame is put in: while others are decoded."""
 
-    def __init__(self, indices, motion, pool):
+    def __init__(self, indices, total, motion="none", pool=None):
         super().__init__()
         self.indices, self.motion, self.pool, self.masked = indices, motion, pool, []
         current = np.maximum(indices, 1)  # frame 0 has no predecessor: frame 1 stands in for it, as released
+        self.numbers = [i for i in np.union1d(current - 1, current).tolist() if i < total]
         self.blocks = [] if motion == "none" else np.split(current, range(BLOCK, len(indices), BLOCK))
 
-    def __setitem__(self, number, frame):
-        super().__setitem__(number, frame)
-        while self.blocks and all(i in self and i - 1 in self for i in self.blocks[0].tolist()):
-            current = self.blocks.pop(0)
-            pairs = (torch.from_numpy(np.stack([self[i] for i in which])) for which in (current - 1, current))
-            self.masked.append(self.pool.submit(motion_mask, *pairs, self.motion))
+    def fill(self, numbered):
+        """Puts in what is wanted of (number, frame) pairs -> how many there were."""
+        count = 0
+        for count, (number, frame) in enumerate(numbered, 1):  # noqa: B007
+            if number not in self.numbers:
+                continue
+            self[number] = frame
+            while self.blocks and all(i in self and i - 1 in self for i in self.blocks[0].tolist()):
+                current = self.blocks.pop(0)
+                pairs = (torch.from_numpy(np.stack([self[i] for i in which])) for which in (current - 1, current))
+                self.masked.append(self.pool.submit(motion_mask, *pairs, self.motion))
+        return count
 
     def clip(self, fps):
         appearance = np.stack([self[i] for i in self.indices])
@@ -111,8 +115,8 @@ class _Frames(dict):
 
 def read_flow(path, indices, image_size=224):
     """The flow that the motion frames are made of: from the frame before to each numbered frame -> (T, H, W, 2) float32."""
-    frames, _, indices = _decode(path, image_size, lambda total: indices, lambda indices: {})
-    current = np.maximum(indices, min(1, len(frames) - 1))  # frame 0 as in make_clip
+    frames, _ = _decode(path, image_size, lambda total: _Frames(indices, total))
+    current = np.maximum(indices, min(1, len(frames) - 1))  # frame 0 as in _Frames
     pairs = (torch.from_numpy(np.stack([frames[i] for i in which])) for which in (np.maximum(current - 1, 0), current))
     return farneback(*map(rgb_to_gray, pairs)).numpy() * (len(frames) > 1)  # a lone frame does not move
 
@@ -129,116 +133,84 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
     return np.sort(np.concatenate(drawn))
 
 
-def _decode(path, size, choose, hold):
-    """-> ({number: (size, size, 3) uint8} with the chosen frames and their predecessors, frame rate, chosen numbers).
-
-    choose: from the number of all frames to the numbers wanted. hold: from those to the dict that frames are put in.
+def _decode(path, size, begin):
+    """-> (_Frames, frame rate). begin: from the number of all frames to the _Frames to be filled.
 
     Frames are, bit for bit, those of `ffmpeg -i PATH -vf scale=S:S:flags=bilinear -fps_mode passthrough`. A first run
     reads only the packets' times, and then nothing but the chosen frames is scaled and comes out of the runs that
-    decode, so memory does not grow with the video's length.
+    decode, so memory does not grow with the video's length. Of a small file one run gives both, if its frames are few.
     """
-    if _check_file(path) < ONE_RUN_BYTES and (found := _decode_small(path, size, choose, hold)):
-        return found
-    with _ffmpeg(path, table=True) as run:
+    if _check_file(path) < ONE_RUN_BYTES:
+        most = HELD_BYTES // (3 * size * size)
+        with _ffmpeg(path, size, table="all") as run:
+            held = list(islice(run.frames(), most + 1))
+            if len(held) <= most:
+                run.check(len(held))
+                frames = begin(len(held))
+                frames.fill(enumerate(held))
+                return frames, run.packets().rate
+    with _ffmpeg(path, table="all") as run:
         run.process.wait()
         run.check(None if os.path.exists(f"{run.folder}/table") else 0)
-        container, codec, printed_rate, _ = run.header()
-        packets = run.packets(printed_rate)
+        packets = run.packets()
     total, frames = max(1, len(packets.times)), None
-    indices = choose(total)
-    numbers = _with_predecessors(indices, total)
-    if packets.plain and container in ("mov", "matroska") and codec in CLEAN_KEYFRAMES:
-        frames = _seek(path, size, packets, numbers, CLEAN_KEYFRAMES[codec], hold(indices))
-    if packets.plain and frames is None:
-        frames = _select(path, size, packets, numbers, hold(indices))
-    if frames is None:
-        frames, indices = _decode_through(path, size, total, choose, hold)
-    return frames, packets.rate, indices
-
-
-def _decode_small(path, size, choose, hold):
-    """The same from one run, which keeps every frame; None where they are too many."""
-    held = []
-    with _ffmpeg(path, size, table=True) as run:
-        for frame in run.frames():
-            held.append(frame)
-            if len(held) > HELD_BYTES // frame.size:
-                return None
-        run.check(len(held))
-        rate = run.packets(run.header()[2]).rate
-    indices = choose(len(held))
-    frames = hold(indices)
-    for number in _with_predecessors(indices, len(held)):
-        frames[number] = held[number]
-    return frames, rate, indices
+    if packets.plain:
+        frames = _seek(path, size, packets, begin(total)) or _select(path, size, packets, begin(total))
+    return frames or _decode_through(path, size, total, begin), packets.rate
 
 
 def _check_file(path):
     """Only a regular, readable file that is not empty goes to ffmpeg: a named pipe could block for ever. -> its size."""
     try:
         size = os.stat(path).st_size
-        reason = "is a folder" if os.path.isdir(path) else "" if os.path.isfile(path) else "is not a regular file"
-        if not reason:
-            with open(path, "rb") as file:
-                reason = "" if file.read(1) else "is empty"
+        if not os.path.isfile(path):
+            raise ValueError("is a folder" if os.path.isdir(path) else "is not a regular file")
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise ValueError("is empty")
+        return size
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-    if reason:
-        raise VideoError(path, reason)
-    return size
+        raise VideoError(path, getattr(error, "strerror", None) or error) from None
 
 
-def _with_predecessors(indices, total):  # 0 comes with 1, see _Frames; in a video of one frame alone
-    return sorted({n for i in indices.tolist() for n in (max(i, 1) - 1, max(i, 1)) if n < total})
-
-
-def _decode_through(path, size, total, choose, hold):
+def _decode_through(path, size, total, begin):
     """Decodes the whole video and keeps the chosen frames; `total` is a guess, the end of the run tells the truth."""
     for _ in range(2):
-        indices, count = choose(total), 0
-        wanted, frames = set(_with_predecessors(indices, total)), hold(indices)
+        frames = begin(total)
         with _ffmpeg(path, size) as run:
-            for frame in run.frames():
-                if count in wanted:
-                    frames[count] = frame
-                count += 1
+            count = frames.fill(enumerate(run.frames()))
             run.check(count)
         if count == total:
-            return frames, indices
+            return frames
         total = count
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
-def _select(path, size, packets, numbers, frames):
-    """Decodes the whole video, but only these frames come out -> `frames` with them; None where a packet is no frame."""
+def _select(path, size, packets, frames):
+    """Decodes the whole video, but only the wanted frames come out -> `frames`; None where a packet is no frame."""
     # flow, if it is computed meanwhile, takes as long as decoding a short video does
-    short = len(packets.times) < 300 and getattr(frames, "blocks", None)
-    threads = (torch.get_num_threads() + 1) // 2 if short else None
-    with _ffmpeg(path, size, times=packets.times[numbers], threads=threads) as run:
-        for number, frame in zip(numbers, run.frames(), strict=False):
-            frames[number] = frame
+    threads = (torch.get_num_threads() + 1) // 2 if frames.blocks and len(packets.times) < 300 else None
+    with _ffmpeg(path, size, times=packets.times[frames.numbers], threads=threads) as run:
+        found = frames.fill(zip(frames.numbers, run.frames(), strict=False))
         run.process.wait()
         decoded = run.log(r".*Input stream #0:\d+ \(video\): .*; (\d+) frames decoded")
-    return frames if len(frames) == len(numbers) and decoded == [str(len(packets.times))] else None
+    return frames if found == len(frames.numbers) and decoded == [str(len(packets.times))] else None
 
 
-def _seek(path, size, packets, numbers, clean, frames):
-    """Decodes only from the keyframe before each pair -> `frames` with these numbers; None where it fails or is slower.
-
-    clean: the kinds of NAL unit that keyframes must be, if there are any. A frame that is lost all the same does not
-    come out at its time: it is missed.
-    """
+def _seek(path, size, packets, frames):
+    """Decodes only from the keyframe before each pair -> `frames`; None where that is not exact, fails or is slower."""
+    if packets.container not in ("mov", "matroska") or packets.codec not in CLEAN_KEYFRAMES:
+        return None
     groups = {}  # keyframe -> frame numbers that are decoded from there
-    for number in numbers:
-        early = packets.keys[packets.keys <= max(0, number - SEEK_MARGIN)]
-        groups.setdefault(int(early[-1]) if len(early) else 0, []).append(number)
+    for number in frames.numbers:
+        before = packets.keys <= max(0, number - SEEK_MARGIN)
+        groups.setdefault(int(packets.keys[before][-1]), []).append(number)
     if sum(wanted[-1] - key + SEEK_MARGIN for key, wanted in groups.items()) > 0.7 * len(packets.times):
         return None
-    if clean:
-        with _ffmpeg(path, clean=clean) as run:
+    if clean := CLEAN_KEYFRAMES[packets.codec]:
+        with _ffmpeg(path, table=clean) as run:
             run.process.wait()
-            if sum(not line.startswith("#") for line in run.lines("clean")) != len(packets.keys):
+            if sum(not line.startswith("#") for line in run.lines("table")) != len(packets.keys):
                 return None
 
     def decode(key, wanted):
@@ -247,34 +219,33 @@ def _seek(path, size, packets, numbers, clean, frames):
             return zip(wanted, list(run.frames()), strict=False)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for pairs in pool.map(decode, groups, groups.values()):
-            for number, frame in pairs:
-                frames[number] = frame
-    return frames if len(frames) == len(numbers) else None
+        found = sum(map(frames.fill, pool.map(decode, groups, groups.values())))
+    return frames if found == len(frames.numbers) else None  # a frame that is lost does not come out at its time
 
 
 @contextmanager
-def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, start=None, stdin=None, threads=None):
+def _ffmpeg(path, size=None, table=None, times=(), stop=False, start=None, stdin=None, threads=None):
     """One run of ffmpeg on one file -> _Run: no shell, no network, and an end with the `with` block.
 
     size: frames come out, all or those at `times` (ticks); with `stop` the run ends after the last of them. start: where
-    to seek to (seconds). table: lists the packets. clean: lists the packets that hold such kinds of NAL unit. stdin: an
-    open file that takes the place of `path`, and is waited for as long as it takes. threads: at most as many as torch has.
+    to seek to (seconds). table: lists the packets, those that hold such kinds of NAL unit, or all. stdin: an open file
+    that takes the place of `path`, and is waited for as long as it takes. threads: at most as many as torch has.
     """
     threads = min(threads or torch.get_num_threads(), 8)  # one in a loader worker
     options = f"-nostdin -hide_banner -nostats -v level+verbose -copyts -threads {threads} -filter_threads {threads} "
     options += "-max_pixels 100000000 -max_alloc 300000000 -protocol_whitelist file,pipe "
     options += f"-format_whitelist {CONTAINERS} "
     options += "" if start is None else f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}"
-    source, size_on_disk = ("pipe:0", 0) if stdin else ("file:" + os.fsdecode(path), _check_file(path))
+    # a stream is waited for as long as it takes, a file is not
+    limit = threading.TIMEOUT_MAX if stdin else 120 + _check_file(path) / 2e4
+    source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), "-i", source]
     copy = "-an -sn -dn -c copy -copyinkf -copypriorss 1 -f framecrc".split()
     pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "pipesize": 1 << 20}
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "wb") as log:
         if table:
-            command += [*copy, f"file:{folder}/table"]
-        if clean:
-            command += [*copy, "-bsf:v", "filter_units=pass_types=" + clean, f"file:{folder}/clean"]
+            which = [] if table == "all" else ["-bsf:v", f"filter_units=pass_types={table}"]
+            command += [*copy, *which, f"file:{folder}/table"]
         if size:
             select = f"select='{'+'.join(f'eq(pts,{time})' for time in times)}'," if len(times) else ""
             command += ["-an", "-sn", "-dn", "-vf", f"{select}scale={size}:{size}:flags=bilinear"]
@@ -283,8 +254,6 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, star
         with subprocess.Popen(command, stderr=log, **pipes) as process:
             with suppress(AttributeError, OSError, ValueError):  # not on Linux; or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
-            # a stream is waited for as long as it takes, a file is not
-            limit = threading.TIMEOUT_MAX if stdin else 120 + size_on_disk / 2e4
             run = _Run(path, size, folder, process, threading.Timer(limit, process.kill))
             run.timer.start()
             try:
@@ -296,7 +265,7 @@ def _ffmpeg(path, size=None, table=False, clean=None, times=(), stop=False, star
 
 # What the container says, without decoding. times: when frame i is shown, ascending, in ticks of `tick` seconds; keys:
 # numbers of the keyframes; rate: average, frames a second; plain: nothing speaks against each packet being one frame.
-_Packets = namedtuple("_Packets", "times keys tick rate plain")
+_Packets = namedtuple("_Packets", "container codec times keys tick rate plain")
 
 
 @dataclass
@@ -352,32 +321,29 @@ class _Run:
     def no_space(self):
         return OSError(errno.ENOSPC, "the temporary folder is full", self.folder)
 
-    def packets(self, printed_rate):
+    def packets(self):
         """Reads the tables. A packet's line: stream, dts, pts, duration, size, checksum, and flags unless just "key"."""
-        times, keys, duration, plain = array("q"), array("q"), 0, True
-        num, den = 1, 1  # of the tick
+        rows, num, den = array("q"), 1, 1  # times, durations and flags, one after the other; of the tick
         for line in self.lines("table"):
-            fields = line.split(",")
             if not line.endswith("\n"):
                 raise self.no_space()
             if line.startswith("#tb"):
                 num, den = map(int, line.split()[-1].split("/"))
             elif not line.startswith("#"):
-                flags = int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1
-                times.append(int(fields[2]))
-                duration += int(fields[3])
-                plain &= flags & ~0x11 == 0  # no other than "key" and "disposable"
-                if flags & 1:
-                    keys.append(times[-1])
+                fields = line.split(",")
+                rows.extend((int(fields[2]), int(fields[3]), int(fields[6].strip()[2:], 16) if len(fields) > 6 else 1))
+        times, durations, flags = np.array(rows).reshape(-1, 3).T
+        order, duration = np.argsort(times), durations.sum(dtype=float)
+        times, keys = times[order], np.flatnonzero(flags[order] & 1)
+        plain = len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
+        plain = plain and not (flags & ~0x11).any()  # no other than "key" and "disposable"
+        container, codec, printed_rate, _ = self.header()
         # The printed rate is rounded; the packets' durations, or NTSC's 1000/1001, give it exactly.
         rates = [len(times) * den / (duration * num)] if duration > 0 else []
         rates += [round(printed_rate * 1.001) * 1000 / 1001] if printed_rate else []
         near = (rate for rate in rates if abs(rate - printed_rate) < 0.0051)
         rate = next(near, printed_rate or (rates or [25.0])[0])
-        times = np.sort(np.array(times))
-        keys = np.searchsorted(times, np.sort(np.array(keys)))
-        plain = plain and len(np.unique(times)) == len(times) and 0 in keys[:1] and not self.log(r".*\[error\]")
-        return _Packets(times, keys, num / den, rate, plain)
+        return _Packets(container, codec, times, keys, num / den, rate, plain)
 
 
 def motion_mask(previous, current, kind="hard"):
@@ -388,15 +354,11 @@ def motion_mask(previous, current, kind="hard"):
     """
     if kind not in ("hard", "soft"):
         raise ValueError(f'motion must be "hard", "soft" or "none", not {kind!r}')
-
-    def mask(previous, current):
-        flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
-        length = torch.hypot(flow[..., :1], flow[..., 1:])  # (B, H, W, 1)
-        if kind == "hard":
-            return current * (length > 0.2)
-        return (current * (length / length.amax((-3, -2), keepdim=True).clamp(min=1e-6))).round().to(torch.uint8)
-
-    return _in_blocks(mask, previous, current)
+    flow = farneback(rgb_to_gray(previous), rgb_to_gray(current))
+    length = torch.hypot(flow[..., :1], flow[..., 1:])  # (T, H, W, 1)
+    if kind == "hard":
+        return current * (length > 0.2)
+    return (current * (length / length.amax((-3, -2), keepdim=True).clamp(min=1e-6))).round().to(torch.uint8)
 
 
 def rgb_to_gray(frames):
@@ -413,51 +375,31 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     that A d = (b₁ - b₂)/2: two equations for each pixel, solved by least squares over a window, from coarse to fine.
     """
     previous, current = torch.as_tensor(previous), torch.as_tensor(current)
-    scales = [1.0]
-    while len(scales) <= levels and min(previous.shape[-2:]) * scales[-1] * pyr_scale >= 32:
-        scales.append(scales[-1] * pyr_scale)
-
-    def improve(frames, flow, scale):  # (2, B, H, W) and a coarser flow, where 2 is x and y -> flow (2, B, h, w)
-        images = _blur(frames) if scale == 1 else _blur_and_shrink(frames, scale)  # (2, B, h, w)
-        flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
-        first, second = _polynomial_expansion(images, poly_n, poly_sigma)
-        second = _pad_to_power_of_two(second.transpose(0, 1))
-        for _ in range(iterations):
-            flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
-        return flow
+    side = min(previous.shape[-2:])
+    scales = [pyr_scale**k for k in range(levels + 1) if k == 0 or side * pyr_scale**k >= 32]
 
     def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
         frames = torch.stack([previous.float(), current.float()])
-        flow = frames.new_zeros(2, len(previous), 1, 1)  # coarser than any scale
+        flow = frames.new_zeros(2, len(previous), 1, 1)  # where 2 is x and y; coarser than any scale
         for scale in reversed(scales):
-            pairs = _pairs_in_cache(frames, scale)
-            parts = zip(frames.split(pairs, dim=1), flow.split(pairs, dim=1), strict=True)
-            flow = torch.cat([improve(*part, scale) for part in parts], dim=1)
+            images = _blur_and_shrink(frames, scale)  # (2, B, h, w)
+            flow = F.interpolate(flow, images.shape[-2:], mode="bilinear") / pyr_scale
+            first, second = _polynomial_expansion(images, poly_n, poly_sigma)
+            # Padded to 2ᵃ + 1 and 2ᵇ + 1, so that grid_sample's coordinates, -1…1, hold whole pixels exactly. Otherwise
+            # what stands still at the left border is found at -0.000001 for some pixels, and that counts as outside.
+            bottom, right = (2 ** max(n - 1, 1).bit_length() + 1 - n for n in images.shape[-2:])
+            second = F.pad(second.transpose(0, 1), (0, right, 0, bottom))
+            for _ in range(iterations):
+                flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
         return flow.permute(1, 2, 3, 0)
 
-    flat = (frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, current))
-    return _in_blocks(coarse_to_fine, *flat).reshape(*previous.shape, 2)
-
-
-def _pairs_in_cache(frames, scale):
-    """How many pairs of (…, H, W) are worked on at a time: on a CPU so few that their data stay in its cache."""
-    pixels = frames.shape[-2:].numel() * scale**2
-    return max(1, int(2 * 224**2 / pixels)) if frames.device.type == "cpu" else frames.shape[1]
-
-
-def _in_blocks(function, previous, current):
-    """`function` on BLOCK pairs of frames at a time, on the CPU in threads.
-
-    Threads take whole blocks: single steps are too short to be worth dividing, and torch's own threads, which would do
-    that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
-    """
-    if previous.device.type != "cpu":
-        return function(previous, current)
-    blocks = previous.split(BLOCK), current.split(BLOCK)
-    if torch.get_num_threads() == 1:
-        return torch.cat([*map(function, *blocks)])
+    pairs = [frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, current)]
+    blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
+    # Threads take whole blocks: single steps are too short to be worth dividing, and torch's own threads, which would do
+    # that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
     with _threads() as pool:
-        return torch.cat([*pool.map(function, *blocks)])
+        in_order = pool.map if torch.get_num_threads() > 1 else map
+        return torch.cat([*in_order(coarse_to_fine, *blocks)]).reshape(*previous.shape, 2)
 
 
 @contextmanager
@@ -472,34 +414,35 @@ def _threads():
         torch.set_num_threads(threads)
 
 
-def _blur(images):
-    """(…, h, w) with each pixel mixed with its neighbours, 1 : 2 : 1 in both directions; at the border mirrored."""
-    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    rows = (padded[..., :-2] + padded[..., 2:]).add_(padded[..., 1:-1], alpha=2)
-    return (rows[..., :-2, :] + rows[..., 2:, :]).add_(rows[..., 1:-1, :], alpha=2).div_(16)
+def _correlate(images, dim, weights, sign=1):
+    """Weighted sums of 2n + 1 neighbours along a dimension, which gets shorter by 2n. The weights given are those at 0…n;
+    at -n…-1 they are the same or, with sign -1, minus the same: then what is equal on both sides cancels exactly."""
+    n = len(weights) - 1
+    size = images.shape[dim] - 2 * n
+    total = images.narrow(dim, n, size) * weights[0]
+    both = torch.empty_like(total)
+    for k in range(1, n + 1):  # on a CPU several times faster than a convolution or a pooling of torch
+        torch.add(images.narrow(dim, n + k, size), images.narrow(dim, n - k, size), alpha=sign, out=both)
+        total.add_(both, alpha=weights[k])
+    return total
+
+
+def _gaussian(n, sigma):
+    """-> x = 0 … n, and the weights there of a Gaussian window of 2n + 1 whole numbers."""
+    x = np.arange(n + 1)
+    g = np.exp(-(x**2) / (2 * sigma**2))
+    return x, g / (2 * g.sum() - g[0])
 
 
 def _blur_and_shrink(images, scale):
-    """Both are linear and separable: one matrix for the rows and one for the columns."""
-    rows, columns = (_shrinking_matrix(n, round(n * scale), scale).to(images.device) for n in images.shape[-2:])
-    return rows @ images @ columns.T
-
-
-@lru_cache
-def _shrinking_matrix(n, m, scale):
-    """(m, n): Gaussian blur with mirrored borders, then bilinear interpolation from n to m samples."""
+    """(…, h, w) -> (…, h·scale, w·scale): a Gaussian blur with mirrored borders, then bilinear interpolation."""
     sigma = (1 / scale - 1) / 2
-    radius = max(round(sigma * 5) // 2, 1)
-    offsets = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-(offsets.double() ** 2) / (2 * sigma**2))
-    blur = torch.zeros(n, n, dtype=torch.float64)
-    source = (torch.arange(n)[:, None] + offsets).abs() % max(2 * n - 2, 1)  # mirrored at 0 and at n - 1
-    source = torch.where(source < n, source, 2 * n - 2 - source)
-    blur.scatter_add_(1, source, (kernel / kernel.sum()).expand(n, -1))
-    at = ((torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5).clamp(0, n - 1)
-    left = at.long()
-    share = (at - left)[:, None]
-    return (blur[left] * (1 - share) + blur[(left + 1).clamp(max=n - 1)] * share).float()
+    n = max(round(sigma * 5) // 2, 1)
+    weights = _gaussian(n, sigma)[1] if sigma else [0.5, 0.25]
+    size = [round(length * scale) for length in images.shape[-2:]]
+    padded = F.pad(images, (n, n, n, n), mode="reflect")
+    blurred = _correlate(_correlate(padded, -1, weights), -2, weights)
+    return F.interpolate(blurred, size, mode="bilinear") if sigma else blurred
 
 
 def _polynomial_expansion(images, n, sigma):
@@ -507,52 +450,16 @@ def _polynomial_expansion(images, n, sigma):
     y, x, y², x² and a quarter of that of xy: what two frames share is then their sum, what differs their difference.
 
     The fit is weighted by a Gaussian g over the (2n+1)² neighbours. Its normal equations have the same small matrix
-    everywhere, so the coefficients are sums of correlations of the image with g(x)g(y) times 1, x, y, x², y², xy.
+    everywhere, so the coefficients are correlations of the image with products of functions of x and of y.
     """
-    (g, xg, xxg), to = _expansion_weights(n, sigma)
+    x, g = _gaussian(n, sigma)
+    m2, m4 = 2 * (x**2 * g).sum(), 2 * (x**4 * g).sum()
+    mixed, second = np.linalg.inv([[1, m2, m2], [m2, m4, m2 * m2], [m2, m2 * m2, m4]])[:2, 1] / 2  # of 1, x², y²
+    level, slope, bend = (g, 1), (x * g / m2 / 2, -1), (x**2 * g * second + g * mixed, 1)  # weights and sign
     padded = F.pad(images, (n, n, n, n), mode="replicate")
-    (B, h, w), step, size = images.shape[1:], padded.shape[-1], padded[0, 0].numel()
-    # All images as one long line: a shift by a column or by a row is then one contiguous slice, and fast. What is added
-    # across the end of a row or an image lands in places that the last line leaves out.
-    line = padded.flatten()
-    across = line.new_zeros(3, len(line) - 2 * n)
-    _correlate(line, 1, n, even=[(across[0], g), (across[2], xxg)], odd=[(across[1], xg)])
-    planes = line.new_zeros(5, len(line))
-    y, x, yy, xx, xy = planes[:, : across.shape[1] - 2 * n * step]
-    _correlate(across[0], step, n, even=[(yy, to["yy"]), (xx, to["xx of 1"])], odd=[(y, to["y"])])
-    _correlate(across[1], step, n, even=[(x, to["x"])], odd=[(xy, to["xy"])])
-    _correlate(across[2], step, n, even=[(xx, to["xx"])])
-    return planes.as_strided((2, 5, B, h, w), (B * size, len(line), size, step, 1))
-
-
-def _correlate(line, step, n, even=(), odd=()):
-    """Adds to each total (L - 2·n·step) the line (L) weighted at n neighbours to both sides, `step` apart. The weights
-    given are those at 0…n; at -n…-1 they are the same (even) or minus the same (odd)."""
-    size = len(line) - 2 * n * step
-    middle, both = line[n * step :][:size], line.new_empty(size)
-    for total, weights in even:
-        total.add_(middle, alpha=weights[0])
-    for k in range(1, n + 1):
-        before, after = line[(n - k) * step :][:size], line[(n + k) * step :][:size]
-        for sign, sums in ((1, even), (-1, odd)):
-            torch.add(after, before, alpha=sign, out=both)
-            for total, weights in sums:
-                total.add_(both, alpha=weights[k])
-
-
-@lru_cache
-def _expansion_weights(n, sigma):
-    """At 0…n: g, xg, x²g, and what turns their correlations along the rows, then down the columns, into coefficients."""
-    x = torch.arange(-n, n + 1, dtype=torch.float64)
-    g = torch.exp(-(x**2) / (2 * sigma**2))
-    g /= g.sum()
-    m2, m4 = (g * x**2).sum().item(), (g * x**4).sum().item()
-    normal = torch.tensor([[1, m2, m2], [m2, m4, m2 * m2], [m2, m2 * m2, m4]], dtype=torch.float64)  # 1, x², y²
-    mixed, second = normal.inverse()[:2, 1] / 2
-    g, xg, xxg = ((g * x**power)[n:] for power in range(3))
-    to = {"y": xg / m2 / 2, "x": g / m2 / 2, "xy": xg / m2**2 / 4}
-    to |= {"yy": xxg * second + g * mixed, "xx of 1": g * mixed, "xx": g * second}
-    return [weights.tolist() for weights in (g, xg, xxg)], {name: weights.tolist() for name, weights in to.items()}
+    levels, slopes, bends = (_correlate(padded, -1, *along_x) for along_x in (level, slope, bend))
+    planes = (levels, slope), (slopes, level), (levels, bend), (bends, level), (slopes, slope)
+    return torch.stack([_correlate(rows, -2, *along_y) for rows, along_y in planes], dim=1)
 
 
 def _equations(first, second, flow):
@@ -590,15 +497,6 @@ def _equations(first, second, flow):
     return equations.mul_(_border_weight(h, w).to(flow.device))
 
 
-def _pad_to_power_of_two(image):
-    """(…, h, w) -> (…, 2ᵃ + 1, 2ᵇ + 1), so that grid_sample's coordinates, -1…1, hold whole pixels exactly.
-
-    Otherwise what stands still at the left border is found at -0.000001 for some pixels, and that counts as outside.
-    """
-    bottom, right = (2 ** max(n - 1, 1).bit_length() + 1 - n for n in image.shape[-2:])
-    return F.pad(image, (0, right, 0, bottom))
-
-
 @lru_cache
 def _border_weight(h, w):
     """(h, w) squared weight of a pixel, by its distance to the border."""
@@ -610,24 +508,13 @@ def _border_weight(h, w):
 def _window_sums(planes, winsize):
     """(5, B, h, w) -> the same, summed over windows of 2·(winsize//2) + 1 squared, the border pixels repeated."""
     m = winsize // 2
-    padded = F.pad(planes, (m, m, m, m), mode="replicate")
-    sums = _running_sum(padded.flatten(), 2 * m + 1, step=1)
-    sums = _running_sum(sums, 2 * m + 1, step=padded.shape[-1])
-    return sums.as_strided(planes.shape, padded.stride())
-
-
-def _running_sum(line, count, step):
-    """(L) -> (L - (count-1)·step): sums of `count` (odd) neighbours, `step` apart, from sums of 1, 2, 4, … of them."""
-    n = len(line) - (count - 1) * step
-    total, done, width = line[:n], 1, 1
-    while 2 * width <= count:
-        line = line[: -width * step] + line[width * step :]
-        width *= 2
-        if count & width:
-            part = line[done * step : done * step + n]
-            total = total + part if done == 1 else total.add_(part)
-            done += width
-    return total
+    sums = F.pad(planes, (m, m, m, m), mode="replicate")
+    for dim in (-2, -1):
+        first, *others = (sums.narrow(dim, k, sums.shape[dim] - 2 * m) for k in range(2 * m + 1))
+        sums = first.clone()
+        for part in others:
+            sums += part
+    return sums
 
 
 def _solve(equations, winsize):
@@ -877,14 +764,12 @@ class HawkDataset(ClipDataset):
         """Half of the time the annotated rounds, else the description as the answer to the first of them."""
         qa = [turn for turn in row.get("qa") or [] if turn["a"]]  # a new list: the row itself is never edited
         description = row.get("description")
-        question, annotated = DESCRIBE_QUESTIONS[0], False
-        if self.train:
-            annotated = bool(qa) and generator.random() < 0.5
-            question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
-        if annotated or not description:
-            return qa
-        described = {"q": question, "a": description}
-        return [described, *qa[1:]] if self.train else [described]  # as released, the later rounds stay
+        if not self.train:
+            return [{"q": DESCRIBE_QUESTIONS[0], "a": description}] if description else qa
+        annotated = bool(qa) and generator.random() < 0.5
+        question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
+        # as released, the later rounds stay
+        return qa if annotated or not description else [{"q": question, "a": description}, *qa[1:]]
 
     def sample(self, i, generator):
         row, sample = self.rows[i], {"index": torch.tensor(i)}
@@ -997,23 +882,17 @@ def collate(samples, pad_id=0):
     batch = {"errors": [s for s in samples if "error" in s]}
     for key in good[0] if good else ():
         values = [s[key] for s in good]
+        if key.endswith(("input_ids", "labels")):
+            batch[key] = pad_sequence(values, True, pad_id if key.endswith("input_ids") else IGNORE)
+            continue
         if values[0].dim() > 0:
-            fill = pad_id if key.endswith("input_ids") else IGNORE if key.endswith("labels") else None
-            values = [pad_to(v, max(map(len, values)), fill) for v in values]
+            longest = torch.arange(max(map(len, values)))
+            values = [v[longest.clamp(max=len(v) - 1)] for v in values]
         batch[key] = torch.stack(values)
     return batch
 
 
-def pad_to(tensor, length, fill):
-    """Lengthen the first dimension, with the value fill or, for None, by repeating the last entry."""
-    missing = (length - len(tensor), *tensor.shape[1:])
-    return torch.cat([tensor, tensor[-1:].expand(missing) if fill is None else tensor.new_full(missing, fill)])
-
-
 # ---- 4. Feature cache: what `prepare.py features` writes -------------------------------------------------------------
-CachedClip = namedtuple("CachedClip", "appearance motion message indices")  # streams: tensors (T, Q, C)
-
-
 class CachedFeatures:
     """Frame features (T, Q, C) of both branches for every row of an index, memory-mapped, so that all processes share
     them. A folder holds appearance.npy and motion.npy (rows, choices, T, Q, C), clips.jsonl (one line for each clip
@@ -1022,13 +901,11 @@ class CachedFeatures:
 
     def __init__(self, folder, rows, expected):
         """expected: the entries that meta.json must have, such as the fingerprint of the frozen weights."""
+        folder = Path(folder)
         try:
-            with open(os.path.join(folder, "meta.json")) as file:
-                meta = json.load(file)
-            with open(os.path.join(folder, "clips.jsonl")) as file:
-                clips = [json.loads(line) for line in file]
-            files = (os.path.join(folder, name) for name in ("appearance.npy", "motion.npy"))
-            self.streams = [np.load(file, mmap_mode="r") for file in files]
+            meta = json.loads((folder / "meta.json").read_text())
+            clips = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+            self.streams = [np.load(folder / name, mmap_mode="r") for name in ("appearance.npy", "motion.npy")]
             self.clips, self.choices = {(clip["row"], clip["choice"]): clip for clip in clips}, meta["choices"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{folder}: not a feature cache ({e}); make it with `python prepare.py features`") from e
@@ -1036,20 +913,21 @@ class CachedFeatures:
             if meta.get(key) != value:
                 raise ValueError(f"{folder}: made with {key} {meta.get(key)!r}, this run has {value!r}; make it again")
         needed = {(i, k) for i in range(len(rows)) for k in range(self.choices)}
-        if missing := needed - self.clips.keys():
-            done = len(needed) - len(missing)
+        done = len(needed & self.clips.keys())
+        if done < len(needed):
             raise ValueError(f"{folder}: only {done} of {len(needed)} clips are done; run it again")
         if len(self.clips) > len(needed):
             raise ValueError(f"{folder}: clips.jsonl names clips that the index does not have; make it again")
         refuse_changed(folder, rows, clips)
 
     def load(self, i, choice):
-        """Row i, variant `choice` -> CachedClip; VideoError if that video could not be read when the cache was made."""
+        """Row i, variant `choice` -> Clip whose streams are features, float tensors (T, Q, C). VideoError if that video
+        could not be read when the cache was made."""
         clip = self.clips[i, choice]
         if "error" in clip:
             raise VideoError(clip["video"], clip["error"])
         appearance, motion = (torch.tensor(x[i, choice, : len(clip["indices"])]) for x in self.streams)
-        return CachedClip(appearance, motion, clip["message"], clip["indices"])
+        return Clip(appearance, motion, [], clip["message"], clip["indices"])
 
 
 def refuse_changed(folder, rows, clips):
