@@ -37,7 +37,7 @@ CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,
 ONE_RUN_BYTES = 1 << 20  # smaller files are read in one run of ffmpeg: quicker than a first run that only looks
 HELD_BYTES = 96 << 20  # of frames, at most, are held in that run
 MOST_BYTES = 2 << 30  # of a run of ffmpeg: a kilobyte can declare frames and tables that need any amount
-BLOCK = 4
+BLOCK = 4  # pairs of frames whose flow a thread computes at a time: more wait for memory, fewer for Python's lock
 SEEK_MARGIN = 24  # frames before the wanted one, so that a seek never lands on a keyframe whose leading frames are lost
 # Codecs in which decoding can start at a keyframe and be exact, and the kinds of NAL unit that such keyframes are.
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
@@ -306,7 +306,8 @@ class _Run:
         if (code := self.process.wait()) < 0:
             raise VideoError(self.path, f"took too long or too much to read and was stopped (by signal {-code})")
         errors = self.log(r"(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*)")
-        if any(error.endswith(("partial file", "File ended prematurely")) for error in errors):
+        # also in the middle of a line: ffmpeg's threads write into each other's
+        if self.log(r".*(?:stream \d+, offset 0x[0-9a-f]+: partial file|File ended prematurely)$"):
             after = f" after {n_frames} frames" if n_frames else ""
             raise VideoError(self.path, f"is cut short{after}; get the whole file again")
         pictures, opened = r"\[info\]   Stream #0:\d+.*?: Video: (?!.*\(attached pic\))", self.log(r"\[info\] Input #0")
@@ -398,7 +399,7 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     # Threads take whole blocks: single steps are too short to be worth dividing, and torch's own threads, which would do
     # that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
     with _threads() as pool:
-        in_order = pool.map if torch.get_num_threads() > 1 else map
+        in_order = pool.map if len(blocks[0]) > 1 and torch.get_num_threads() > 1 else map
         return torch.cat([*in_order(coarse_to_fine, *blocks)]).reshape(*previous.shape, 2)
 
 

@@ -3,6 +3,8 @@
 import os
 import re
 import subprocess
+import sys
+from contextlib import nullcontext
 
 import cv2
 import imageio_ffmpeg
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import data
-from data import VideoError, farneback, motion_mask, read_clip, rgb_to_gray
+from data import VideoError, _Run, farneback, motion_mask, read_clip, rgb_to_gray
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FFMPEG = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-threads", "1"]
@@ -323,6 +325,19 @@ def test_files_that_are_cut(tmp_path):
     content = (tmp_path / "fast.mp4").read_bytes()
     (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
     refused(tmp_path / "half.mp4", "cut short")
+
+
+@pytest.mark.parametrize(
+    "line", ["[mov @ 0x1] [error] stream 0, offset 0x24ba: partial file", "File ended prematurely"]
+)
+@pytest.mark.parametrize("begun", ["", "[info]   Stream #1:0(und): Video: rawvideo, "])
+def test_a_cut_file_is_known_when_threads_share_a_line(tmp_path, line, begun):
+    header = "[info] Input #0, mov, from 'x':\n[info]   Stream #0:0: Video: h264, 96x72\n"
+    for text, raised in (("[verbose] EOF\n", False), (f"{begun}{line}\n[verbose] EOF\n", True)):
+        (tmp_path / "log").write_text(header + text)
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        with pytest.raises(VideoError, match="cut short after 3") if raised else nullcontext():
+            _Run("x.mp4", SIZE, tmp_path, process, None).check(3)
 
 
 @pytest.mark.parametrize("kind", ["hls", "concat", "pattern"])
