@@ -93,18 +93,18 @@ def same_weights(*folders):
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, tmp_path):
-    """Eight SIGKILLs and one SIGTERM, with processes of the loader, dropout and LoRA."""
+    """Four SIGKILLs and one SIGTERM, with processes of the loader, dropout and LoRA."""
     more = ["--stage", 2, "--save-every", 2, "--resume", "--workers", 1, "--train", "lora", "--set", "lora_rank=2"]
     more += ["--set", "dropout=0.1"]
     whole, command = (
-        [sys.executable, "train.py", *map(str, options(world, tmp_path / name, 60, *more))]
+        [sys.executable, "train.py", *map(str, options(world, tmp_path / name, 36, *more))]
         for name in ("whole", "stopped")
     )
     undisturbed = subprocess.Popen(whole, cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT)  # side by side
-    stop_and_go(command, tmp_path / "stopped", [signal.SIGKILL] * 4 + [signal.SIGTERM] + [signal.SIGKILL] * 4, 60)
+    stop_and_go(command, tmp_path / "stopped", [signal.SIGKILL] * 2 + [signal.SIGTERM] + [signal.SIGKILL] * 2, 36)
     assert undisturbed.wait() == 0
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
-    assert [line["step"] for line in log_of(tmp_path / "stopped")] == list(range(1, 61))
+    assert [line["step"] for line in log_of(tmp_path / "stopped")] == list(range(1, 37))
     losses = [[line["total"] for line in log_of(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
 
