@@ -227,7 +227,7 @@ def training(args):
     """Samples a second of `train.py --stage 2` from the cache and from the videos: of the tiny preset, on a GPU of the
     7B one with random weights and the toy world's vocabulary (needs 17 GB of disk), and what that holds in memory."""
     gpu = torch.cuda.is_available()
-    clips, steps, batch = (96, 40, 16) if gpu else (24, 10, 8) if args.quick else (64, 40, 8)
+    clips, steps, batch = (96, 40, 16) if gpu else (16, 12, 8) if args.quick else (64, 40, 8)
     with tempfile.TemporaryDirectory() as folder:
 
         def run(*command):
@@ -241,7 +241,7 @@ def training(args):
             half, end = (line["step"] * batch / line["samples_per_s"] for line in (lines[steps // 2 - 1], lines[-1]))
             return steps // 2 * batch / (end - half), lines[-1]["memory_mb"] * 2**20 / 1e9
 
-        run(ROOT / "prepare.py", "toy", "--out", "toy", "--n-train", clips, "--n-test", 2)
+        run(ROOT / "prepare.py", "toy", "--out", "toy", "--n-train", clips)
         weights, preset = ROOT / "weights/tiny", "tiny preset"
         if gpu:
             weights, preset = Path(folder) / "weights", "7B, GPU"
