@@ -8,7 +8,7 @@ from argparse import Namespace
 import bench
 import pytest
 import torch
-from pretended_gpu import GPU, pretended_gpu
+from pretended_gpu import GPU, compute, pretended_gpu
 
 import train
 from data import farneback, motion_mask
@@ -78,7 +78,16 @@ def test_int8_is_the_same_without_torch_s_slow_kernel(gpu, monkeypatch, rows):
     linear = Int8Linear(torch.nn.Linear(32, 48, bias=False).bfloat16())
     x = torch.randn(rows, 1, 32).bfloat16()
     expected = torch.nn.functional.linear(x, linear.weight.bfloat16()) * linear.scale
+    multiplied = set()
+
+    def noted(function, args, kwargs):
+        if str(function) == "aten.mul.Tensor":
+            multiplied.update(x.dtype for x in args)
+        return compute(function, args, kwargs)
+
+    monkeypatch.setattr("pretended_gpu.compute", noted)
     y = linear.to(gpu)(x.to(gpu))
+    assert multiplied == {torch.bfloat16, torch.float32}  # both bfloat16: torch.compile would put that kernel there
     assert y.dtype == torch.bfloat16 and y.cpu().equal(expected)
 
 
