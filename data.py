@@ -379,7 +379,7 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     side = min(previous.shape[-2:])
     scales = [pyr_scale**k for k in range(levels + 1) if k == 0 or side * pyr_scale**k >= 32]
 
-    def coarse_to_fine(previous, current):  # (B, H, W) -> (B, H, W, 2)
+    def coarse_to_fine(previous, current):  # (B, H, W) -> (2, B, H, W)
         frames = torch.stack([previous.float(), current.float()])
         flow = frames.new_zeros(2, len(previous), 1, 1)  # where 2 is x and y; coarser than any scale
         for scale in reversed(scales):
@@ -392,7 +392,7 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
             second = F.pad(second.transpose(0, 1), (0, right, 0, bottom))
             for _ in range(iterations):
                 flow = _solve(_window_sums(_equations(first, second, flow), winsize), winsize)
-        return flow.permute(1, 2, 3, 0)
+        return flow
 
     pairs = [frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, current)]
     blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
@@ -400,13 +400,17 @@ def farneback(previous, current, *, pyr_scale=0.5, levels=3, winsize=10, iterati
     # that, wait for each other badly when the machine is busy. The result does not depend on the number of threads.
     with _threads() as pool:
         in_order = pool.map if len(blocks[0]) > 1 and torch.get_num_threads() > 1 else map
-        return torch.cat([*in_order(coarse_to_fine, *blocks)]).reshape(*previous.shape, 2)
+        flow = torch.cat([*in_order(coarse_to_fine, *blocks)], dim=1)
+    return flow.permute(1, 2, 3, 0).reshape(*previous.shape, 2)
 
 
 @contextmanager
 def _threads():
     """A pool of as many threads as torch has, in each of which torch has one."""
     threads = torch.get_num_threads()
+    # What glibc gives back to the system at once grows with the largest block that was ever freed, up to 32 MB. Without
+    # this each step of the flow gets new pages, which costs 10% of a clip's time.
+    torch.empty(31 << 20, dtype=torch.uint8)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
@@ -419,11 +423,11 @@ def _correlate(images, dim, weights, sign=1):
     """Weighted sums of 2n + 1 neighbours along a dimension, which gets shorter by 2n. The weights given are those at 0…n;
     at -n…-1 they are the same or, with sign -1, minus the same: then what is equal on both sides cancels exactly."""
     n = len(weights) - 1
-    size = images.shape[dim] - 2 * n
-    total = images.narrow(dim, n, size) * weights[0]
+    neighbours = images.unfold(dim, 2 * n + 1, 1).unbind(-1)
+    total = neighbours[n] * weights[0]
     both = torch.empty_like(total)
     for k in range(1, n + 1):  # on a CPU several times faster than a convolution or a pooling of torch
-        torch.add(images.narrow(dim, n + k, size), images.narrow(dim, n - k, size), alpha=sign, out=both)
+        torch.add(neighbours[n + k], neighbours[n - k], alpha=sign, out=both)
         total.add_(both, alpha=weights[k])
     return total
 
@@ -509,13 +513,17 @@ def _border_weight(h, w):
 def _window_sums(planes, winsize):
     """(5, B, h, w) -> the same, summed over windows of 2·(winsize//2) + 1 squared, the border pixels repeated."""
     m = winsize // 2
-    sums = F.pad(planes, (m, m, m, m), mode="replicate")
-    for dim in (-2, -1):
-        first, *others = (sums.narrow(dim, k, sums.shape[dim] - 2 * m) for k in range(2 * m + 1))
-        sums = first.clone()
-        for part in others:
-            sums += part
-    return sums
+    padded = F.pad(planes, (m, m, m, m), mode="replicate")
+    return _neighbour_sums(_neighbour_sums(padded, -2, 2 * m + 1), -1, 2 * m + 1)
+
+
+def _neighbour_sums(planes, dim, n):
+    """Sums of n neighbours along a dimension, which gets shorter by n - 1: twice those of n // 2, and one if n is odd."""
+    if n == 1:
+        return planes
+    half, size = _neighbour_sums(planes, dim, n // 2), planes.shape[dim] - n + 1
+    total = half.narrow(dim, 0, size) + half.narrow(dim, n // 2, size)
+    return total.add_(planes.narrow(dim, n - 1, size)) if n % 2 else total
 
 
 def _solve(equations, winsize):
