@@ -153,14 +153,14 @@ def encode(args):
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     config = HawkConfig(vit_depth=2 if args.quick else 4, llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
-    n = 4 if args.quick else 8
+    n, repeat = (2, 7) if args.quick else (8, 5)
     images, model = torch.rand(n, 3, 224, 224), Hawk(config).eval()
     reference = Blip2VisionModel(Blip2VisionConfig(
         hidden_size=config.vit_dim, intermediate_size=config.vit_mlp, num_hidden_layers=config.vit_depth,
         num_attention_heads=config.vit_heads, image_size=224, patch_size=14, hidden_act="gelu",
     )).eval()  # fmt: skip
     note = f"transformers' BLIP-2 tower of the same size, {config.vit_depth} of 39 blocks, float32"
-    yield compare(f"ViT-g, {n} frames", lambda: model.vit(images), lambda: reference(images), 3, note)
+    yield compare(f"ViT-g, {n} frames", lambda: model.vit(images), lambda: reference(images), repeat, note)
     queries, qformer, reference = qformers(model.appearance)
     features = torch.randn(n, 257, config.vit_dim)
     ours, theirs = qformer(queries, features), reference(queries.expand(n, -1, -1), encoder_hidden_states=features)
@@ -169,7 +169,7 @@ def encode(args):
         f"Q-Former, {n} frames",
         lambda: qformer(queries, features),
         lambda: reference(queries.expand(n, -1, -1), encoder_hidden_states=features),
-        3,
+        repeat,
         "transformers' BLIP-2 Q-Former, same weights, all 12 layers, float32",
     )
 
