@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sample
-from hawk import Encoding, Hawk, HawkConfig
+from hawk import Encoding, Hawk, HawkConfig, Linear
 from sample import compile_decoding, quantize_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, as it compiles
@@ -89,3 +89,10 @@ def test_what_it_refuses(world, monkeypatch, capsys):
     assert sample.main([*command, "--max-new-tokens", "3"]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1 and "--compile: torch.compile failed" in error[0] and "no compiler is here" in error[0]
+
+
+def test_large_products_can_be_compiled():
+    layer, x = Linear(1024, 512), torch.rand(2, 3, 1024)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(compiled, layer(x))
