@@ -313,18 +313,20 @@ def random_model(device, **size):
 
 
 def generation_times(model, new, prompt=40, batch=1):
-    """(seconds until the first token, seconds for each further one)."""
+    """(seconds until the first token, seconds for each further one): medians."""
     c, device = model.config, model.device
     tokens = torch.randn(batch, c.n_visual, c.llama_dim, device=device, dtype=torch.bfloat16)
     words = torch.randint(3, c.vocab_size, (batch, prompt), device=device)
     ids = torch.cat([torch.full((batch, c.n_visual), c.image_id, device=device), words], dim=1)
 
-    def make(n):
-        encoding = Encoding(tokens, None, None)
-        return lambda: model.generate(None, None, ids, n, eos_id=-1, encoding=encoding)
+    def intervals():
+        encoding, marks = Encoding(tokens, None, None), [time.perf_counter()]
+        come = lambda _: marks.append(time.perf_counter())  # noqa: E731
+        model.generate(None, None, ids, new, eos_id=-1, encoding=encoding, on_token=come)
+        return np.diff(marks)
 
-    first, all_of_them = seconds(make(1), 3), seconds(make(new), 3)
-    return first, (all_of_them - first) / (new - 1)
+    turns = np.stack([intervals() for _ in range(4)])[1:]  # the first only warms up
+    return float(np.median(turns[:, 0])), float(np.median(turns[:, 1:]))
 
 
 def tensor_bytes(module):
