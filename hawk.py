@@ -80,9 +80,12 @@ class HawkConfig:
         if self.image_size < self.patch_size or not re.fullmatch("[qkvo]_proj(,[qkvo]_proj)*", self.lora_targets):
             raise ValueError(f"image_size {self.image_size} < patch_size, or lora_targets {self.lora_targets}: q_proj…")
 
-    preset = classmethod(lambda cls, name: cls(**PRESETS[name]))
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
     n_visual = property(lambda self: len(BRANCHES) * self.n_video_queries)  # soft tokens of a clip, appearance first
+
+    @classmethod
+    def preset(cls, name):
+        return cls(**PRESETS[name])
 
     @classmethod
     def from_dict(cls, values, source="config"):
@@ -98,31 +101,23 @@ class HawkConfig:
 
 BRANCHES = ("appearance", "motion")  # the streams, in the order of their soft tokens
 PRESETS = {"7b": {}, "tiny": dict(
-    n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512, qformer_dim=128,
-    qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32, llama_dim=192,
-    llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
+    n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
+    qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32,
+    llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
 )}  # fmt: skip
 
 
 # ---- Leaves: norms, attention, MLP -----------------------------------------------------------------------------------
 class LayerNorm(nn.LayerNorm):  # computed in float32 whatever the dtype of its input and weights
     def forward(self, x):
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        w, b = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, w, b, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):  # LLaMA's norm: x / rms(x) · weight, computed in float32
     def forward(self, x):
         x32 = x.float()
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
-
-
-class Linear(nn.Linear):  # without gradients, large products on a CPU are by oneDNN: on AMD 1.1 to 2.6 times faster
-    def forward(self, x, bias=None):
-        bias = self.bias if bias is None else bias
-        simple = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and torch.backends.mkldnn.is_available()
-        if simple and x.is_cpu and x.dtype == torch.float32 and self.weight.numel() >= 1 << 19:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
-        return F.linear(x, self.weight, bias)
 
 
 def attend(q, k, v, heads, dropout=0.0):
@@ -134,7 +129,7 @@ def attend(q, k, v, heads, dropout=0.0):
 class MLP(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
@@ -152,20 +147,21 @@ def run(layers, x, *args, save_memory=False):
 class ViTAttention(nn.Module):  # qkv is one weight; keys have no bias (it would cancel in the softmax)
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, Linear(dim, 3 * dim, bias=False), Linear(dim, dim)
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
         bias = torch.cat([b.to(x.dtype) for b in (self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)])
-        q, k, v = self.qkv(x, bias).chunk(3, dim=-1)
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
         return self.proj(attend(q, k, v, self.heads))
 
 
 class ViTBlock(nn.Module):  # pre-norm
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.norm2 = (LayerNorm(config.vit_dim, eps=1e-6) for _ in range(2))
-        self.attn, self.mlp = ViTAttention(config.vit_dim, config.vit_heads), MLP(config.vit_dim, config.vit_mlp)
+        C = config.vit_dim
+        self.norm1, self.norm2 = LayerNorm(C, eps=1e-6), LayerNorm(C, eps=1e-6)
+        self.attn, self.mlp = ViTAttention(C, config.vit_heads), MLP(C, config.vit_mlp)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -193,8 +189,8 @@ class QFormerAttention(nn.Module):  # BERT's, post-norm: norm(x + output(attenti
     def __init__(self, dim, heads, context_dim, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value = (Linear(d, dim) for d in (dim, context_dim, context_dim))
-        self.output, self.norm = Linear(dim, dim), LayerNorm(dim, eps=1e-12)
+        self.query, self.key, self.value = (nn.Linear(d, dim) for d in (dim, context_dim, context_dim))
+        self.output, self.norm = nn.Linear(dim, dim), LayerNorm(dim, eps=1e-12)
 
     def forward(self, x, context):
         p = self.dropout if self.training else 0.0
@@ -213,7 +209,8 @@ class QFormerLayer(nn.Module):
 
     def forward(self, x, context):
         x = self.self_attention(x, x)
-        x = x if self.cross_attention is None else self.cross_attention(x, context)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, context)
         return self.mlp.norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
 
 
@@ -235,14 +232,16 @@ class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its ow
     def __init__(self, config):
         super().__init__()
         dim, D = config.qformer_dim, config.llama_dim
-        self.ln_vision = LayerNorm(config.vit_dim, eps=1e-5)  # BLIP-2's up to the frame Q-Former, and frozen
+        # frozen in the published training: BLIP-2's
+        self.ln_vision = LayerNorm(config.vit_dim, eps=1e-5)
         self.queries = nn.Parameter(torch.zeros(1, config.n_queries, dim))
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
-        self.frame_position = nn.Embedding(config.n_frames, dim)  # from here on trained in the published training
+        # what trains: the frame order, the video Q-Former and the bridge to LLaMA
+        self.frame_position = nn.Embedding(config.n_frames, dim)
         self.video_queries = nn.Parameter(torch.zeros(1, config.n_video_queries, dim))
         self.video_qformer = QFormer(config, config.video_layers, dim, cross_every=1)
-        self.proj_0, self.encoder_0 = Linear(dim, D), Linear(D, D)
-        self.encoder_1, self.decoder_2 = Linear(D, config.tight_dim), Linear(D, D)
+        self.proj_0, self.encoder_0 = nn.Linear(dim, D), nn.Linear(D, D)
+        self.encoder_1, self.decoder_2 = nn.Linear(D, config.tight_dim), nn.Linear(D, D)
 
     def frames(self, features):
         """Each frame on its own: ViT features (N, 1 + patches, vit_dim) -> (N, Q, C). Frozen, so it can be cached."""
@@ -294,7 +293,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D, self.heads, self.layer = config.llama_dim, config.llama_heads, layer
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(D, D, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin, mask, cache):
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -309,8 +308,8 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):  # SwiGLU: down(silu(gate(x)) · up(x))
     def __init__(self, dim, hidden):
         super().__init__()
-        self.gate_proj, self.up_proj = (Linear(dim, hidden, bias=False) for _ in range(2))
-        self.down_proj = Linear(hidden, dim, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -335,7 +334,7 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
         self.embed_tokens = nn.Embedding(config.vocab_size, config.llama_dim)
         self.layers = nn.ModuleList(LlamaBlock(config, i) for i in range(config.llama_layers))
         self.norm = RMSNorm(config.llama_dim, config.norm_eps)
-        self.lm_head = Linear(config.llama_dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.llama_dim, config.vocab_size, bias=False)
 
     def forward(self, x, cache=None):
         """Embeddings (B, S, D) -> hidden states (B, S, D) before the head. With a cache, x continues what is in it."""
@@ -350,7 +349,7 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
 
 
 # ---- LoRA: a low-rank correction beside a frozen weight; `prepare.py merge` adds it to the weight --------------------
-class LoRALinear(Linear):  # y = W x + (alpha / rank) · B A dropout(x); B is zero at the start, so nothing changes
+class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); B is zero at the start, so nothing changes
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.scale, self.dropout = linear.weight, config.lora_alpha / config.lora_rank, config.lora_dropout
@@ -360,7 +359,7 @@ class LoRALinear(Linear):  # y = W x + (alpha / rank) · B A dropout(x); B is ze
 
     def forward(self, x):
         low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T
-        return super().forward(x) + self.scale * (low @ self.lora_B.T).to(x.dtype)
+        return F.linear(x, self.weight) + self.scale * (low @ self.lora_B.T).to(x.dtype)
 
 
 # ---- Hawk ------------------------------------------------------------------------------------------------------------
@@ -552,7 +551,7 @@ class Hawk(nn.Module):
 
 def init_weights(module):
     """For training from nothing (the tiny preset): unit-variance layers, so that depth does not shrink the signal."""
-    if type(module) in (Linear, nn.Conv2d):
+    if type(module) in (nn.Linear, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -615,7 +614,8 @@ def read_tensors(folder):
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
         try:
             with safe_open(file, framework="pt") as tensors:
-                yield from ((file, name, tensors.get_tensor(name)) for name in tensors.keys())
+                for name in tensors.keys():
+                    yield file, name, tensors.get_tensor(name)
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{file}: cannot be read as safetensors ({e})") from e
 

@@ -47,6 +47,7 @@ def load(weights, device=None, dtype=None, int8=False):
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, dtype)
     if int8:
         model = quantize_int8(model).to(device)
+    use_onednn(model)
     return model, Tokenizer(Path(weights) / "tokenizer.model", model.config.vocab_size)
 
 
@@ -209,6 +210,33 @@ def quantize_int8(model):
     for name, module in list(model.llama.named_modules()):
         if isinstance(module, nn.Linear):
             model.llama.set_submodule(name, Int8Linear(module))
+    return model
+
+
+# ---- oneDNN: faster products of float32 on a CPU, for inference only -------------------------------------------------
+class OneDNNLinear(nn.Linear):
+    """An nn.Linear whose product is oneDNN's; torch's own is MKL's, which on AMD takes 1.6 times as long for one row, twice
+    for a few and 1.1 times for a thousand. With gradients, in torch.compile and elsewhere than on a CPU it is torch's."""
+
+    def forward(self, x):
+        fits = x.is_cpu and x.dtype == self.weight.dtype
+        if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        rows, shape = x.flatten(0, -2), x.shape[:-1]
+        # oneDNN keeps half a megabyte for each number of rows that it has met, and prompts have any
+        rows = F.pad(rows, (0, 0, 0, -len(rows) % 32 if len(rows) > 16 else 0))
+        y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return y[: shape.numel()].unflatten(0, shape)
+
+
+def use_onednn(model):
+    """Makes the large linear layers of a model OneDNNLinear where they are float32 on a CPU of the kind that oneDNN is made
+    for; returns the model. Not smaller ones: a call takes 10 µs longer to begin."""
+    usable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    for module in model.modules() if usable else ():
+        if type(module) is nn.Linear and module.weight.numel() >= 1 << 19:
+            if module.weight.is_cpu and module.weight.dtype == torch.float32:
+                module.__class__ = OneDNNLinear
     return model
 
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Tokenizer, farneback, read_clip, sample_frames  # noqa: E402
 from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
+from sample import use_onednn  # noqa: E402
 
 SMALL_EYES = dict(
     vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
@@ -154,7 +155,7 @@ def encode(args):
 
     config = HawkConfig(vit_depth=2 if args.quick else 4, llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
     n, repeat = (2, 7) if args.quick else (8, 5)
-    images, model = torch.rand(n, 3, 224, 224), Hawk(config).eval()
+    images, model = torch.rand(n, 3, 224, 224), use_onednn(Hawk(config).eval())  # as sample.load
     reference = Blip2VisionModel(Blip2VisionConfig(
         hidden_size=config.vit_dim, intermediate_size=config.vit_mlp, num_hidden_layers=config.vit_depth,
         num_attention_heads=config.vit_heads, image_size=224, patch_size=14, hidden_act="gelu",
@@ -204,7 +205,7 @@ def generation(args):
     if not args.quick:
         sizes["1B"] = ONE_BILLION
     for name, size in sizes.items():
-        model = Hawk(HawkConfig(**SMALL_EYES, **size)).eval()
+        model = use_onednn(Hawk(HawkConfig(**SMALL_EYES, **size)).eval())  # as sample.load does
         c, new = model.config, 32 if args.quick else 64
         peer = LlamaForCausalLM(LlamaConfig(
             hidden_size=c.llama_dim, intermediate_size=c.llama_mlp, num_hidden_layers=c.llama_layers,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sample
-from hawk import Encoding, Hawk, HawkConfig, Linear
-from sample import compile_decoding, quantize_int8
+from hawk import Encoding, Hawk, HawkConfig
+from sample import OneDNNLinear, compile_decoding, quantize_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, as it compiles
 SMALL = dict(vit_dim=32, vit_depth=1, vit_heads=2, vit_mlp=32, qformer_dim=32, qformer_layers=1, qformer_heads=2)
@@ -91,8 +91,8 @@ def test_what_it_refuses(world, monkeypatch, capsys):
     assert len(error) == 1 and "--compile: torch.compile failed" in error[0] and "no compiler is here" in error[0]
 
 
-def test_large_products_can_be_compiled():
-    layer, x = Linear(1024, 512), torch.rand(2, 3, 1024)
+def test_products_of_onednn_can_be_compiled():
+    layer, x = OneDNNLinear(1024, 512), torch.rand(2, 3, 1024)
     with torch.no_grad():
         compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
         torch.testing.assert_close(compiled, layer(x))

@@ -163,34 +163,6 @@ def test_llama(batch, length):
     close_gradients(as_llama(gradients(model.llama)), gradients(reference))
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@few
-@given(shape=st.sampled_from([(1, 1), (1, 5), (2, 1), (3, 64), (0, 4)]), bias=st.sampled_from(["none", "own", "given"]))
-def test_large_products(shape, bias):
-    """The fast product of large weights on a CPU is the plain one to float precision, and only where no gradient is asked
-    for and nothing is compiled."""
-    layer = hawk.Linear(640, 896, bias=bias == "own")
-    x, given_bias = random(*shape, 640).sub(0.5), random(896, seed=2) if bias == "given" else None
-    used = layer.bias if given_bias is None else given_bias
-    wanted = F.linear(x.double(), layer.weight.double(), None if used is None else used.double())
-    calls = []
-    plain, fast = F.linear, torch.ops.mkldnn._linear_pointwise
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "linear", lambda *args: calls.append("plain") or plain(*args))
-        patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: calls.append("fast") or fast(*args))
-        with torch.no_grad():
-            without = layer(x, given_bias)
-            transposed = layer(x.transpose(0, 1), given_bias).transpose(0, 1)
-        x.requires_grad_()
-        layer(x, given_bias).sum().backward()
-        close(x.grad, layer.weight.sum(0).expand_as(x))
-        with torch.no_grad():
-            layer.double()(x.double(), None if given_bias is None else given_bias.double())
-    assert calls == ["fast", "fast", "plain", "plain"]
-    close(without.double(), wanted)
-    close(transposed.double(), wanted)
-
-
 @few
 @given(st.integers(1, 4))
 def test_vit(images):
