@@ -224,7 +224,7 @@ class OneDNNLinear(nn.Linear):
             return super().forward(x)
         rows, shape = x.flatten(0, -2), x.shape[:-1]
         # oneDNN keeps half a megabyte for each number of rows that it has met, and prompts have any
-        rows = F.pad(rows, (0, 0, 0, -len(rows) % 32 if len(rows) > 16 else 0))
+        rows = F.pad(rows, (0, 0, 0, -len(rows) % 16 if len(rows) > 16 else 0))
         y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return y[: shape.numel()].unflatten(0, shape)
 
