@@ -154,7 +154,7 @@ def encode(args):
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     config = HawkConfig(vit_depth=2 if args.quick else 4, llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
-    n, repeat = (2, 7) if args.quick else (8, 5)
+    n, repeat = (2, 5) if args.quick else (8, 5)
     images, model = torch.rand(n, 3, 224, 224), use_onednn(Hawk(config).eval())  # as sample.load
     reference = Blip2VisionModel(Blip2VisionConfig(
         hidden_size=config.vit_dim, intermediate_size=config.vit_mlp, num_hidden_layers=config.vit_depth,

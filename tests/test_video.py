@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import bench
 import cv2
 import imageio_ffmpeg
 import numpy as np
@@ -352,3 +353,12 @@ def test_playlists_are_not_followed(tmp_path, kind):
         make(tmp_path / "picture1.png", "-frames:v", "1", pixels="rgb24")
         path = tmp_path / "picture%d.png"
     refused(path, "cannot be read" if kind != "pattern" else "No such file")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells the peak of one process")
+@pytest.mark.parametrize("threads", [2, 8])
+def test_reading_takes_little_memory_on_few_cores_and_many(tmp_path, threads):
+    bench.make_video(tmp_path / "x.mp4", 6)
+    read = f"import torch; torch.set_num_threads({threads}); [data.read_clip(sys.argv[3]) for _ in range(2)]"
+    peak, base = (bench.peak_of(code, tmp_path / "x.mp4") for code in (read, ""))
+    assert [*peak][1] - [*base][1] < 300
