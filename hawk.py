@@ -1,22 +1,17 @@
-"""The Hawk model: a video-language model that sees a clip twice, as it is and with everything still blacked out.
+"""The Hawk model, from leaf to whole. It sees a clip twice: as it is, and with all that stands still black.
 
-    frames ─┐           ┌ appearance: Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┐
-            ├─ one ViT ─┤                                                                                        ├ LLaMA → words
-    motion ─┘           └ motion:     Q-Former → + frame position → video Q-Former → projection → 32 soft tokens ┘
-
-It reads only its own format from disk; `prepare.py weights` turns the released files into it.
-Letters: B batch, T frames, S sequence length, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads.
+    frames -+         +- appearance: Q-Former, + frame position, video Q-Former, projection -+  2 x 32
+            +-- ViT --+                                                                      +-- soft -- LLaMA
+    motion -+         +- motion:     Q-Former, + frame position, video Q-Former, projection -+  tokens
 
     model = Hawk.from_pretrained("weights/tiny")
-    soft = model.encode(appearance, motion)             # (B, T, 3, H, W) each, in [0, 1]  ->  .tokens (B, 64, D)
-    ids = model.generate(appearance, motion, input_ids)
-"""
+    encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
+    ids = model.generate(encoding, input_ids)  # lists of new token ids
+Letters: B batch, T frames, S tokens, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads."""
 
 import json
 import math
-import re
-import shutil
-from contextlib import contextmanager
+from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,12 +20,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+
+COMPARED = ("appearance", "motion")  # the branches whose features the consistency loss compares
+FROZEN = ("ln_vision", "queries", "qformer")  # the frame-level part of a branch: BLIP-2's
+
+# ---- Configuration -----------------------------------------------------------------------------------------
+# A clip on its way through the model         7b: shape        parameters    tiny: shape       parameters
+#   ViT, on the frames of every branch        (32, 257, 1408)  985,894,528   (8, 65, 128)         876,416
+#   ln_vision, queries, frame Q-Former        (32, 32, 768)    105,165,056   (8, 16, 128)         531,712
+#   + frame position, frames side by side     (1024, 768)           24,576   (128, 128)             1,024
+#   video Q-Former and its queries            (32, 768)         18,929,664   (32, 128)            533,504
+#   proj_0, encoder_0, encoder_1, decoder_2   (32, 4096)        37,761,280   (32, 192)            105,056
+#   LLaMA, over the whole sentence            (S, 4096)      6,738,415,616   (S, 192)           2,164,416
 
 
-# ---- Configuration: every size, flat. The defaults are the published 7B model; preset "tiny" is the one trained here -
 @dataclass
-class HawkConfig:
+class HawkConfig:  # every size and choice, flat; the defaults are the published 7B model
+    branches: tuple = ("appearance", "motion")  # streams of a clip, in the order of their soft tokens
     n_frames: int = 32  # rows of the frame position table: the most frames a clip may have
     image_size: int = 224
     patch_size: int = 14
@@ -42,7 +48,7 @@ class HawkConfig:
     qformer_layers: int = 12
     qformer_heads: int = 12
     qformer_mlp: int = 3072
-    cross_every: int = 2  # every second layer of the frame Q-Former looks at the image
+    cross_every: int = 2  # every second layer of the frame Q-Former attends to the image
     n_queries: int = 32  # per frame
     video_layers: int = 2
     n_video_queries: int = 32  # soft tokens per branch
@@ -52,279 +58,271 @@ class HawkConfig:
     llama_heads: int = 32
     llama_mlp: int = 11008
     vocab_size: int = 32000  # the placeholder <ImageHere> is one past the end: id `vocab_size`
+    context_length: int = 4096  # the most tokens of a prompt and its answer together
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     dropout: float = 0.1  # in Q-Formers that train
-    consistency: str = "cosine"  # or "debiased": without the bias of encoder_1
+    motion_mask: str = "hard"  # of the motion stream; "soft" is the paper's Eq. 4
+    consistency: str = "cosine"  # "debiased" leaves out the bias of encoder_1
     video_language_weight: float = 1.0
     motion_language_weight: float = 0.1
     consistency_weight: float = 0.1
-    motion: str = "hard"  # the motion mask trained on; "soft": the paper's Eq. 4; "none": the branch sees nothing
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
-    lora_targets: str = "q_proj,v_proj"
-    gradient_checkpointing: bool = False
+    lora_targets: tuple = ("q_proj", "v_proj")
+    gradient_checkpointing: bool = False  # train.py: LLaMA's layers are computed again in the backward pass
 
     def __post_init__(self):
-        if self.consistency not in ("cosine", "debiased") or self.motion not in ("hard", "soft", "none"):
-            raise ValueError(f"consistency {self.consistency!r}, motion {self.motion}: cosine|debiased, hard|soft|none")
-        for name, value in vars(self).items():  # a file may ask for anything: nothing is built before this
-            least, most = name != "lora_rank", 200 if name.endswith(("depth", "layers")) else 1 << 18
-            if type(value) is int and not least <= value <= most or type(value) is float and not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}")
-        for tower in ("vit", "qformer", "llama"):
-            dim, heads = getattr(self, f"{tower}_dim"), getattr(self, f"{tower}_heads")
-            if dim % heads or tower == "llama" and dim // heads % 2:  # its positions turn pairs
-                raise ValueError(f"{tower}_dim {dim} does not divide into {tower}_heads {heads}, evenly wide in llama")
-        if self.image_size < self.patch_size or not re.fullmatch("[qkvo]_proj(,[qkvo]_proj)*", self.lora_targets):
-            raise ValueError(f"image_size {self.image_size} < patch_size, or lora_targets {self.lora_targets}: q_proj…")
+        """ValueError for what cannot be built: a config file may hold anything."""
+        for name, value in vars(self).items():
+            least = 1 if type(value) is int and name != "lora_rank" else 0
+            require(type(value) not in (int, float) or least <= value < 2**31, f"{name} is {value}")
+        depth = max(self.vit_depth, self.qformer_layers, self.video_layers, self.llama_layers)
+        require(depth <= 200, f"{depth} layers; at most 200 are possible")
+        for tower, even in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary positions turn pairs
+            dim = getattr(self, f"{tower}_dim")
+            heads = getattr(self, f"{tower}_heads")
+            require(dim % (heads * even) == 0, f"{tower}_dim {dim} does not divide into {heads} heads")
+        require(self.image_size >= self.patch_size, f"image_size {self.image_size} is below one patch")
+        known = self.motion_mask in ("hard", "soft") and self.consistency in ("cosine", "debiased")
+        known = known and {"q_proj", "k_proj", "v_proj", "o_proj"}.issuperset(self.lora_targets)
+        require(known, f"motion_mask {self.motion_mask}, consistency {self.consistency}, {self.lora_targets}")
+        words = {name for name in self.branches if str(name).isidentifier()} - {"vit", "llama"}
+        require(0 < len(self.branches) == len(words), f"branches {self.branches}: words, not vit or llama")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
-    n_visual = property(lambda self: len(BRANCHES) * self.n_video_queries)  # soft tokens of a clip, appearance first
-
-    @classmethod
-    def preset(cls, name):
-        return cls(**PRESETS[name])
+    n_visual = property(lambda self: len(self.branches) * self.n_video_queries)  # soft tokens of a clip
+    preset = staticmethod(lambda name: HawkConfig(**PRESETS[name]))
 
     @classmethod
     def from_dict(cls, values, source="config"):
-        """Refuses unknown keys and changed types: a typo must not silently become a default."""
-        types = {f.name: f.type for f in fields(cls)}
+        """Refuses unknown keys and other types. A tuple may be a list (JSON) or "a,b,c" (command line)."""
+        types = {field.name: field.type for field in fields(cls)}
+        checked = {}
         for key, value in values.items():
-            if key not in types:
-                raise ValueError(f"{source}: unknown key {key!r}")
-            if type(value) is not types[key] and (type(value), types[key]) != (int, float):
-                raise ValueError(f"{source}: {key} must be {types[key].__name__}, not {value!r}")
-        return cls(**{key: types[key](value) for key, value in values.items()})
+            require(key in types, f"{source}: unknown key {key!r}")
+            if types[key] is tuple and isinstance(value, str):
+                value = value.split(",")
+            fits = type(value) is types[key] or (type(value), types[key]) in ((int, float), (list, tuple))
+            require(fits, f"{source}: {key} must be {types[key].__name__}, not {value!r}")
+            checked[key] = types[key](value)
+        return cls(**checked)
 
 
-BRANCHES = ("appearance", "motion")  # the streams, in the order of their soft tokens
 PRESETS = {"7b": {}, "tiny": dict(
-    n_frames=8, image_size=112, patch_size=14, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512,
-    qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16, tight_dim=32,
-    llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, dropout=0.0,
+    n_frames=8, image_size=112, vit_dim=128, vit_depth=4, vit_heads=4, vit_mlp=512, tight_dim=32, dropout=0.0,
+    qformer_dim=128, qformer_layers=2, qformer_heads=4, qformer_mlp=512, cross_every=1, n_queries=16,
+    llama_dim=192, llama_layers=4, llama_heads=6, llama_mlp=512, vocab_size=1024, context_length=512,
 )}  # fmt: skip
 
 
-# ---- Leaves: norms, attention, MLP -----------------------------------------------------------------------------------
-class LayerNorm(nn.LayerNorm):  # computed in float32 whatever the dtype of its input and weights
-    def forward(self, x):
-        w, b = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, w, b, self.eps).to(x.dtype)
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
-class RMSNorm(nn.RMSNorm):  # LLaMA's norm: x / rms(x) · weight, computed in float32
-    def forward(self, x):
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+# ---- Attention and linear layers ---------------------------------------------------------------------------
+def split_heads(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, S, C) -> (B, h, S, C/h)
 
 
 def attend(q, k, v, heads, dropout=0.0):
     """softmax(q kᵀ / √d) v over `heads` heads, no mask. q (B, Sq, C), k and v (B, Sk, C) -> (B, Sq, C)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, h, S, C/h)
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
-class MLP(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+def linears(**sizes):  # by name, each given as (in, out) or (in, out, bias)
+    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
 
-def run(layers, x, *args, save_memory=False):
-    """x through the layers; `save_memory` recomputes each layer in the backward pass instead of storing it."""
-    save_memory = save_memory and torch.is_grad_enabled()
-    for layer in layers:
-        x = checkpoint(layer, x, *args, use_reentrant=False) if save_memory else layer(x, *args)
-    return x
-
-
-# ---- ViT: EVA-CLIP-g, as in BLIP-2 -----------------------------------------------------------------------------------
-class ViTAttention(nn.Module):  # qkv is one weight; keys have no bias (it would cancel in the softmax)
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x):
-        bias = torch.cat([b.to(x.dtype) for b in (self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)])
-        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.heads))
-
-
-class ViTBlock(nn.Module):  # pre-norm
+# ---- ViT: EVA-CLIP-g, as in BLIP-2 -------------------------------------------------------------------------
+class ViTBlock(nn.Module):  # pre-norm; keys have no bias, which would cancel in the softmax
     def __init__(self, config):
         super().__init__()
         C = config.vit_dim
-        self.norm1, self.norm2 = LayerNorm(C, eps=1e-6), LayerNorm(C, eps=1e-6)
-        self.attn, self.mlp = ViTAttention(C, config.vit_heads), MLP(C, config.vit_mlp)
+        self.heads = config.vit_heads
+        self.norm1 = nn.LayerNorm(C, eps=1e-6)
+        self.attn = linears(qkv=(C, 3 * C, False), proj=(C, C))
+        self.attn.q_bias = nn.Parameter(torch.zeros(C))
+        self.attn.v_bias = nn.Parameter(torch.zeros(C))
+        self.norm2 = nn.LayerNorm(C, eps=1e-6)
+        self.mlp = linears(fc1=(C, config.vit_mlp), fc2=(config.vit_mlp, C))
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        bias = torch.cat([self.attn.q_bias, torch.zeros_like(self.attn.q_bias), self.attn.v_bias])
+        q, k, v = F.linear(self.norm1(x), self.attn.qkv.weight, bias).chunk(3, dim=-1)
+        x = x + self.attn.proj(attend(q, k, v, self.heads))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
-class ViT(nn.Module):  # equals the released `forward_features`: pixels not normalised, no norm after the last block
+class ViT(nn.Module):  # the released `forward_features`: no pixel normalisation, no norm after the last block
     def __init__(self, config):
         super().__init__()
-        self.save_memory, C, patch = config.gradient_checkpointing, config.vit_dim, config.patch_size
-        self.patch_embed = nn.Conv2d(3, C, kernel_size=patch, stride=patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // patch) ** 2, C))
-        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.vit_depth))
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embed = nn.Conv2d(3, config.vit_dim, config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, config.vit_dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, config.vit_dim))
+        self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.vit_depth)))
 
     def forward(self, images):
         """images (N, 3, H, W) in [0, 1] -> (N, 1 + patches, C)"""
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (N, patches, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
-        return run(self.blocks, x, save_memory=self.save_memory)
+        return self.blocks(x)
 
 
-# ---- Q-Former: a BERT whose input is learned queries that look at an image (or at a clip) through cross-attention ----
+# ---- Q-Former: a BERT whose input is learned queries that read an image, or a clip, by cross-attention -----
 class QFormerAttention(nn.Module):  # BERT's, post-norm: norm(x + output(attention(x, context)))
     def __init__(self, dim, heads, context_dim, dropout):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value = (nn.Linear(d, dim) for d in (dim, context_dim, context_dim))
-        self.output, self.norm = nn.Linear(dim, dim), LayerNorm(dim, eps=1e-12)
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(context_dim, dim)
+        self.value = nn.Linear(context_dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(self, x, context):
-        p = self.dropout if self.training else 0.0
-        y = attend(self.query(x), self.key(context), self.value(context), self.heads, dropout=p)
-        return self.norm(x + F.dropout(self.output(y), p))
+        dropout = self.dropout if self.training else 0.0
+        y = attend(self.query(x), self.key(context), self.value(context), self.heads, dropout)
+        return self.norm(x + F.dropout(self.output(y), dropout))
 
 
 class QFormerLayer(nn.Module):
     def __init__(self, config, context_dim, crosses):
         super().__init__()
-        dim, heads, self.dropout = config.qformer_dim, config.qformer_heads, config.dropout
+        dim = config.qformer_dim
+        heads = config.qformer_heads
+        self.dropout = config.dropout
         self.self_attention = QFormerAttention(dim, heads, dim, self.dropout)
         self.cross_attention = QFormerAttention(dim, heads, context_dim, self.dropout) if crosses else None
-        self.mlp = MLP(dim, config.qformer_mlp)
-        self.mlp.norm = LayerNorm(dim, eps=1e-12)
+        self.mlp = linears(fc1=(dim, config.qformer_mlp), fc2=(config.qformer_mlp, dim))
+        self.mlp.norm = nn.LayerNorm(dim, eps=1e-12)
 
     def forward(self, x, context):
         x = self.self_attention(x, x)
         if self.cross_attention is not None:
             x = self.cross_attention(x, context)
-        return self.mlp.norm(x + F.dropout(self.mlp(x), self.dropout, self.training))
+        y = self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
+        return self.mlp.norm(x + F.dropout(y, self.dropout, self.training))
 
 
-class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…, …)`, its unused text half left out
+class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)`, its unused text half left out
     def __init__(self, config, layers, context_dim, cross_every):
         super().__init__()
-        self.dropout, self.save_memory = config.dropout, config.gradient_checkpointing
-        self.norm = LayerNorm(config.qformer_dim, eps=1e-12)
-        self.layers = nn.ModuleList(QFormerLayer(config, context_dim, i % cross_every == 0) for i in range(layers))
+        self.dropout = config.dropout
+        self.norm = nn.LayerNorm(config.qformer_dim, eps=1e-12)
+        crosses = [i % cross_every == 0 for i in range(layers)]
+        self.layers = nn.ModuleList(QFormerLayer(config, context_dim, crosses[i]) for i in range(layers))
 
     def forward(self, queries, context):
         """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C)."""
         x = F.dropout(self.norm(queries), self.dropout, self.training).expand(len(context), -1, -1)
-        return run(self.layers, x, context, save_memory=self.save_memory)
+        for layer in self.layers:
+            x = layer(x, context)
+        return x
 
 
-# ---- Branch: from ViT features of T frames to 32 soft tokens. Built twice: appearance and motion ---------------------
-class Branch(nn.Module):  # paper, Sec. 3.2: f = P(E(X)), with weights of its own for appearance and for motion
-    def __init__(self, config):
+# ---- Branch: from the ViT's features of T frames to 32 soft tokens -----------------------------------------
+class Branch(nn.Module):
+    """Paper, Sec. 3.2: f = P(E(X)). Built once for each of config.branches. It has tight features only if the
+    consistency loss compares it, because DDP would wait for a layer that no loss reaches."""
+
+    def __init__(self, config, compared=True):
         super().__init__()
-        dim, D = config.qformer_dim, config.llama_dim
+        dim = config.qformer_dim
+        D = config.llama_dim
         # frozen in the published training: BLIP-2's
-        self.ln_vision = LayerNorm(config.vit_dim, eps=1e-5)
-        self.queries = nn.Parameter(torch.zeros(1, config.n_queries, dim))
+        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)
+        self.queries = nn.Parameter(0.02 * torch.randn(1, config.n_queries, dim))
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
-        # what trains: the frame order, the video Q-Former and the bridge to LLaMA
+        # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
         self.frame_position = nn.Embedding(config.n_frames, dim)
-        self.video_queries = nn.Parameter(torch.zeros(1, config.n_video_queries, dim))
+        self.video_queries = nn.Parameter(0.02 * torch.randn(1, config.n_video_queries, dim))
         self.video_qformer = QFormer(config, config.video_layers, dim, cross_every=1)
-        self.proj_0, self.encoder_0 = nn.Linear(dim, D), nn.Linear(D, D)
-        self.encoder_1, self.decoder_2 = nn.Linear(D, config.tight_dim), nn.Linear(D, D)
+        self.proj_0 = nn.Linear(dim, D)
+        self.encoder_0 = nn.Linear(D, D)
+        self.encoder_1 = nn.Linear(D, config.tight_dim) if compared else None
+        self.decoder_2 = nn.Linear(D, D)
 
     def frames(self, features):
-        """Each frame on its own: ViT features (N, 1 + patches, vit_dim) -> (N, Q, C). Frozen, so it can be cached."""
+        """Each frame by itself: ViT features (N, 1 + patches, C) -> (N, Q, C). Frozen: can be cached."""
         return self.qformer(self.queries, self.ln_vision(features))
 
     def video(self, frames):
-        """All frames together: (B, T, Q, C) -> soft tokens (B, 32, D) and tight features (B, 32, tight_dim)."""
+        """All frames: (B, T, Q, C) -> soft tokens (B, 32, D), tight features (B, 32, tight_dim) or None."""
         T = frames.shape[1]
-        if T > self.frame_position.num_embeddings:
-            raise ValueError(f"a clip of {T} frames; this model has positions for {self.frame_position.num_embeddings}")
+        require(T <= len(self.frame_position.weight), f"{T} frames are more than the model has positions")
         position = self.frame_position(torch.arange(T, device=frames.device))  # (T, C)
         x = (frames.to(position.dtype) + position[:, None]).flatten(1, 2)  # (B, T·Q, C)
         x = self.video_qformer(self.video_queries, x)  # (B, 32, C)
         x = self.encoder_0(self.proj_0(x))  # (B, 32, D); no activation anywhere in this chain
-        return self.decoder_2(x), self.encoder_1(x)
+        return self.decoder_2(x), self.encoder_1 and self.encoder_1(x)
 
 
-# ---- LLaMA-2 ---------------------------------------------------------------------------------------------------------
+# ---- LLaMA-2, its cache, and one decoding step -------------------------------------------------------------
 def rotate(x, cos, sin):
-    """Rotary position: turns the pairs (x_i, x_{i + d/2}) by their angle (Hugging Face's layout). x (B, h, S, d)."""
-    a, b = (x32 := x.float()).chunk(2, dim=-1)
+    """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF."""
+    x32 = x.float()
+    a, b = x32.chunk(2, dim=-1)
     return (x32 * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
-class KVCache:  # keys and values of every layer, allocated once for `size` positions, of which `length` are filled
-    def __init__(self, config, batch, size, like, padding=0, static=False):
-        self.size, self.length, self.static = 1 << (size - 1).bit_length() if static else size, 0, static
-        shape = (batch, config.llama_heads, self.size, config.llama_dim // config.llama_heads)
-        self.k, self.v = ([like.new_zeros(shape) for _ in range(config.llama_layers)] for _ in range(2))
-        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1): left padding
+class KVCache:
+    """Keys and values of each layer for `size` tokens. `length`, how many are filled, is a tensor on the
+    device, so that a step can be recorded. `padding` (B,): empty tokens in front of shorter prompts."""
 
-    def write(self, layer, k, v):
-        """Stores k, v (B, h, S, d) of the last S positions; returns those so far, if static all: the rest is zeros."""
-        for held, new in ((self.k[layer], k), (self.v[layer], v)):
-            held.index_copy_(2, self.query[:, 0], new.to(held.dtype))
-        return self.k[layer][:, :, : self.end], self.v[layer][:, :, : self.end]
+    def __init__(self, config, batch, size, like, padding=0):
+        shape = (batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
+        self.k = [like.new_zeros(shape) for _ in range(config.llama_layers)]
+        self.v = [like.new_zeros(shape) for _ in range(config.llama_layers)]
+        self.slots = torch.arange(size, device=like.device)
+        self.length = torch.zeros((), dtype=torch.long, device=like.device)
+        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
 
     def extend(self, S):
-        """By S tokens: their positions (B or 1, 1, S), and which of all keys each one sees (B or 1, 1, S, end)."""
+        """-> positions (B or 1, 1, S) of S more tokens, (self, slots (S,), mask (B or 1, 1, S, size))."""
+        slots = self.length + torch.arange(S, device=self.length.device)
         self.length += S
-        self.end = self.size if self.static else self.length
-        key = torch.arange(self.end, device=self.padding.device)
-        query = self.query = torch.arange(self.length - S, self.length, device=key.device)[:, None]  # (S, 1)
-        mask = (self.padding <= key) & (key <= query) | (key == query)  # padding sees itself: its softmax is not 0 / 0
-        return (query[:, 0] - self.padding[..., 0]).clamp_min(0), mask
+        mask = (self.padding <= self.slots) & (self.slots <= slots[:, None])
+        mask = mask | (self.slots == slots[:, None])  # padding sees itself: its softmax must not be 0 / 0
+        return (slots - self.padding[..., 0]).clamp_min(0), (self, slots, mask)
 
-
-class LlamaAttention(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        D, self.heads, self.layer = config.llama_dim, config.llama_heads, layer
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
-
-    def forward(self, x, cos, sin, mask, cache):
-        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, h, S, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-class LlamaMLP(nn.Module):  # SwiGLU: down(silu(gate(x)) · up(x))
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def write(self, layer, slots, k, v):
+        """Stores k and v (B, h, S, d) in their slots; returns those of all slots (B, h, size, d)."""
+        self.k[layer].index_copy_(2, slots, k.to(self.k[layer].dtype))
+        self.v[layer].index_copy_(2, slots, v.to(self.v[layer].dtype))
+        return self.k[layer], self.v[layer]
 
 
 class LlamaBlock(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        D, eps = config.llama_dim, config.norm_eps
-        self.input_layernorm, self.self_attn = RMSNorm(D, eps), LlamaAttention(config, layer)
-        self.post_attention_layernorm, self.mlp = RMSNorm(D, eps), LlamaMLP(D, config.llama_mlp)
+        D = config.llama_dim
+        self.heads = config.llama_heads
+        self.layer = layer
+        self.input_layernorm = nn.RMSNorm(D, config.norm_eps)
+        self.self_attn = linears(**dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (D, D, False)))
+        self.post_attention_layernorm = nn.RMSNorm(D, config.norm_eps)
+        up = (D, config.llama_mlp, False)
+        self.mlp = linears(gate_proj=up, up_proj=up, down_proj=(config.llama_mlp, D, False))
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, *attention):
+        x = x + self.attention(self.input_layernorm(x), *attention)
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))  # SwiGLU
+
+    def attention(self, x, cos, sin, cache=None, slots=None, mask=None):
+        q = rotate(split_heads(self.self_attn.q_proj(x), self.heads), cos, sin)  # (B, h, S, d)
+        k = rotate(split_heads(self.self_attn.k_proj(x), self.heads), cos, sin)
+        v = split_heads(self.self_attn.v_proj(x), self.heads)
+        if cache is not None:
+            k, v = cache.write(self.layer, slots, k, v)  # (B, h, size, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausalLM` (names too), head not tied
@@ -333,71 +331,138 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.llama_dim)
         self.layers = nn.ModuleList(LlamaBlock(config, i) for i in range(config.llama_layers))
-        self.norm = RMSNorm(config.llama_dim, config.norm_eps)
+        self.norm = nn.RMSNorm(config.llama_dim, config.norm_eps)
         self.lm_head = nn.Linear(config.llama_dim, config.vocab_size, bias=False)
 
     def forward(self, x, cache=None):
-        """Embeddings (B, S, D) -> hidden states (B, S, D) before the head. With a cache, x continues what is in it."""
-        positions, mask = cache.extend(x.shape[1]) if cache else (torch.arange(x.shape[1], device=x.device), None)
-        return self.through_layers(x, positions, mask, cache)
+        """Embeddings (B, S, D) -> hidden states (B, S, D). With a cache, x continues what it holds."""
+        positions = torch.arange(x.shape[1], device=x.device)  # (S,)
+        cached = ()
+        if cache is not None:
+            positions, cached = cache.extend(x.shape[1])  # positions (B or 1, 1, S)
+        d = self.config.llama_dim // self.config.llama_heads
+        pairs = torch.arange(0, d, 2, device=x.device, dtype=torch.float32)
+        angle = positions[..., None].float() * self.config.rope_theta ** (-pairs / d).repeat(2)  # (…, S, d)
+        rotation = (angle.cos(), angle.sin())
+        for layer in self.layers:
+            x = layer(x, *rotation, *cached)
+        return self.norm(x)
 
-    def through_layers(self, x, positions, *args):  # apart, so that sample.py:compile_decoding can compile it
-        c, d = self.config, self.config.llama_dim // self.config.llama_heads
-        frequency = c.rope_theta ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
-        angle = positions[..., None].float() * frequency.repeat(2)  # (B or 1, 1, S, d) with a cache, else (S, d)
-        return self.norm(run(self.layers, x, angle.cos(), angle.sin(), *args, save_memory=c.gradient_checkpointing))
+
+class DecodingStep:
+    """What makes a word: embed the last token, run the layers over the cache, apply the head, take the
+    likeliest token. Nothing waits for the CPU and no tensor moves, so a GPU records it once, as a CUDA graph,
+    and replays it: launching its thousand small kernels one by one takes longer than running them."""
+
+    def __init__(self, llama, batch, size, like, compiled=False):
+        self.llama = llama
+        self.cache = KVCache(llama.config, batch, size, like, torch.zeros(batch, dtype=torch.long))
+        self.token = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.logits = torch.zeros(batch, llama.config.vocab_size, device=like.device)
+        self.run = self.step
+        if compiled:  # by inductor, which fuses the small kernels
+            torch._dynamo.config.recompile_limit = 256  # sizes of the cache; it holds for this thread only
+            tuning = {"coordinate_descent_tuning": True}
+            self.run = torch.compile(self.step, fullgraph=True, dynamic=False, options=tuning)
+
+    def start(self, prompt, padding):
+        """Reads a prompt (B, S, D); what was read before is forgotten."""
+        self.cache.length.zero_()
+        self.cache.padding.copy_(padding.view(-1, 1, 1, 1))
+        self.read(prompt)
+
+    def step(self):
+        self.read(self.llama.embed_tokens(self.token[:, None]))
+
+    def read(self, x):
+        self.logits.copy_(self.llama.lm_head(self.llama(x, self.cache)[:, -1]))
+        self.token.copy_(self.logits.argmax(-1))
+
+    def record(self):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            self.run()  # a first run allocates workspaces, which a recording must not do
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        self.run = graph.replay
 
 
-# ---- LoRA: a low-rank correction beside a frozen weight; `prepare.py merge` adds it to the weight --------------------
-class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); B is zero at the start, so nothing changes
+# ---- LoRA and int8: two stand-ins for a Linear -------------------------------------------------------------
+class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); W is frozen, and B starts at zero
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.scale, self.dropout = linear.weight, config.lora_alpha / config.lora_rank, config.lora_dropout
-        A, B = torch.empty(config.lora_rank, self.in_features), torch.zeros(self.out_features, config.lora_rank)
-        self.lora_A, self.lora_B = (nn.Parameter(x.to(self.weight.device)) for x in (A, B))
+        self.weight = linear.weight
+        self.scale = config.lora_alpha / config.lora_rank
+        self.dropout = config.lora_dropout
+        self.lora_A = nn.Parameter(torch.empty(config.lora_rank, self.in_features).to(self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.lora_rank).to(self.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T
+        low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T  # (…, rank)
         return F.linear(x, self.weight) + self.scale * (low @ self.lora_B.T).to(x.dtype)
 
 
-# ---- Hawk ------------------------------------------------------------------------------------------------------------
-@dataclass
-class Encoding:  # of a batch of clips
-    tokens: torch.Tensor  # soft tokens (B, 2·32, D), appearance first
-    appearance_tight: torch.Tensor  # features (B, 32, tight_dim) for the consistency loss
-    motion_tight: torch.Tensor
+class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half the memory of bfloat16, for inference
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype)  # (out,)
+        weight = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
+        self.register_buffer("weight", weight.to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if x.device.type == "cpu" and len(rows) <= 8:  # memory-bound: this kernel of torch's reads bytes
+            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
+        # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
+        scale = self.scale.float() if x.is_cuda else self.scale
+        return (F.linear(x, self.weight.to(x.dtype)) * scale).to(x.dtype)
 
 
-PAPER = r"(appearance|motion)\.(frame_position|video_q|proj_0|encoder_|decoder_2)"  # after the frozen frame Q-Former
-# names of the parameters that learn in each mode; the released code forgets to freeze the motion queries
-TRAINED = {"paper": PAPER, "released": rf"{PAPER}|motion\.queries", "lora": rf"{PAPER}|.*\.lora_[AB]", "all": ""}
+# ---- Hawk --------------------------------------------------------------------------------------------------
+# What the branches make of B clips: soft tokens (B, 32 for each branch, D), in the order of config.branches,
+# and {branch: tight features (B, 32, tight_dim)} of the branches that the consistency loss compares.
+Encoding = namedtuple("Encoding", "tokens tight")
+
+
+def is_frame_level(name):
+    """Whether a parameter works on single frames, in the ViT or a frame Q-Former. The paper freezes these."""
+    tower, _, part = name.partition(".")
+    return tower == "vit" or (tower != "llama" and part.startswith(FROZEN))
 
 
 class Hawk(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.vit = config, ViT(config)
-        self.appearance, self.motion = Branch(config), Branch(config)
+        self.config = config
+        self.vit = ViT(config)
+        both = set(COMPARED) <= set(config.branches)
+        for name in config.branches:
+            self.add_module(name, Branch(config, compared=both and name in COMPARED))
         self.llama = Llama(config)
-        self.apply(init_weights)
+        self.compile_step = False  # whether generate compiles its decoding step
+        self.steps = {}  # the last decoding step, by batch, size of the cache, device and type
         if config.lora_rank:
             self.add_lora()
 
-    static_cache = False  # generate's; for compiled steps, which want the same shapes each time
-    device = property(lambda self: self.llama.lm_head.weight.device)
+    device = property(lambda self: self.llama.embed_tokens.weight.device)
+    branch = nn.Module.get_submodule  # by its name
 
     def set_trainable(self, mode):
-        """Chooses what learns: "paper" everything after the frame Q-Formers but LLaMA; "released" the motion branch's
-        frame queries too; "lora" a LoRA too; "all" everything. What is frozen stays in eval mode (no dropout)."""
-        if mode not in TRAINED:
-            raise ValueError(f"train mode {mode!r}: choose {', '.join(TRAINED)}")
+        """Chooses what learns: "paper" what follows the frame Q-Formers, without LLaMA; "released" also the
+        motion branch's queries, an oversight; "lora" also a LoRA; "all". The rest stays in eval mode."""
+        require(mode in ("released", "paper", "lora", "all"), f"mode {mode!r}: released, paper, lora or all")
         if mode == "lora" and not any(isinstance(module, LoRALinear) for module in self.modules()):
             self.config.lora_rank = self.config.lora_rank or 8
             self.add_lora()
         for name, p in self.named_parameters():
-            p.requires_grad_(re.match(TRAINED[mode], name) is not None)
+            learns = mode == "all" or not (is_frame_level(name) or name.startswith("llama."))
+            learns |= (mode, name) == ("released", "motion.queries") or (mode == "lora" and ".lora_" in name)
+            p.requires_grad_(learns)
         return self.train(self.training)
 
     def train(self, mode=True):
@@ -406,182 +471,150 @@ class Hawk(nn.Module):
         return self
 
     def add_lora(self):
-        for attention in (block.self_attn for block in self.llama.layers):
-            for target in self.config.lora_targets.split(","):
-                setattr(attention, target, LoRALinear(getattr(attention, target), self.config))
+        for block in self.llama.layers:
+            for target in self.config.lora_targets:
+                linear = block.self_attn.get_submodule(target)
+                block.self_attn.set_submodule(target, LoRALinear(linear, self.config))
 
-    def frame_features(self, *streams):
-        """Frames (B, T, 3, H, W) in [0, 1] of each branch -> list of (B, T, Q, C): the frozen part, which can be cached."""
-        B, T = streams[0].shape[:2]
-        images = torch.cat([s.flatten(0, 1) for s in streams]).to(self.vit.patch_embed.weight.dtype)  # (2·B·T, 3, H, W)
-        features = zip(BRANCHES, self.vit(images).chunk(len(streams)), strict=True)
-        return [getattr(self, name).frames(x).unflatten(0, (B, T)) for name, x in features]
+    def frame_features(self, streams):
+        """Frames {branch: (B, T, 3, H, W)} in [0, 1] -> {branch: (B, T, Q, C)}, which can be cached."""
+        B, T = streams[self.config.branches[0]].shape[:2]
+        images = torch.cat([streams[name].flatten(0, 1) for name in self.config.branches])
+        features = self.vit(images.to(self.vit.cls_token.dtype)).chunk(len(self.config.branches))
+        pairs = zip(self.config.branches, features, strict=True)  # of (B·T, 1 + patches, C)
+        return {name: self.branch(name).frames(x).unflatten(0, (B, T)) for name, x in pairs}
 
-    def encode(self, appearance, motion):
-        """Frames (B, T, 3, H, W) in [0, 1], or their cached features (B, T, Q, C), of the two streams -> Encoding."""
-        streams = self.frame_features(appearance, motion) if appearance.ndim == 5 else (appearance, motion)
-        motion = streams[1] * (self.config.motion != "none")  # zeros then, also of cached features
-        tokens, tight = zip(self.appearance.video(streams[0]), self.motion.video(motion), strict=True)
-        return Encoding(torch.cat(tokens, dim=1), *tight)
+    def encode(self, streams):
+        """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding."""
+        for name in self.config.branches:
+            require(name in streams, f"no stream for the model's branch {name}: there are {list(streams)}")
+        if streams[self.config.branches[0]].ndim == 5:
+            streams = self.frame_features(streams)
+        encoded = {name: self.branch(name).video(streams[name]) for name in self.config.branches}
+        tokens = torch.cat([soft for soft, _ in encoded.values()], dim=1)
+        return Encoding(tokens, {name: tight for name, (_, tight) in encoded.items() if tight is not None})
 
     def embed(self, input_ids, soft):
-        """Embeds ids (B, S), with the soft tokens (B, N, D) in the placeholder slots, in order: the one way in which
-        vision enters the sentence. Raises ValueError when the slots of a row are not N."""
+        """Embeds ids (B, S), with the soft tokens (B, N, D) in the placeholder slots, in order: the one way
+        that vision enters the sentence. Raises ValueError when the slots of a row are not N."""
         slots = input_ids == self.config.image_id
         counts = slots.sum(1).tolist()
-        if counts != [soft.shape[1]] * len(soft):
-            raise ValueError(f"rows with {counts} placeholders, but {len(soft)} clips of {soft.shape[1]} soft tokens")
+        N = soft.shape[1]
+        require(counts == [N] * len(soft), f"rows with {counts} placeholders for clips of {N} soft tokens")
         x = self.llama.embed_tokens(input_ids.masked_fill(slots, 0))  # (B, S, D)
         return x.masked_scatter(slots[..., None], soft.to(x.dtype))
 
     def language_loss(self, input_ids, labels, soft, per_sample=False):
-        """Mean cross-entropy of the next token over all tokens with a label (not -100), or, per_sample, over those of each
-        row and then over the rows. Only their positions go through the head, whose output is the largest of all tensors."""
-        hidden, target = self.llama(self.embed(input_ids, soft))[:, :-1], labels[:, 1:]
-        kept = target != -100
-        if not kept.any():
-            raise ValueError("a batch without a single supervised token (all labels are -100)")
+        """Mean cross-entropy of the next token over all with a label (not -100); per_sample: over those of
+        each row, then over the rows. Only they go through the head, whose output is the largest tensor."""
+        hidden = self.llama(self.embed(input_ids, soft))[:, :-1]
+        target = labels[:, 1:]
+        kept = target != -100  # (B, S - 1)
+        require(kept.any(), "a batch without a single supervised token (all labels are -100)")
         loss = F.cross_entropy(self.llama.lm_head(hidden[kept]).float(), target[kept], reduction="none")
         weight = kept / kept.sum(1, keepdim=True) / len(kept) if per_sample else kept / kept.sum()
         return (loss * weight[kept]).sum()
 
     def consistency_loss(self, encoding):
-        """Paper, Eq. 7: 1 − cos(tight appearance, tight motion), each flattened per sample, mean over the batch. The
-        biases of the two encoder_1 alone can satisfy it; "debiased" compares the features without them."""
-        a, m = encoding.appearance_tight, encoding.motion_tight
-        if self.config.consistency == "debiased":
-            a, m = a - self.appearance.encoder_1.bias, m - self.motion.encoder_1.bias
+        """Paper, Eq. 7: 1 − cos(tight appearance, tight motion), flattened per sample, mean over the batch.
+        The biases of the two encoder_1 alone can satisfy it; "debiased" compares without them."""
+        if not encoding.tight:  # one of the two branches is not there
+            return encoding.tokens.new_zeros(())
+        bias = 1 if self.config.consistency == "debiased" else 0
+        a, m = (encoding.tight[name] - bias * self.branch(name).encoder_1.bias for name in COMPARED)
         return (1 - F.cosine_similarity(a.flatten(1).float(), m.flatten(1).float())).mean()
 
-    def forward(self, appearance, motion, input_ids, labels, motion_input_ids=None, motion_labels=None,
-                per_sample=False, encoding=None):  # fmt: skip
-        """The losses of a batch of clips by name; total is their weighted sum (paper, Eq. 9). Without a motion target,
-        motion_language is video_language again, as in the released stage 2. `encoding` saves encoding the clips again."""
-        c, encoding = self.config, encoding or self.encode(appearance, motion)
-        losses = {"video_language": self.language_loss(input_ids, labels, encoding.tokens, per_sample)}
-        losses["motion_language"] = losses["video_language"]
-        if motion_input_ids is not None:
-            tokens = encoding.tokens[:, c.n_video_queries :]
-            losses["motion_language"] = self.language_loss(motion_input_ids, motion_labels, tokens, per_sample)
-        losses["consistency"] = self.consistency_loss(encoding)
-        losses["total"] = sum(getattr(c, f"{name}_weight") * loss for name, loss in losses.items())
-        return losses
+    def losses(self, clips, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False):
+        """The losses of an Encoding of clips by name (scalars). Without a motion target or a motion branch,
+        motion_language is video_language again, as in the released stage 2."""
+        c = self.config
+        video_language = self.language_loss(input_ids, labels, clips.tokens, per_sample)
+        motion_language = video_language
+        if motion_input_ids is not None and "motion" in c.branches:
+            soft = clips.tokens.split(c.n_video_queries, dim=1)[c.branches.index("motion")]
+            motion_language = self.language_loss(motion_input_ids, motion_labels, soft, per_sample)
+        consistency = self.consistency_loss(clips)
+        total = c.video_language_weight * video_language  # paper, Eq. 9
+        total = total + c.motion_language_weight * motion_language + c.consistency_weight * consistency
+        losses = {"video_language": video_language, "motion_language": motion_language}
+        return losses | {"consistency": consistency, "total": total}
+
+    def forward(self, streams, input_ids, labels, **targets):
+        return self.losses(self.encode(streams), input_ids, labels, **targets)
 
     @torch.no_grad()
-    def generate(self, appearance, motion, input_ids, max_new_tokens=128, temperature=0.0, top_p=1.0, beams=1,
-                 repetition_penalty=1.0, seed=0, eos_id=2, encoding=None, on_token=None):  # fmt: skip
-        """Continues each row of input_ids (a (B, S) tensor, or lists of unequal length) until `eos_id` (included) or
-        max_new_tokens; returns lists of new ids. temperature 0 is greedy; `encoding` saves encoding a clip again;
-        `on_token(list of B ids)` is called as tokens are made, and stops the generation by returning False."""
-        if max_new_tokens < 1 or beams < 1 or not 0 < top_p <= 1 or (beams > 1 and temperature > 0):
-            raise ValueError("needs max_new_tokens and beams of 1 or more, top_p in (0, 1], beams without temperature")
-        encoding = encoding or self.encode(appearance, motion)
-        ids, padding = left_pad(input_ids, self.device)
-        x = self.embed(ids, encoding.tokens)
-        if beams > 1:
-            prompts = (x[b : b + 1, padding[b] :] for b in range(len(x)))
-            return [self.beam_search(x, max_new_tokens, beams, repetition_penalty, eos_id) for x in prompts]
-        cache = KVCache(self.config, len(x), x.shape[1] + max_new_tokens, x, padding, self.static_cache)
+    def generate(self, encoding, input_ids, max_new_tokens=300, temperature=0.0, top_p=1.0,
+                 repetition_penalty=1.0, seed=0, eos_id=2, on_token=None):  # fmt: skip
+        """Continues each row of input_ids ((B, S), or lists of unequal length) until `eos_id`, included,
+        or max_new_tokens -> lists of new ids. `on_token`(list of B ids) may return False to stop."""
+        rows = [torch.as_tensor(row, device=self.device) for row in input_ids]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
+        padding = torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device)
+        x = self.embed(ids, encoding.tokens)  # (B, S, D)
+        step = self.decoding_step(x, max_new_tokens)
         generator = torch.Generator(self.device).manual_seed(seed)
-        new, done = ids[:, :0], torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        new = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+        step.start(x, padding)
         for _ in range(max_new_tokens):
-            logits = self.llama.lm_head(self.llama(x, cache)[:, -1]).float()  # (B, vocabulary)
-            token = choose(penalise(logits, new, repetition_penalty), temperature, top_p, generator)
-            new, done = torch.cat([new, token[:, None]], dim=1), done | (token == eos_id)
-            if (on_token and on_token(token.tolist()) is False) or done.all():
+            if new.shape[1] > 0:
+                step.run()
+            if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
+                token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
+                step.token.copy_(token)
+            new = torch.cat([new, step.token[:, None]], dim=1)
+            if (on_token and on_token(step.token.tolist()) is False) or (new == eos_id).any(1).all():
                 break
-            x = self.llama.embed_tokens(token[:, None])
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new.tolist()]
 
-    def beam_search(self, x, max_new_tokens, beams, repetition_penalty, eos_id):
-        """The `beams` best continuations of one prompt x (1, S, D), kept side by side; returns the best one by mean
-        log-probability per token: a finished one, or at the limit perhaps the best of those still open."""
-        cache = KVCache(self.config, beams, x.shape[1] + max_new_tokens, x)
-        x, new, finished = x.expand(beams, -1, -1), torch.empty(beams, 0, dtype=torch.long, device=x.device), []
-        score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # equal at first: only one spreads
-        for step in range(1, max_new_tokens + 1):
-            logits = self.llama.lm_head(self.llama(x, cache)[:, -1]).float()
-            total = score[:, None] + penalise(logits, new, repetition_penalty).log_softmax(-1)  # (beams, vocabulary)
-            score, best = total.flatten().topk(2 * beams)  # enough to keep `beams` of them when as many have ended
-            rows, token = best // logits.shape[1], best % logits.shape[1]
-            for i in (token[:beams] == eos_id).nonzero()[:, 0].tolist():
-                finished.append((score[i].item() / step, [*new[rows[i]].tolist(), eos_id]))
-            score, rows, token = (x[token != eos_id][:beams] for x in (score, rows, token))
-            new = torch.cat([new[rows], token[:, None]], dim=1)
-            if len(finished) >= beams and sorted(finished)[-beams][0] >= score[0].item() / step:
-                break
-            cache.k, cache.v = ([x[rows] for x in held] for held in (cache.k, cache.v))  # row b continues row rows[b]
-            x = self.llama.embed_tokens(token[:, None])
-        return max([*finished, (score[0].item() / step, new[0].tolist())])[1]
+    def decoding_step(self, x, max_new_tokens):
+        """The step for a prompt x (B, S, D) and its answer; on a GPU it is recorded once for each size."""
+        size = math.ceil((x.shape[1] + max_new_tokens) / 256) * 256
+        autocast = torch.is_autocast_enabled(x.device.type)  # whose copies of weights a recording would keep
+        key = (len(x), size, x.device, x.dtype, autocast)
+        if key not in self.steps:
+            self.steps = {key: DecodingStep(self.llama, len(x), size, x, self.compile_step)}
+            if x.is_cuda and not autocast:
+                self.steps[key].record()
+        return self.steps[key]
 
     def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None):
-        """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`), or nothing. With
-        `base`, the folder that training started from, only what trains is written, and config.json names the base."""
-        if base is not None and Path(base).resolve() == Path(folder).resolve():
-            raise ValueError(f"{folder}: is the base of these weights; save them to another folder")
-        keep = {name for name, p in self.named_parameters() if base is None or p.requires_grad}
-        tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in self.state_dict().items() if n in keep}
+        """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`). With
+        `base`, the folder that training started from, only what trains, and the base's name in the config."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [(name, p) for name, p in self.named_parameters() if base is None or p.requires_grad]
+        save_tensors({name: p.detach().to("cpu", dtype) for name, p in kept}, folder / "model.safetensors")
         config = asdict(self.config) | ({} if base is None else {"base": str(Path(base).resolve())})
-        with replaced_folder(folder) as new:
-            save_tensors(tensors, new / "model.safetensors")
-            (new / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-            if tokenizer is not None:
-                shutil.copyfile(tokenizer, new / "tokenizer.model")
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        if tokenizer is not None:
+            (folder / "tokenizer.model").write_bytes(Path(tokenizer).read_bytes())
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, config=None):
-        """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode; built without memory
-        and filled tensor by tensor; `config` replaces the folder's. Raises ValueError that names file and tensor."""
+        """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode. It is built
+        without memory and filled tensor by tensor; `config` replaces the folder's. ValueError names it."""
         stored, folders = read_chain(folder)
         with torch.device("meta"):
             model = cls(config or stored)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        for file, name, tensor in (found for source in folders for found in read_tensors(source)):
-            shape, expected = tuple(tensor.shape), shapes.get(name, "no tensor of that name")
-            if shape != expected:
-                raise ValueError(f"{file}: {name} has shape {shape}, the model expects {expected}")
-            if str(tensor.dtype)[-7:-2] != "float" or not math.isfinite(sum(torch.aminmax(tensor))):
-                raise ValueError(f"{file}: {name} ({tensor.dtype}) must be of floating point, without NaN and infinity")
+        hint = f"for other branches: python prepare.py merge --weights {folder} --set branches=… --out …"
+        for file, name, tensor in read_tensors(folders):
+            fits = shapes.get(name) == tensor.shape
+            require(fits, f"{file}: {name} {tuple(tensor.shape)}: the model has {shapes.get(name)} ({hint})")
+            finite = tensor.is_floating_point() and math.isfinite(sum(torch.aminmax(tensor)))
+            require(finite, f"{file}: {name} ({tensor.dtype}) must be finite floats")
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
-        if missing := [name for name, p in model.named_parameters() if p.is_meta]:
-            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        missing = [name for name, p in model.named_parameters() if p.is_meta]
+        require(not missing, f"{folder}: {len(missing)} tensors are missing, first {missing[:1]} ({hint})")
         return model.eval()
 
 
-def init_weights(module):
-    """For training from nothing (the tiny preset): unit-variance layers, so that depth does not shrink the signal."""
-    if type(module) in (nn.Linear, nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.1)
-    if isinstance(module, Branch | ViT):
-        for p in module.parameters(recurse=False):  # queries, class token, positions
-            nn.init.normal_(p, std=0.2)
-    if isinstance(module, Branch):  # beside features of unit variance: when must not be drowned by what
-        nn.init.normal_(module.frame_position.weight, std=0.5)
-    if isinstance(module, QFormerLayer):  # queries that attend to each other at full strength soon are all the same
-        module.self_attention.output.weight.data *= 0.1
-    if isinstance(module, ViT):  # filters of zero mean: pixels are in [0, 1], and their mean would drown the rest
-        module.patch_embed.weight.data -= module.patch_embed.weight.mean(dim=(1, 2, 3), keepdim=True)
-
-
-def left_pad(rows, device):
-    """Rows of ids of unequal length -> (B, S) with zeros in front, and the number of zeros of each row (B,)."""
-    rows = [torch.as_tensor(row, device=device) for row in rows]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-    return ids, torch.tensor([ids.shape[1] - len(row) for row in rows], device=device)
-
-
-def penalise(logits, new, penalty):
-    """Repetition penalty: divides the logits (B, vocabulary) of tokens in new (B, n) if positive, else multiplies."""
-    return logits.scatter(1, new, torch.where((seen := logits.gather(1, new)) > 0, seen / penalty, seen * penalty))
-
-
-def choose(logits, temperature, top_p, generator):
-    """Next token (B,) of logits (B, vocabulary): the best, or a draw from the fewest whose probability reaches top_p."""
+def choose(logits, new, temperature, top_p, penalty, generator):
+    """Token (B,) from logits (B, V): the likeliest, or a draw from the fewest that reach top_p. The logits of
+    tokens in new (B, n) are divided by the repetition penalty if positive, else multiplied."""
+    seen = logits.gather(1, new)
+    logits = logits.scatter(1, new, torch.where(seen > 0, seen / penalty, seen * penalty))
     if temperature < 1e-6:  # a division by less would overflow
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
@@ -590,61 +623,28 @@ def choose(logits, temperature, top_p, generator):
 
 
 def read_chain(folder):
-    """(HawkConfig, [folders]) of weights and what they are based on, the base first: a later folder's tensors replace an
-    earlier one's (stage 2 continues stage 1, which continues the published model)."""
-    configs, folders, base = [], [], Path(folder)
-    while base is not None and base not in folders:
-        folders, file = [base, *folders], base / "config.json"
-        try:
-            values = {**json.loads(file.read_text())}
-            base = Path(values.pop("base")) if "base" in values else None
-            configs.append(HawkConfig.from_dict(values))
-        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
-            raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
-    return configs[0], folders
+    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win."""
+    file = Path(folder) / "config.json"
+    try:
+        values = {**json.loads(file.read_text())}
+        base = values.pop("base", None)
+        return HawkConfig.from_dict(values), [*(read_chain(base)[1] if base else []), Path(folder)]
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
+
+
+def read_tensors(folders):
+    """Yields (file, name, tensor) of the folders' safetensors, one tensor at a time from the mapped files."""
+    for folder in folders:
+        for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():
+                        yield file, name, tensors.get_tensor(name)
+            except (OSError, SafetensorError) as e:
+                raise ValueError(f"{file}: cannot be read as safetensors ({e})") from e
 
 
 def save_tensors(tensors, file):
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(file.parent.stat().st_mode & 0o666)  # the library's own are for the owner only
-
-
-def read_tensors(folder):
-    """Yields (file, name, tensor) of a folder's safetensors, one tensor at a time from the mapped files."""
-    for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    yield file, name, tensors.get_tensor(name)
-        except (OSError, SafetensorError) as e:
-            raise ValueError(f"{file}: cannot be read as safetensors ({e})") from e
-
-
-@contextmanager
-def replaced_folder(folder):
-    """Yields an empty folder beside `folder` to write into, which takes its name when the block ends well."""
-    folder, old = recover_folder(folder)
-    new = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException as e:  # also Ctrl-C: nothing half-written stays behind
-        shutil.rmtree(new)
-        if isinstance(e, SafetensorError | RuntimeError):  # what safetensors and torch raise where the disk is full
-            raise OSError(f"{folder}: cannot be written ({str(e).splitlines()[0]})") from e
-        raise
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder):
-    """Undoes a replacement that was killed between its two renames; returns (folder, where the old one waits)."""
-    old = (folder := Path(folder)).with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.exists():
-        old.rename(folder)
-    return folder, old
+    save_file({name: x.contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)  # the library lets only the owner read it

@@ -1,1 +1,1 @@
-"""Optional programs on top of the five files, each run as `python -m apps.NAME`; nothing in the five imports them."""
+"""Optional programs on top of the five files, which import none of them. Run: `python -m apps.NAME`."""

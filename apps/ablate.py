@@ -1,18 +1,26 @@
-"""What do the motion branch and the two extra losses bring? The paper's ablation, repeated on the toy world.
+"""What do the motion branch and the two extra losses contribute? The paper's ablation, repeated on the toy
+world.
 
-    python -m apps.ablate --weights runs/tiny/stage0/last --features runs/tiny/features --data data/toy --out runs/ablation
-    python -m apps.ablate … --seeds 1 --out runs/again       # seed 1 alone: its rows should lie within the table's spread
+    python -m apps.ablate --weights runs/tiny/stage0/last --features runs/tiny/features --data data/toy \\
+        --out runs/ablation
+    python -m apps.ablate … --seeds 1 --out runs/again     # do its rows lie within the spread of the table?
 
-Five variants from the same towers, with the same seeds, clips and steps (--steps FACTS CAPTIONS QUESTIONS). A run is three
-calls of train.py, as in examples/train_tiny.sh but shorter, and one of apps.evaluate on held-out clips. The facts are learnt
-without a word, hence without the two extra losses, so the variants that see motion share that step of their seed: the losses
-then act on a bridge that has learnt something before, as Hawk's act on Video-LLaMA's. In the other two steps all losses act,
-the motion-language loss with a target of its own in both (--motion-targets, as the paper describes it). "Without motion"
-gives the motion branch zeros, in training and evaluation, and leaves out the two losses that need it.
+Five variants from the same towers, with the same seeds, clips and steps (--steps FACTS CAPTIONS QUESTIONS). A
+run is three calls of `apps.towers facts`, as in examples/train_tiny.sh but shorter, and one of apps.evaluate
+on held-out clips. The first call trains on the facts alone, without words and hence without the two extra
+losses, so variants with the same branches share it: the losses then act on a bridge that knows something, as
+Hawk's act on Video-LLaMA's. In the other two calls all losses act, the motion-language loss with a target of
+its own in both (--motion-targets, as in the paper).
 
-OUT/results.jsonl gets one line a run. Start a stopped ablation again and it goes on: finished runs are not repeated, training
-goes on from its last checkpoint. In the end the tables (markdown, mean ± standard deviation over the seeds) are printed and
-written to OUT/table.md, and drawn into OUT/ablation.png if matplotlib is installed.
+"Without motion" is a model without a motion branch: `prepare.py merge --set branches=appearance` makes its
+towers, and it trains on the same cache, whose motion features it ignores, without the two losses that need
+the branch.
+
+OUT/results.jsonl gets one line a run. A stopped ablation resumes: finished runs are not repeated, and
+training continues from its last checkpoint. The tables (markdown, mean ± standard deviation over the seeds)
+are printed, written to OUT/table.md, and drawn into OUT/ablation.png if matplotlib is installed.
+
+In this file: the variants, one run, all runs, tables and plot, the command line.
 """
 
 import ctypes
@@ -27,19 +35,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from apps.evaluate import sha256, write_json
-from apps.scores import FACTS, appendable, as_line, read_lines
-from prepare import KINDS
-from sample import PROBLEMS, Parser, complain, note, number
+from apps.scores import FACTS, appendable, as_line, read_lines, total
+from apps.toy import KINDS
+from sample import PROBLEMS, Parser, note, number, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = {  # fields of the config
+VARIANTS = {  # fields of the config: `prepare.py merge` sets the branches, training the rest
     "full": {},
-    "without motion": {"motion": "none", "motion_language_weight": 0, "consistency_weight": 0},
+    "without motion": {"branches": "appearance", "motion_language_weight": 0, "consistency_weight": 0},
     "without consistency": {"consistency_weight": 0},
     "consistency debiased": {"consistency": "debiased"},
     "without motion-language": {"motion_language_weight": 0},
 }
-RECIPE = {  # step -> options of train.py, as in examples/train_tiny.sh
+RECIPE = {  # step -> options of `apps.towers facts`, as in examples/train_tiny.sh
     "facts": "--stage 1 --facts-only --ask-facts 1 --lr 3e-3",
     "captions": "--stage 1 --ask-facts 0.5 --lr 1e-3",
     "questions": "--stage 2 --ask-facts 0.5 --lr 1e-3 --motion-targets",
@@ -47,73 +55,124 @@ RECIPE = {  # step -> options of train.py, as in examples/train_tiny.sh
 COMMON = "--train all --min-lr 1e-5 --clip 1 --workers 0 --resume --save-every 100 --eval-every 1000000"
 
 
-# ---- One run ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# One run
+
+
 def end_with_parent():
-    """In a new process, on Linux: it is killed when this program is, so that no training goes on unseen."""
+    """In a new process, on Linux: it is killed when this program is, so that no training continues unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def launch(log, *command, threads):
-    """Runs `python COMMAND` with its output in the file `log`; a ValueError with its last line if it fails."""
+    """Runs `python COMMAND` with its output in the file `log`; a ValueError with its last line if it
+    fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                              stdout=file, stderr=file, preexec_fn=end_with_parent)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            preexec_fn=end_with_parent,
+        )
     if done.returncode:
-        last = Path(log).read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-        raise ValueError(f"{log}: `{command[0]}` ended with status {done.returncode}: {last[-1]}")
+        last = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        program = command[1] if command[0] == "-m" else command[0]
+        raise ValueError(f"{log}: `{program}` ended with status {done.returncode}: {last[-1]}")
+
+
+def towers(args, branches):
+    """The folder of towers with these branches (a comma list, or None for those of --weights), made if need
+    be."""
+    if branches is None:
+        return args.weights
+    folder = args.out / f"towers-{branches}"
+    if not folder.exists():  # merge writes all of it or nothing
+        command = ["prepare.py", "merge", "--weights", args.weights, "--set", f"branches={branches}"]
+        launch(args.out / f"{folder.name}.txt", *command, "--out", folder, threads=args.threads)
+    return folder
 
 
 def train(args, out, start, step, seed, settings):
-    """One call of train.py, which goes on where it was stopped; returns the folder of weights."""
+    """One call of `apps.towers facts`, resumed where it was stopped; returns the folder of weights."""
     done = out / step / "done"
     if not done.exists():
-        steps, clips = args.steps[list(RECIPE).index(step)], args.batch_size * (4 if step == "facts" else 1)
+        steps = args.steps[list(RECIPE).index(step)]
+        clips = args.batch_size * (4 if step == "facts" else 1)
         options = ["--weights", start, "--data", args.data, "--features", args.features, "--out", out / step]
-        options += f"--seed {seed} --steps {steps} --warmup {max(1, steps // 15)} --batch-size {clips}".split()
-        options += [x for key, value in settings.items() for x in ("--set", f"{key}={value}")]
-        options += ["--eval-samples", args.limit, "--dtype", args.dtype, *RECIPE[step].split(), *COMMON.split()]
-        out.mkdir(parents=True, exist_ok=True)
-        launch(out / f"{step}.txt", "train.py", *options, threads=args.threads)
+        options += ["--seed", seed, "--steps", steps, "--warmup", max(1, steps // 15), "--batch-size", clips]
+        options += [
+            "--eval-samples",
+            args.limit,
+            "--dtype",
+            args.dtype,
+            *RECIPE[step].split(),
+            *COMMON.split(),
+        ]
+        for key, value in settings.items():
+            options += ["--set", f"{key}={value}"]
+        launch(out / f"{step}.txt", "-m", "apps.towers", "facts", *options, threads=args.threads)
         done.touch()
     return out / step / "last"
 
 
-def facts(args, motion, seed):
-    """The first step, which all variants of this seed share that see motion."""
-    settings = {"motion": motion} if motion else {}
-    return train(args, args.out / f"seed{seed}" / f"motion-{motion or 'seen'}", args.weights, "facts", seed, settings)
+def facts(args, branches, seed):
+    """The first step, which all variants with these branches share."""
+    out = args.out / f"seed{seed}" / f"branches-{branches or 'all'}"
+    return train(args, out, towers(args, branches), "facts", seed, {})
 
 
 def run(args, variant, seed):
-    """What comes after the facts, and the evaluation -> the run's line of results.jsonl."""
-    began, out = time.perf_counter(), args.out / f"seed{seed}" / variant.replace(" ", "-")
-    weights = facts(args, VARIANTS[variant].get("motion"), seed)  # done already
+    """The steps after the facts, and the evaluation -> the run's line of results.jsonl."""
+    began = time.perf_counter()
+    out = args.out / f"seed{seed}" / variant.replace(" ", "-")
+    settings = dict(VARIANTS[variant])
+    weights = facts(args, settings.pop("branches", None), seed)  # done already
     for step in ("captions", "questions"):
-        weights = train(args, out, weights, step, seed, VARIANTS[variant])
-    options = ["--annotations", args.data / "test.jsonl", "--weights", weights, "--out", out / "predictions.jsonl"]
-    options += f"--task describe --limit {args.limit} --batch-size 50 --max-new-tokens 80 --workers 0".split()
+        weights = train(args, out, weights, step, seed, settings)
+    predictions = out / "predictions.jsonl"
+    options = ["--annotations", args.data / "test.jsonl", "--weights", weights, "--out", predictions]
+    options += [
+        "--limit",
+        args.limit,
+        *"--task describe --batch-size 50 --max-new-tokens 80 --workers 0".split(),
+    ]
     launch(out / "evaluate.txt", "-m", "apps.evaluate", *options, threads=args.threads)
-    scores = json.loads((out / "predictions.jsonl.scores.json").read_text())
+    scores = json.loads(Path(f"{predictions}.scores.json").read_text())
     last = json.loads((out / "questions" / "log.jsonl").read_text().splitlines()[-1])
     return {
-        "variant": variant, "seed": seed, "kinds": scores["kinds"]["kinds"], "facts": scores["facts"],
-        "bleu_4": scores["bleu"]["describe"]["all"]["bleu"][3], "bias_cosine": last["bias_cosine"],
+        "variant": variant,
+        "seed": seed,
+        "kinds": scores["kinds"]["kinds"],
+        "facts": scores["facts"],
+        "bleu_4": scores["bleu"]["describe"]["all"]["bleu"][3],
+        "bias_cosine": last.get("bias_cosine"),  # of two branches
         "held_out_loss": last["held_out_video_language"],
         "minutes": round((time.perf_counter() - began) / 60, 2),
-    }  # fmt: skip
+    }
 
 
-# ---- All runs --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# All runs
+
+
 def check_options(args):
-    """Writes OUT/options.json with all that decides the numbers but the seeds; a ValueError if it was begun otherwise."""
-    files = (args.weights / "model.safetensors", args.data / "train.jsonl", args.data / "test.jsonl")
+    """Writes OUT/options.json with all that decides the numbers except the seeds; ValueError if OUT was begun
+    with other options."""
     new = {name: getattr(args, name) for name in ("steps", "batch_size", "dtype", "limit", "threads")}
-    new = json.loads(json.dumps(new | {"sha256": sha256(*files), "recipe": [RECIPE, COMMON, VARIANTS]}))
+    new["sha256"] = sha256(
+        args.weights / "model.safetensors", args.data / "train.jsonl", args.data / "test.jsonl"
+    )
+    new["recipe"] = [RECIPE, COMMON, VARIANTS]
     path = args.out / "options.json"
     old = json.loads(path.read_text()) if path.exists() else new
-    if differ := [name for name in new if old.get(name) != new[name]]:
+    differ = [name for name in new if old.get(name) != new[name]]
+    if differ:
         raise ValueError(f"{args.out}: was begun with another {', '.join(differ)}; give another --out")
     write_json(path, new)
 
@@ -124,13 +183,16 @@ def ablate(args):
     check_options(args)
     path = args.out / "results.jsonl"
     have = {(line["variant"], line["seed"]) for line in read_lines(path, summary)}
-    todo = [(v, seed) for seed in range(1, args.seeds + 1) for v in args.variants if (v, seed) not in have]
-    starts = dict.fromkeys((VARIANTS[v].get("motion"), seed) for v, seed in todo)  # each once
+    wanted = [(variant, seed) for seed in range(1, args.seeds + 1) for variant in args.variants]
+    todo = [pair for pair in wanted if pair not in have]
     note(f"{len(todo)} runs to do, {len(have)} done; {args.jobs} at a time, {args.threads} threads each")
+    starts = dict.fromkeys((VARIANTS[variant].get("branches"), seed) for variant, seed in todo)  # each once
+    for branches, _ in starts:
+        towers(args, branches)
     with appendable(path) as file, ThreadPoolExecutor(args.jobs) as pool:
         try:
-            list(pool.map(lambda what: facts(args, *what), starts))
-            for result in pool.map(lambda what: run(args, *what), todo):
+            list(pool.map(lambda pair: facts(args, *pair), starts))
+            for result in pool.map(lambda pair: run(args, *pair), todo):
                 file.write(as_line(result))
                 file.flush()
                 note(summary(result))
@@ -140,45 +202,67 @@ def ablate(args):
     return read_lines(path, summary)
 
 
-# ---- Tables, plot, command line --------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Tables and plot
+
+
 def share(counts):
-    right, n = map(sum, zip(*counts, strict=True))
+    right, n = total(counts)
     return right / max(n, 1)
 
 
 def numbers(result):
-    """{column: number} of one run. A kind counts when it is named and no other is; loss: video-language, held-out."""
-    kinds = result["kinds"]
-    moving, other = ([kinds[k] for k in kinds if KINDS[k].motion_only == only] for only in (True, False))
-    columns = {"all kinds": share(moving + other), "motion-only kinds": share(moving), "other kinds": share(other)}
-    columns |= {fact: share([result["facts"][fact]]) for fact in FACTS}
-    return columns | {"BLEU-4": result["bleu_4"], "loss": result["held_out_loss"], "bias cosine": result["bias_cosine"]}
+    """{column: number, or None where there is none} of one run. A kind counts when it is named and no other
+    is; loss: video-language, held-out."""
+    counts = result["kinds"]
+    moving = [counts[kind] for kind in counts if KINDS[kind].motion_only]
+    other = [counts[kind] for kind in counts if not KINDS[kind].motion_only]
+    columns = {
+        "all kinds": share(moving + other),
+        "motion-only kinds": share(moving),
+        "other kinds": share(other),
+    }
+    for fact in FACTS:
+        columns[fact] = share([result["facts"][fact]])
+    columns["BLEU-4"] = result["bleu_4"]
+    columns["loss"] = result["held_out_loss"]
+    columns["bias cosine"] = result["bias_cosine"]
+    return columns
 
 
 def summary(result):
-    values = ", ".join(f"{name} {value:.3f}" for name, value in numbers(result).items())
-    return f"{result['variant']}, seed {result['seed']}: {values}; {result['minutes']} min"
+    values = [f"{name} {value:.3f}" for name, value in numbers(result).items() if value is not None]
+    return f"{result['variant']}, seed {result['seed']}: {', '.join(values)}; {result['minutes']} min"
 
 
 def mean_and_spread(values):
+    if None in values:
+        return "–"
     mean = f"{statistics.fmean(values):.3f}"
-    return mean + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 def tables(results):
-    """Markdown: a row for each variant with everything, and a row for each kind (right/all, the seeds added up)."""
-    of = {v: [r for r in results if r["variant"] == v] for v in VARIANTS}
-    of = {v: runs for v, runs in of.items() if runs}
-    table = [["variant", *numbers(results[0]), "seeds"]]
-    for variant, runs in of.items():
-        columns = zip(*(numbers(r).values() for r in runs), strict=True)
-        table.append([variant, *map(mean_and_spread, columns), str(len(runs))])
-    kinds = [["kind (motion only: †)", *of]]
+    """Markdown: a row for each variant with everything, and a row for each kind (right/all, added up over
+    seeds)."""
+    runs_of = {}
+    for variant in VARIANTS:
+        runs = [result for result in results if result["variant"] == variant]
+        if runs:
+            runs_of[variant] = runs
+    by_variant = [["variant", *numbers(results[0]), "seeds"]]
+    for variant, runs in runs_of.items():
+        columns = zip(*(numbers(result).values() for result in runs), strict=True)
+        by_variant.append([variant, *map(mean_and_spread, columns), str(len(runs))])
+    by_kind = [["kind (motion only: †)", *runs_of]]
     for kind in results[0]["kinds"]:
-        counts = ([sum(r["kinds"][kind][i] for r in runs) for i in (0, 1)] for runs in of.values())
-        name = kind.replace("_", " ") + " †" * KINDS[kind].motion_only
-        kinds.append([name, *(f"{right}/{n}" for right, n in counts)])
-    return markdown(table) + "\n" + markdown(kinds)
+        cells = []
+        for runs in runs_of.values():
+            right, n = total([result["kinds"][kind] for result in runs])
+            cells.append(f"{right}/{n}")
+        mark = " †" if KINDS[kind].motion_only else ""
+        by_kind.append([kind.replace("_", " ") + mark, *cells])
+    return markdown(by_variant) + "\n" + markdown(by_kind)
 
 
 def markdown(table):
@@ -187,7 +271,7 @@ def markdown(table):
 
 
 def plot(results, path):
-    """Each run a dot; a note if matplotlib is not installed."""
+    """Draws each run as a dot; a note instead if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -195,51 +279,74 @@ def plot(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [v for v in VARIANTS if any(r["variant"] == v for r in results)]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3), sharey=True, width_ratios=[3, 2, 2], layout="constrained")
+    names = [variant for variant in VARIANTS if any(result["variant"] == variant for result in results)]
+    layout = dict(sharey=True, width_ratios=[3, 2, 2], layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), **layout)
     panels = (["motion-only kinds", "other kinds"], ["BLEU-4"], ["bias cosine"])
     for axis, columns in zip(axes, panels, strict=True):
         for i, column in enumerate(columns):
-            points = [(numbers(r)[column], names.index(r["variant"]) + 0.2 * i) for r in results]
-            axis.plot(*zip(*points, strict=True), "o", alpha=0.6)
-        axis.legend(columns, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)  # above
+            x = [numbers(result)[column] for result in results]
+            y = [names.index(result["variant"]) + 0.2 * i for result in results]
+            axis.plot([float("nan") if value is None else value for value in x], y, "o", alpha=0.6)
+        above = dict(loc="lower left", bbox_to_anchor=(0, 1))
+        axis.legend(columns, fontsize=8, ncols=2, frameon=False, **above)
     axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
-    path.with_suffix(".tmp.png").replace(path)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
 def parse_args(argv=None):
-    p, positive = Parser(__doc__), number(int, 1)
+    p = Parser(__doc__)
+    positive = number(int, 1)
     add = p.add_argument
     add("--weights", type=Path, required=True, help="folder of towers that stage 0 trained")
     add("--features", type=Path, required=True, help="their cache, from `prepare.py features`")
-    add("--data", type=Path, required=True, help="the toy world of that cache, from `prepare.py toy`")
-    add("--out", type=Path, required=True, help="folder of the runs, results and tables; gone on with if it is there")
+    add("--data", type=Path, required=True, help="the toy world of that cache, from `python -m apps.toy`")
+    add("--out", type=Path, required=True, help="folder of runs, results and tables; resumed if it exists")
     add("--seeds", type=positive, default=3, metavar="N", help="seeds 1 to N (default: 3)")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    add("--steps", type=positive, nargs=3, default=[600, 180, 80], metavar="N", help="facts, captions, questions")
-    add("--batch-size", type=positive, default=16, help="clips a step, four times as many for facts (default: 16)")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training (default: bfloat16)")
-    add("--limit", type=positive, default=200, help="held-out clips that are described (default: 200)")
+    names = list(VARIANTS)
+    add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add(
+        "--steps",
+        type=positive,
+        nargs=3,
+        default=[600, 180, 80],
+        metavar="N",
+        help="facts, captions, questions",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        default=16,
+        help="clips a step, four times as many for facts (default: 16)",
+    )
+    add(
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training (default: bfloat16)"
+    )
+    add("--limit", type=positive, default=200, help="held-out clips to describe (default: 200)")
     add("--jobs", type=positive, default=2, help="runs side by side (default: 2)")
     add("--threads", type=positive, default=1, help="of each run (default: 1)")
     args = p.parse_args(argv)
-    for name in ("weights", "features", "data", "out"):  # train.py is started in the repository
+    for name in ("weights", "features", "data", "out"):  # the programs are started in the repository
         setattr(args, name, getattr(args, name).resolve())
     return args
 
 
 def main(argv=None):
+    args = parse_args(argv)
     try:
-        args = parse_args(argv)
         results = ablate(args)
         (args.out / "table.md").write_text(tables(results))
         plot(results, args.out / "ablation.png")
-        print(tables(results), end="")
     except PROBLEMS as error:
-        complain(error)
-        return 2
+        return print_error(error)
+    print(tables(results), end="")
     return 0
 
 

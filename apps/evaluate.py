@@ -1,20 +1,24 @@
 """Score a model on the clips of an index: describe each clip, answer every question about it.
 
     python -m apps.evaluate --annotations data/toy/test.jsonl --out predictions.jsonl
-    python -m apps.evaluate --annotations data/hawk/test.jsonl --out hawk.jsonl --weights weights/hawk-7b --task describe
-    torchrun --standalone --nproc_per_node=4 -m apps.evaluate --annotations data/hawk/test.jsonl --out hawk.jsonl
-    python -m apps.evaluate --out hawk.jsonl --judge gpt-4o-mini --dry-run    # the paper's GPT scores, see apps/judge.py
-    python -m apps.compare hawk.jsonl other.jsonl                             # the same clips, two models: who is better?
+    python -m apps.evaluate --annotations data/hawk/test.jsonl --out hawk.jsonl --task describe
+    torchrun --standalone --nproc_per_node=4 -m apps.evaluate --annotations INDEX --out hawk.jsonl
+    python -m apps.evaluate --out hawk.jsonl --judge gpt-4o-mini --dry-run   # GPT scores, see apps/judge.py
+    python -m apps.compare hawk.jsonl other.jsonl                            # which of two models is better?
 
-Each line of the output is one prediction: video, task (describe or answer), question, answer, reference, source, and for
-toy clips the kind. Decoding is greedy, or with --beams a search; never random. What decides the answers (SHA-256 of the
-weights and of the index, options) is written to OUT.options.json before the first clip. Start a run that was killed again
-and it goes on where it was, to the same file; with other weights or options it refuses. Under torchrun each process takes
-every n-th batch into OUT.rank0, OUT.rank1, …, and the first one puts them together in the order of the index.
+Each line of the output is one prediction: video, task (describe or answer), question, answer, reference,
+source, and the kind for toy clips. Decoding is greedy, or a search with --beams; never random. What decides
+the answers (SHA-256 of the weights and of the index, options) is written to OUT.options.json before the first
+clip. Start a run that was killed again and it resumes, to the same file; with other weights or options it
+refuses. Under torchrun each process takes every n-th batch into OUT.rank0, OUT.rank1, …, and the first
+process merges them in the order of the index.
 
-At the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source in the layout of the paper's Table 1, what
-was left out, and for a toy world (a kinds.json beside the index) how often the right kind of event is named, what is
-confused, and how often the colour, object and place of the main actor stand in the description.
+In the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source in the layout of the paper's
+Table 1, what was left out, and for a toy world (a kinds.json beside the index) how often the right kind of
+event is named, what is confused, and how often the colour, object and place of the main actor are in the
+description.
+
+In this file: the questions, the files that survive a kill, the predictions, the command line.
 """
 
 import glob
@@ -23,12 +27,14 @@ import json
 import os
 import sys
 from collections import defaultdict, deque
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from apps.scores import (
@@ -44,68 +50,89 @@ from apps.scores import (
     read_kinds,
     read_lines,
 )
-from apps.scores import bleu as bleu  # the name that others import from here
-from data import DESCRIBE_QUESTIONS, VideoError, load_batches, read_clip, read_index, usable_device
+from apps.scores import bleu as bleu  # others import it from here
+from data import (
+    DESCRIBE_QUESTIONS,
+    VideoError,
+    clip_options,
+    read_clip,
+    read_index,
+    replace_file,
+    usable_device,
+)
 from hawk import Encoding, read_chain
 from sample import (
     PROBLEMS,
     Parser,
     add_model_options,
-    complain,
-    context_length,
     encode_clips,
+    generate,
     load_from_options,
     note,
     number,
+    print_error,
     weights_folder,
 )
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is asked
 
 
+def refused(row):
+    """Whether the description is a refusal of the language model that should have written it ("As an AI
+    …")."""
+    return "refusal" in (row.get("flags") or [])
+
+
 def questions(row, name, args):
-    """The predictions that a row of an index asks for, with an empty answer."""
+    """The predictions that a row of an index asks for, with empty answers. name: what they call the video."""
     asked = []
     if args.task != "answer" and row.get("description") and (args.keep_refusals or not refused(row)):
         asked.append(("describe", DESCRIBE_QUESTIONS[0], row["description"]))
     if args.task != "describe":
         asked += [("answer", turn["q"], turn["a"]) for turn in row.get("qa") or [] if turn["a"]]
-    extra = {"source": row.get("source") or ""} | ({"kind": row["kind"]} if "kind" in row else {})
-    return [{"video": name, "task": t, "question": q, "answer": "", "reference": r} | extra for t, q, r in asked]
-
-
-def refused(row):
-    """Whether the description is a refusal of the language model that should have written it ("As an AI …")."""
-    return "refusal" in (row.get("flags") or [])
+    predictions = []
+    for task, question, reference in asked:
+        prediction = {"video": name, "task": task, "question": question, "answer": "", "reference": reference}
+        prediction["source"] = row.get("source") or ""
+        if "kind" in row:
+            prediction["kind"] = row["kind"]
+        predictions.append(prediction)
+    return predictions
 
 
 def load_index(args):
-    """-> rows of the index that ask something (absolute paths in "video"), the predictions they ask for with videos named
-    as the index does, and how many were left out."""
+    """-> rows that ask something (absolute paths in "video"), for each row the predictions it asks for
+    (videos named as in the index), and counts of what was left out."""
     folder = os.path.dirname(os.path.abspath(args.annotations)) + os.sep
-    rows = read_index(args.annotations)[: args.limit]
-    asked = [questions(row, row["video"].removeprefix(folder), args) for row in rows]
-    counts = {"clips": len(rows), "skipped": sum(not predictions for predictions in asked)}
-    left_out = args.task != "answer" and not args.keep_refusals
-    counts["refused"] = sum(refused(row) and bool(row.get("description")) for row in rows) if left_out else 0
-    if counts["skipped"] == len(rows):
+    rows = []
+    asked = []
+    counts = {"clips": 0, "skipped": 0, "refused": 0}
+    for row in read_index(args.annotations)[: args.limit]:
+        counts["clips"] += 1
+        predictions = questions(row, row["video"].removeprefix(folder), args)
+        if refused(row) and row.get("description") and args.task != "answer" and not args.keep_refusals:
+            counts["refused"] += 1
+        if predictions:
+            rows.append(row)
+            asked.append(predictions)
+        else:
+            counts["skipped"] += 1
+    if not rows:
         raise ValueError(f"{args.annotations}: holds nothing for --task {args.task}")
-    kept = [i for i, predictions in enumerate(asked) if predictions]
-    return [rows[i] for i in kept], [asked[i] for i in kept], counts
+    return rows, asked, counts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files that survive a kill
 
 
-def write_json(path, thing):
-    new = Path(f"{path}.tmp")
-    new.write_text(json.dumps(thing, indent=1) + "\n")
-    new.replace(path)
+def write_json(path, value):
+    replace_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def sha256(*files):
+    """One digest for the contents of several files."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:
@@ -114,99 +141,131 @@ def sha256(*files):
 
 
 def decisive_options(args):
-    """Everything that decides the answers, and (the two paths) for the reader where it came from."""
+    """Everything that decides the answers, and for the reader the two paths that they came from."""
     folder = weights_folder(args)
-    folders = read_chain(folder)[1]  # weights may build on others; all of them count
-    files = [file for f in folders for file in sorted(f.glob("model*.safetensors")) or [f / "config.json"]]
+    config, folders = read_chain(folder)
+    files = []
+    for source in folders:  # weights may build on others; all of them count
+        files += sorted(source.glob("model*.safetensors")) or [source / "config.json"]
     device = usable_device(args.device).type
-    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    names = ("task", "limit", "keep_refusals", "batch_size", "max_new_tokens", "beams", "repetition_penalty")
-    return {
-        "weights": str(folder.resolve()), "weights_sha256": sha256(*files, folder / "tokenizer.model"),
-        "config": vars(read_chain(folder)[0]), "annotations": os.path.abspath(args.annotations),
-        "annotations_sha256": sha256(args.annotations), "device": device, "dtype": dtype, "temperature": 0.0,
-    } | {k: True for k in ("int8", "compile") if getattr(args, k)} | {name: getattr(args, name) for name in names}  # fmt: skip
+    options = {
+        "weights": str(folder.resolve()),
+        "weights_sha256": sha256(*files, folder / "tokenizer.model"),
+        "config": asdict(config),
+        "annotations": os.path.abspath(args.annotations),
+        "annotations_sha256": sha256(args.annotations),
+        "device": device,
+        "dtype": args.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        "temperature": 0.0,
+    }
+    for name in ("int8", "compile"):
+        if getattr(args, name):
+            options[name] = True
+    for name in (
+        "task",
+        "limit",
+        "keep_refusals",
+        "batch_size",
+        "max_new_tokens",
+        "beams",
+        "repetition_penalty",
+    ):
+        options[name] = getattr(args, name)
+    return json.loads(json.dumps(options))  # as it will be when it is read again
+
+
+def differences(old, new):
+    """What differs between two records of decisive options, in words; the two paths do not count."""
+    found = []
+    for name in sorted((old | new).keys() - {"weights", "annotations"}):
+        before = old.get(name)
+        now = new.get(name)
+        if before != now:
+            values = "" if name == "config" else f" was {str(before)[:12]}, is {str(now)[:12]}"
+            found.append(name + values)
+    return found
 
 
 def record_options(args):
-    """Writes OUT.options.json; if the output is begun, a ValueError that says which options differ from it."""
-    path, new = Path(f"{args.out}.options.json"), json.loads(json.dumps(decisive_options(args)))
+    """Writes OUT.options.json and returns its content. ValueError if the output was begun with other
+    options."""
+    path = Path(f"{args.out}.options.json")
+    new = decisive_options(args)
     begun = read_lines(args.out) or parts(args.out)
     if not begun and not path.exists() and os.path.exists(args.out) and os.path.getsize(args.out):
-        raise ValueError(f"{args.out}: is there, and not written by this program; give another --out")
+        raise ValueError(f"{args.out}: exists, and was not written by this program; give another --out")
     if begun and not path.exists():
-        note(f"note: {args.out} has no {path.name}; its answers are taken to come from these weights and options")
+        note(
+            f"note: {args.out} has no {path.name}; "
+            "its answers are taken to come from these weights and options"
+        )
     if begun and path.exists():
         try:
             old = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(f"{path}: cannot be read; give another --out") from None
-        names = (old | new).keys() - {"weights", "annotations"}
-        pairs = ((name, old.get(name), new.get(name)) for name in sorted(names))
-        differ = [
-            name if name == "config" else f"{name} was {str(a)[:12]}, is {str(b)[:12]}"
-            for name, a, b in pairs
-            if a != b
-        ]
-        if differ:
-            raise ValueError(
-                f"{args.out} was begun otherwise ({'; '.join(differ)}); give another --out, or the same options"
-            )
+        if found := differences(old, new):
+            message = f"{args.out} was begun with other options ({'; '.join(found)})"
+            raise ValueError(f"{message}; give another --out, or the same options")
     write_json(path, new)
     return new
 
 
 def parts(out):
-    """The files of single processes, OUT.rank0, OUT.rank1, … Their lines: {"clip": number, "predictions": [...]}."""
+    """The files of single processes, OUT.rank0, OUT.rank1, … Their lines: {"clip": number, "predictions":
+    [...]}."""
     return sorted(glob.glob(f"{glob.escape(str(out))}.rank[0-9]*"))
 
 
 def read_done(out, asked):
-    """For each clip its predictions so far, None for one that is missing."""
-    done, places = [[None] * len(predictions) for predictions in asked], defaultdict(deque)
+    """For each clip the list of its predictions so far, with None for each one that is missing."""
+    done = [[None] * len(predictions) for predictions in asked]
+    places = defaultdict(deque)  # where a prediction belongs; several places if an index asks the same twice
     for i, predictions in enumerate(asked):
-        for j, p in enumerate(predictions):
-            places[identity(p)].append((i, j))  # several, if an index asks the same twice
-    for p in read_lines(out):
-        if not places[identity(p)]:
-            raise ValueError(f"{out}: holds a prediction about {p['video']} that the index does not ask for")
-        i, j = places[identity(p)].popleft()
-        done[i][j] = p
-    for line in (line for part in parts(out) for line in read_lines(part, lambda line: done[line["clip"]])):
-        pairs = zip(done[line["clip"]], line["predictions"], strict=True)
-        done[line["clip"]] = [have or made for have, made in pairs]
+        for j, prediction in enumerate(predictions):
+            places[identity(prediction)].append((i, j))
+    for prediction in read_lines(out):
+        if not places[identity(prediction)]:
+            message = f"{out}: holds a prediction about {prediction['video']} that the index does not ask for"
+            raise ValueError(message)
+        i, j = places[identity(prediction)].popleft()
+        done[i][j] = prediction
+    for part in parts(out):
+        for line in read_lines(part, lambda line: done[line["clip"]]):
+            old = done[line["clip"]]
+            done[line["clip"]] = [have or made for have, made in zip(old, line["predictions"], strict=True)]
     return done
 
 
 def merge(out, asked):
-    """Puts everything done into `out`, in the order of the index, and returns it."""
-    done = [p for predictions in read_done(out, asked) for p in predictions if p]
+    """Writes everything done into `out`, in the order of the index, removes the parts, and returns the
+    predictions."""
+    done = [prediction for predictions in read_done(out, asked) for prediction in predictions if prediction]
     content = b"".join(map(as_line, done))
     if not os.path.exists(out) or Path(out).read_bytes() != content:
-        Path(f"{out}.tmp").write_bytes(content)
-        os.replace(f"{out}.tmp", out)
+        replace_file(out, content)
     for part in parts(out):
         os.remove(part)
     return done
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Predictions
 
 
 class Clips(Dataset):
-    """Clips of videos, read in loader processes; for one that cannot be read, the reason."""
+    """Clips of videos, read in loader workers; in place of one that cannot be read, the reason as text."""
 
-    def __init__(self, paths, config):
-        self.paths, self.config = paths, config
+    def __init__(self, rows, config):
+        self.rows = rows
+        self.config = config
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.rows)
 
     def __getitem__(self, i):
-        c = self.config
         try:
-            return read_clip(self.paths[i], c.n_frames, c.image_size, motion=c.motion)
+            return read_clip(self.rows[i]["video"], **clip_options(self.config))
         except VideoError as error:
             return str(error)
 
@@ -215,59 +274,98 @@ def answer_batch(model, tokenizer, clips, asked, args):
     """Fills in "answer" of the predictions asked[i] about each clip i, --batch-size prompts at a time."""
     encoding = encode_clips(model, clips)
     jobs = [(i, prediction) for i, predictions in enumerate(asked) for prediction in predictions]
-    search = {"beams": args.beams, "repetition_penalty": args.repetition_penalty, "eos_id": tokenizer.eos}
     for start in range(0, len(jobs), args.batch_size):
-        of, predictions = zip(*jobs[start : start + args.batch_size], strict=True)
-        ids = [
+        chunk = jobs[start : start + args.batch_size]
+        prompts = [
             tokenizer.encode_prompt(prediction["question"], clips[i].message, model.config.n_visual)
-            for i, prediction in zip(of, predictions, strict=True)
+            for i, prediction in chunk
         ]
-        if max(map(len, ids)) >= context_length(model.config):
-            tqdm.write(f"note: a prompt of {max(map(len, ids))} tokens; these weights take {context_length(model.config)}",
-                       file=sys.stderr)  # fmt: skip
-        rows = Encoding(*(x[list(of)] for x in vars(encoding).values()))
-        made = model.generate(None, None, ids, args.max_new_tokens, encoding=rows, **search)
-        for prediction, new in zip(predictions, made, strict=True):
-            prediction["answer"] = tokenizer.decode(new)
+        longest = max(map(len, prompts))
+        limit = model.config.context_length
+        if longest >= limit:
+            tqdm.write(f"note: a prompt of {longest} tokens; these weights take {limit}", file=sys.stderr)
+        answers = generate(
+            model,
+            Encoding(encoding.tokens[[i for i, _ in chunk]], {}),
+            prompts,
+            args.beams,
+            max_new_tokens=args.max_new_tokens,
+            repetition_penalty=args.repetition_penalty,
+            eos_id=tokenizer.eos,
+        )
+        for (_, prediction), ids in zip(chunk, answers, strict=True):
+            prediction["answer"] = tokenizer.decode(ids)
 
 
 def predict(rows, asked, args, rank=0, world=1):
     """Adds to the output what it lacks. Returns [(row, video)] of those that cannot be read.
 
-    Batches are the same whatever is done already and however many processes share them, and are answered whole, so that
-    every run computes what an undisturbed one does, to the last bit (on the CPU: with the same number of threads).
+    Batches are the same no matter what is done already and how many processes share them, and they are
+    answered whole, so every run computes what an undisturbed one does, to the last bit (on the CPU: with the
+    same number of threads).
     """
     done = read_done(args.out, asked)
-    batches = [range(i, min(i + args.batch_size, len(rows))) for i in range(0, len(rows), args.batch_size)][rank::world]
+    starts = range(0, len(rows), args.batch_size)
+    batches = [range(start, min(start + args.batch_size, len(rows))) for start in starts][rank::world]
     todo = [batch for batch in batches if any(None in done[i] for i in batch)]
     if not todo:
         return []
     model, tokenizer = load_from_options(args)
-    bad, clips = [], Clips([row["video"] for row in rows], model.config)
-    loader = load_batches(clips, todo, args.workers, collate_fn=list)
+    loader = DataLoader(
+        Clips(rows, model.config), batch_sampler=todo, num_workers=args.workers, collate_fn=list
+    )
     total = sum(map(len, batches))
-    bar = tqdm(total=total, initial=total - sum(map(len, todo)), unit="clip", file=sys.stderr, disable=rank > 0)
-    with appendable(args.out if world == 1 else f"{args.out}.rank{rank}") as file, bar:
-        for batch, read in zip(todo, loader, strict=True):
-            good = [(i, clip) for i, clip in zip(batch, read, strict=True) if not isinstance(clip, str)]
-            for i, reason in zip(batch, read, strict=True):
-                if isinstance(reason, str):
-                    tqdm.write(f"error: {reason}", file=sys.stderr)
-                    bad.append((i, asked[i][0]["video"]))
-            if any(None in done[i] for i, _ in good):  # else only what cannot be read was missing
-                answer_batch(model, tokenizer, [clip for _, clip in good], [asked[i] for i, _ in good], args)
-            for i in (i for i, _ in good if None in done[i]):
-                if world > 1:
-                    file.write(as_line({"clip": i, "predictions": asked[i]}))
+    left = sum(map(len, todo))
+    bar = tqdm(total=total, initial=total - left, unit="clip", file=sys.stderr, disable=rank > 0)
+    out = args.out if world == 1 else f"{args.out}.rank{rank}"
+    unreadable = []
+    with named_death(), appendable(out) as file, bar:
+        for batch, clips in zip(todo, loader, strict=True):
+            readable = []
+            for i, clip in zip(batch, clips, strict=True):
+                if isinstance(clip, str):
+                    tqdm.write(f"error: {clip}", file=sys.stderr)
+                    unreadable.append((i, asked[i][0]["video"]))
                 else:
-                    file.writelines(as_line(p) for p, have in zip(asked[i], done[i], strict=True) if not have)
+                    readable.append((i, clip))
+            if any(None in done[i] for i, _ in readable):  # else only what cannot be read was missing
+                answer_batch(
+                    model, tokenizer, [clip for _, clip in readable], [asked[i] for i, _ in readable], args
+                )
+            for i, _ in readable:
+                write_answers(file, i, asked[i], done[i], world)
             file.flush()
             bar.update(len(batch))
-    return bad
+    return unreadable
+
+
+@contextmanager
+def named_death():
+    """Turns the death of a loader worker into an OSError. torch raises it wherever the main process happens
+    to be; what has been written until then is kept."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):  # an error that a worker raised, not its death
+            raise
+        raise OSError(f"a loader worker died; start the same command again to resume ({error})") from error
+
+
+def write_answers(file, i, made, done, world):
+    """Appends to `file` those predictions about clip i that are not done yet."""
+    if None not in done:
+        return
+    if world > 1:  # the number lets the first process put it in its place
+        file.write(as_line({"clip": i, "predictions": made}))
+        return
+    for prediction, have in zip(made, done, strict=True):
+        if have is None:
+            file.write(as_line(prediction))
 
 
 def start_processes(args):
-    """(rank, processes): torchrun sets RANK; without it this is one process. Only short messages go between them."""
+    """(rank, processes): torchrun sets RANK; without it this is one process. Only short messages pass between
+    them."""
     if "RANK" not in os.environ:
         return 0, 1
     dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
@@ -276,100 +374,134 @@ def start_processes(args):
     return dist.get_rank(), dist.get_world_size()
 
 
-def predict_index(args):
-    """All that --annotations asks for: (predictions, scores so far), or None on all processes but the first."""
-    rank, world = start_processes(args)
+def prepare_run(args):
+    """What the first process checks and writes before any clip -> (options, kinds or None)."""
+    load_index(args)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    options = record_options(args)
+    path = Path(args.annotations).parent / "kinds.json"
+    kinds = read_kinds(path) if path.exists() else None
+    return options, kinds
+
+
+def prepare_together(args, rank, world):
+    """`prepare_run` in the first process, (None, None) in the others. An error there ends all of them."""
+    prepared = (None, None)
     message = [None]
-    if rank == 0:  # the first process checks and prepares; an error of its is everyone's end
+    if rank == 0:
         try:
-            rows, asked, counts = load_index(args)
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            options, path = record_options(args), Path(args.annotations).parent / "kinds.json"
-            kinds = read_kinds(path) if path.exists() else None
+            prepared = prepare_run(args)
         except PROBLEMS as error:
             message = [error]
     if world > 1:
         dist.broadcast_object_list(message)
     if message[0]:
         raise message[0] if rank == 0 else SystemExit(2)
-    if rank:
-        rows, asked, counts = load_index(args)
-    bad = [predict(rows, asked, args, rank, world)]
-    if world > 1:
-        bad, mine = [None] * world, bad[0]
-        try:
-            dist.all_gather_object(bad, mine)  # also waits for all
-        except RuntimeError as error:
-            raise ValueError("another process has ended early; what is done is kept: start them again") from error
-        dist.destroy_process_group()
-    if rank:
+    return prepared
+
+
+def gather(unreadable, world):
+    """The unreadable videos of all processes, in the order of the index. Waits for all processes."""
+    if world == 1:
+        return sorted(unreadable)
+    gathered = [None] * world
+    try:
+        dist.all_gather_object(gathered, unreadable)
+    except RuntimeError as error:
+        message = "another process ended early; what is done is kept: start the same command again"
+        raise ValueError(message) from error
+    dist.destroy_process_group()
+    return sorted(pair for pairs in gathered for pair in pairs)
+
+
+def predict_index(args):
+    """All that --annotations asks for: (predictions, scores so far), or None in all processes but the
+    first."""
+    rank, world = start_processes(args)
+    options, kinds = prepare_together(args, rank, world)
+    rows, asked, counts = load_index(args)
+    unreadable = gather(predict(rows, asked, args, rank, world), world)
+    if rank > 0:
         return None
     predictions = merge(args.out, asked)
-    unreadable = [name for _, name in sorted(pair for pairs in bad for pair in pairs)]
-    scores = {"counts": counts, "unreadable": unreadable, "options": options}
+    scores = {"counts": counts, "unreadable": [name for _, name in unreadable], "options": options}
     if kinds:
-        names = [predictions_[0]["video"] for predictions_ in asked]
+        names = [predictions_of_row[0]["video"] for predictions_of_row in asked]
         scores["kinds"] = kind_scores(predictions, kinds)
         scores["facts"] = fact_scores(predictions, rows, names)
     return predictions, scores
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--annotations", metavar="INDEX", help="index file (JSON lines); without it, score what --out holds")
-    p.add_argument("--out", required=True, metavar="FILE", help="predictions; gone on with if it is there")
-    p.add_argument("--task", choices=["describe", "answer", "both"], default="both")
-    p.add_argument("--limit", type=number(int, 1), help="only the first clips of the index")
-    p.add_argument(
-        "--keep-refusals", action="store_true", help='also describe clips flagged "refusal" (default: count)'
+    add = p.add_argument
+    add("--annotations", metavar="INDEX", help="index file (JSON lines); without it, score what --out holds")
+    add("--out", required=True, metavar="FILE", help="predictions; resumed if it exists")
+    add("--task", choices=["describe", "answer", "both"], default="both")
+    add("--limit", type=number(int, 1), help="only the first clips of the index")
+    add(
+        "--keep-refusals",
+        action="store_true",
+        help='also describe clips flagged "refusal" (default: count them)',
     )
-    p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips, and prompts, at a time (default: 16)")
-    p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read videos (default: 2)")
+    add("--batch-size", type=number(int, 1), default=16, help="clips, and prompts, at a time (default: 16)")
+    add("--workers", type=number(int, 0), default=2, help="loader workers, which read videos (default: 2)")
     add_model_options(p)
-    g = p.add_argument_group("decoding")
-    g.add_argument("--max-new-tokens", type=number(int, 1, 4096), default=128, help="longest answer (default: 128)")
-    g.add_argument(
+    add = p.add_argument_group("decoding").add_argument
+    add("--max-new-tokens", type=number(int, 1, 4096), default=300, help="longest answer (default: 300)")
+    add(
         "--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side (default: 1)"
     )
-    g.add_argument("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
-    g = p.add_argument_group("judge", "The paper's GPT-guided scores from any OpenAI-compatible endpoint; every reply is "
-                             "kept in OUT.judge.jsonl, and none is paid for twice. The key is read from OPENAI_API_KEY.")  # fmt: skip
-    g.add_argument("--judge", metavar="MODEL", help="the endpoint's name of the model that marks the answers")
-    g.add_argument("--judge-url", metavar="URL", help="default: OPENAI_BASE_URL, else https://api.openai.com/v1")
-    g.add_argument(
-        "--judge-rate", type=number(float, 0.01), default=60.0, metavar="N", help="requests a minute (default: 60)"
+    add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
+    about = (
+        "The paper's GPT-guided scores from any OpenAI-compatible endpoint. Every reply is kept in "
+        "OUT.judge.jsonl, and none is paid for twice. The key is read from OPENAI_API_KEY."
     )
-    g.add_argument(
-        "--dry-run", action="store_true", help="send nothing, predict nothing: how many requests would it be?"
+    add = p.add_argument_group("judge", about).add_argument
+    add("--judge", metavar="MODEL", help="the endpoint's name of the model that marks the answers")
+    add("--judge-url", metavar="URL", help="default: OPENAI_BASE_URL, else https://api.openai.com/v1")
+    add(
+        "--judge-rate",
+        type=number(float, 0.01),
+        default=60.0,
+        metavar="N",
+        help="requests a minute (default: 60)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="send nothing, predict nothing: how many requests would it take?",
     )
     args = p.parse_args(argv)
     if not args.annotations and not os.path.exists(args.out):
-        p.error("--annotations is missing, and --out is not there to be scored")
+        p.error("--annotations is missing, and --out does not exist, so there is nothing to score")
     if args.dry_run and not args.judge:
-        p.error("--dry-run goes with --judge MODEL")
+        p.error("--dry-run needs --judge MODEL")
     return args
 
 
 def dry_run(args):
-    """Prints the cost of --judge; an answer that is still to be made is taken to be as long as its reference."""
+    """Prints the cost of --judge; an answer that is still to be made is taken to be as long as its
+    reference."""
     from apps.judge import cost
 
     predictions = read_lines(args.out)
     if args.annotations:
         asked = load_index(args)[1]
-        pairs = zip(asked, read_done(args.out, asked), strict=True)
-        both = [pair for p, done in pairs for pair in zip(p, done, strict=True)]
-        predictions = [done or p | {"answer": p["reference"]} for p, done in both]
+        predictions = []
+        for made, done in zip(asked, read_done(args.out, asked), strict=True):
+            for prediction, have in zip(made, done, strict=True):
+                predictions.append(have or prediction | {"answer": prediction["reference"]})
     print(cost(predictions, args.judge, f"{args.out}.judge.jsonl", args.judge_rate))
 
 
 def score(args):
     if not args.annotations and int(os.environ.get("RANK", 0)):
-        return  # nothing to share
+        return  # one process is enough to score
     if args.dry_run:
         return dry_run(args)
     out = Path(f"{args.out}.scores.json")
@@ -384,11 +516,13 @@ def score(args):
     if not predictions:
         raise ValueError(f"{args.out}: no predictions to score")
     scores |= {"bleu": bleu_per_source(predictions), "tokenisation": TOKENISATION, "paper": PAPER}
-    write_json(out, scores)  # before the judge, who may take hours
+    write_json(out, scores)  # before the judge, which may take hours
     if args.judge:
         from apps.judge import judge
 
-        scores["judge"] = judge(predictions, args.judge, f"{args.out}.judge.jsonl", args.judge_url, args.judge_rate)
+        scores["judge"] = judge(
+            predictions, args.judge, f"{args.out}.judge.jsonl", args.judge_url, args.judge_rate
+        )
         write_json(out, scores)
     print_scores(scores)
     note(f"written: {args.out}, {out}")
@@ -398,8 +532,7 @@ def main(argv=None):
     try:
         score(parse_args(argv))
     except PROBLEMS as error:
-        complain(error)
-        return 2
+        return print_error(error)
     return 0
 
 

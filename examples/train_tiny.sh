@@ -1,21 +1,35 @@
 #!/usr/bin/env bash
-# The small preset from nothing: world, towers, cache, facts, captions, questions. Usage: bash examples/train_tiny.sh [FOLDER]
-# Started again, it goes on where it was stopped. One process a core with one thread each is about twice as fast as one
-# process with two threads: PROCESSES=8 on 8 cores.
+# The small preset from nothing: world, towers, feature cache, facts, captions, questions.
+#
+#     bash examples/train_tiny.sh [FOLDER]                 # default: runs/tiny; writes FOLDER/weights
+#     PROCESSES=8 bash examples/train_tiny.sh              # one process per core; default: 2
+#
+# If it was stopped, start it again: it continues. One process per core, with one thread each, is about twice
+# as fast as one process with several threads.
 set -euo pipefail
 out=${1:-runs/tiny}
 export OMP_NUM_THREADS=1
-train="torchrun --standalone --nproc_per_node=${PROCESSES:-2} train.py --data data/toy --min-lr 1e-5 --clip 1 --dtype bfloat16 --resume"
-[ -f data/toy/test.jsonl ] || python prepare.py toy --out data/toy --n-train 24000 --n-test 400 --seed 0
-$train --preset tiny --stage 0 --out "$out/stage0" --steps 3400 --batch-size 8 --lr 1.5e-3 --warmup 150 --workers 1
+run="torchrun --standalone --nproc_per_node=${PROCESSES:-2}"
+recipe="--data data/toy --min-lr 1e-5 --clip 1 --dtype bfloat16 --workers 1 --resume"
+
+# the toy world
+[ -f data/toy/test.jsonl ] || python -m apps.toy --out data/toy --n-train 24000 --n-test 400 --seed 0
+
+# stage 0: the vision encoder and the language; then ViT and Q-Former are frozen, and their output is cached
+$run -m apps.towers towers --preset tiny $recipe --out "$out/stage0" \
+    --steps 3400 --batch-size 8 --lr 1.5e-3 --warmup 150
 python prepare.py features --weights "$out/stage0/last" --data data/toy --out "$out/features" --bfloat16
-cached="--train all --features $out/features --workers 1"
-$train --weights "$out/stage0/last" --stage 1 $cached --out "$out/facts" --facts-only --ask-facts 1 \
-    --set dropout=0.1 --steps 2000 --batch-size 64 --lr 3e-3 --warmup 100
-$train --weights "$out/facts/last" --stage 1 $cached --out "$out/facts2" --facts-only --ask-facts 1 \
+
+# the bridge: facts alone, then captions and questions beside the facts
+facts="$run -m apps.towers facts --train all --features $out/features $recipe"
+$facts --weights "$out/stage0/last" --stage 1 --out "$out/facts" --facts-only --set dropout=0.1 \
+    --steps 2000 --batch-size 64 --lr 3e-3 --warmup 100
+$facts --weights "$out/facts/last" --stage 1 --out "$out/facts2" --facts-only \
     --steps 2500 --batch-size 64 --lr 2.5e-3 --warmup 100
-$train --weights "$out/facts2/last" --stage 1 $cached --out "$out/stage1" --ask-facts 0.5 \
+$facts --weights "$out/facts2/last" --stage 1 --out "$out/stage1" --ask-facts 0.5 \
     --steps 800 --batch-size 32 --lr 1e-3 --warmup 50
-$train --weights "$out/stage1/last" --stage 2 $cached --out "$out/stage2" --ask-facts 0.5 \
+$facts --weights "$out/stage1/last" --stage 2 --out "$out/stage2" --ask-facts 0.5 \
     --steps 700 --batch-size 32 --lr 1e-3 --warmup 50
+
+# weights for sample.py: half the size, without dropout
 python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16 --set dropout=0

@@ -1,4 +1,5 @@
-"""What several test files build on: a small random model with a tokenizer, two short clips and a file that is none."""
+"""What several test files build on: a small random model with a tokenizer, two short clips and a broken
+one."""
 
 import os
 import subprocess
@@ -9,13 +10,21 @@ import sentencepiece
 import torch
 
 from hawk import PRESETS, Hawk, HawkConfig
+from train import init_weights
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side must not share the cores among their threads as well
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # test processes that share the cores must not also split them into threads
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-TEXT = "A red car drives the wrong way in the near lane. Nothing unusual happens on the road. What is it? It is a dog."
-SMALL = dict(n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32, qformer_layers=1, llama_layers=1)
+TEXT = (
+    "A red car drives the wrong way in the near lane. Nothing unusual happens on the road. "
+    "What is it? It is a dog."
+)
+SMALL = dict(
+    n_frames=4, image_size=28, vit_dim=32, vit_depth=1, qformer_dim=32, qformer_layers=1, llama_layers=1
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """As in a loader process."""
+    """As in a loader worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,19 +43,23 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with weights, two clips and a broken one."""
+    """A folder with tokenizer.model, weights/, "a b.mp4" (6 frames), c.mp4 (3, fewer than n_frames) and
+    broken.mp4."""
     folder = tmp_path_factory.mktemp("world")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter([TEXT] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=320,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+    tokenizer = folder / "tokenizer.model"
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
     torch.manual_seed(0)
-    model = Hawk(HawkConfig.from_dict(PRESETS["tiny"] | SMALL | {"vocab_size": vocabulary}))
-    model.save_pretrained(folder / "weights", tokenizer=folder / "tokenizer.model")
-    for name, frames in (("a b", 6), ("c", 3)):  # one is shorter than n_frames
+    model = Hawk(HawkConfig.from_dict(PRESETS["tiny"] | SMALL | {"vocab_size": vocabulary})).apply(
+        init_weights
+    )
+    model.save_pretrained(folder / "weights", tokenizer=tokenizer)
+    for name, frames in (("a b", 6), ("c", 3)):
         source = f"testsrc=size=64x48:rate=5:duration={frames / 5}"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, folder / f"{name}.mp4"]
-        subprocess.run(command, check=True)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source]
+        subprocess.run([*command, folder / f"{name}.mp4"], check=True)
     (folder / "broken.mp4").write_text("no video")
     return folder

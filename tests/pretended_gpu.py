@@ -3,8 +3,10 @@
     with pretended_gpu() as device:
         model.to(device)
 
-An operation on tensors of both devices raises, as on a real GPU; so does reading such a tensor with numpy. What only a
-real one shows: its kernels, its speed, its memory, autocast.
+An operation on tensors of both devices raises, as on a real GPU; so does reading such a tensor with numpy. A
+CUDA graph is a list of the operations that were run while it was recorded: a replay runs them again on the
+same tensors, and a value that the CPU wants to see meanwhile raises. Only a real GPU shows its kernels, its
+speed, its memory, and autocast.
 """
 
 from contextlib import contextmanager
@@ -16,12 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda:0")
+recording = []  # the graph that is being recorded, if any
 
 
 class GPUTensor(torch.Tensor):
     """For torch's own code it is on the device "meta", which each build of torch has."""
 
-    device, is_cuda, is_meta = (property(lambda self, x=x: x) for x in (GPU, True, False))
+    device = property(lambda self: GPU)
+    is_cuda = property(lambda self: True)
+    is_meta = property(lambda self: True)
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __new__(cls, inner):
@@ -35,6 +40,7 @@ class GPUTensor(torch.Tensor):
         return f"GPUTensor({self.inner})"
 
     def tolist(self):
+        refuse_while_recording("tolist")
         return self.inner.tolist()
 
     @classmethod
@@ -42,35 +48,105 @@ class GPUTensor(torch.Tensor):
         return compute(function, args, kwargs or {})
 
 
+def refuse_while_recording(name):
+    if recording:
+        raise RuntimeError(f"{name}: not permitted while a CUDA graph is recorded")
+
+
 def compute(function, args, kwargs):
-    name, device = str(function), kwargs.get("device")
+    """Runs one operation on the CPU; its result is on the GPU if its tensors are, or if it asks for that
+    device."""
+    name = str(function)
+    device = kwargs.get("device")
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     there = any(isinstance(x, GPUTensor) for x in tensors)
-    elsewhere = [tuple(x.shape) for x in tensors if not isinstance(x, GPUTensor) and x.ndim]  # a number may be there
-    indexed = name.startswith(("aten.index.", "aten.index_put")) and isinstance(args[0], GPUTensor)  # by a CPU tensor
+    elsewhere = [
+        tuple(x.shape) for x in tensors if not isinstance(x, GPUTensor) and x.ndim
+    ]  # numbers may be there
+    indexed = name.startswith(("aten.index.", "aten.index_put")) and isinstance(
+        args[0], GPUTensor
+    )  # by a CPU tensor
     if there and elsewhere and not indexed and not name.startswith("aten.copy_."):
         raise RuntimeError(f"{name}: tensors of shapes {elsewhere} are on the CPU, others on {GPU}")
     if device is not None:
-        there, kwargs = torch.device(device).type in ("cuda", "meta"), kwargs | {"device": torch.device("cpu")}
-    with _disable_current_modes():
-        out = function(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+        was_there = there
+        there = torch.device(device).type in ("cuda", "meta")
+        if tensors and there != was_there:
+            refuse_while_recording(name)
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    if name == "aten._local_scalar_dense.default":
+        refuse_while_recording(name)
+    result = run_on_cpu(function, args, kwargs)
     if name.split(".")[1].rstrip("_") + "_" == name.split(".")[1]:  # in place
-        return args[0]
-    return kwargs.get("out", tree_map(lambda x: GPUTensor(x) if there and isinstance(x, torch.Tensor) else x, out))
+        out = args[0]
+    else:
+        wrapped = tree_map(lambda x: GPUTensor(x) if there and isinstance(x, torch.Tensor) else x, result)
+        out = kwargs.get("out", wrapped)
+    if recording:
+        recording[-1].operations.append((function, args, kwargs, out))
+    return out
+
+
+def run_on_cpu(function, args, kwargs):
+    with _disable_current_modes():
+        return function(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
 
 
 def on_cpu(x):
     return x.inner if isinstance(x, GPUTensor) else x
 
 
-class Dispatch(TorchDispatchMode):  # for what makes tensors from nothing
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    def __init__(self):
+        self.operations = []  # (function, args, kwargs, what it returned)
+
+    def replay(self):
+        for function, args, kwargs, out in self.operations:
+            result = run_on_cpu(function, args, kwargs)
+            for old, new in zip(tree_leaves(tree_map(on_cpu, out)), tree_leaves(result), strict=True):
+                if (
+                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
+                ):  # neither a view nor in place
+                    with _disable_current_modes():
+                        old.copy_(new)
+
+
+@contextmanager
+def record(graph):
+    """Stands in for torch.cuda.graph."""
+    recording.append(graph)
+    try:
+        yield
+    finally:
+        recording.pop()
+
+
+class Stream:
+    """Stands in for torch.cuda.Stream, the current one, and the context that makes one current."""
+
+    def __init__(self, stream=None):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+class Dispatch(TorchDispatchMode):  # for operations that make tensors from nothing
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return compute(function, args, kwargs or {})
 
 
 class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.to:  # which would ask the driver for the current one
+        if function is torch.Tensor.to:  # would ask the driver for the current device
             args = [GPU if isinstance(x, str | torch.device) and str(x) == "cuda" else x for x in args]
         kwargs = dict(kwargs or {})
         device = torch.device(kwargs.get("device") or "cpu")
@@ -92,5 +168,11 @@ class Generator(torch.Generator):  # draws on the CPU, so that the draws can be 
 def pretended_gpu():
     present = dict(is_available=lambda: True, device_count=lambda: 1, _lazy_init=lambda: None)
     present |= dict(max_memory_allocated=lambda *_: 0, synchronize=lambda *_: None)
-    with patch.multiple(torch.cuda, **present), patch.object(torch, "Generator", Generator), Functions(), Dispatch():
+    present |= dict(Stream=Stream, current_stream=Stream, stream=Stream, CUDAGraph=Graph, graph=record)
+    with (
+        patch.multiple(torch.cuda, **present),
+        patch.object(torch, "Generator", Generator),
+        Functions(),
+        Dispatch(),
+    ):
         yield GPU

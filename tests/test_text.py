@@ -1,4 +1,5 @@
-"""Tokens, labels, index files, samples and batches; a small SentencePiece model is trained here, no videos are read."""
+"""Tokens, labels, index files, samples and batches; a small SentencePiece model is trained here, no videos
+are read."""
 
 import json
 from types import SimpleNamespace
@@ -11,15 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import DESCRIBE_QUESTIONS, IGNORE, FrameDataset, HawkDataset, Tokenizer, collate, random_crop, read_index
+from data import DESCRIBE_QUESTIONS, IGNORE, Clip, HawkDataset, Tokenizer, collate, random_crop, read_index
+from hawk import HawkConfig
 
 START = "[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>"
-MARKERS = ["<s>", "</s>", "<unk>", "<ImageHere>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<Video>", "</Video>"]
+MARKERS = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<ImageHere>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<</SYS>>",
+    "<Video>",
+    "</Video>",
+]
 
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
-    """A tokenizer.model with LLaMA's settings: BPE, bytes for unknown letters, no normalisation, spaces kept."""
+    """A tokenizer.model with LLaMA's settings: BPE, bytes for unknown letters, no normalisation, spaces
+    kept."""
     folder = tmp_path_factory.mktemp("spm")
     corpus = [
         *DESCRIBE_QUESTIONS,
@@ -31,7 +45,8 @@ def model_path(tmp_path_factory):
     (folder / "text").write_text("\n".join(corpus * 5))
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True,
         allow_whitespace_only_pieces=True, minloglevel=2)  # fmt: skip
     return str(folder / "tokenizer.model")
 
@@ -41,7 +56,7 @@ def tok(model_path):
     return Tokenizer(model_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Conversations
 
 
@@ -54,11 +69,20 @@ def spans(ids, labels):
 
 def test_one_round_piece_by_piece(tok):
     ids, labels = tok.encode_conversation([{"q": "What?", "a": "A car."}], message="Two frames. ", n_visual=3)
-    prompt = [1, *tok.sp.encode(START), *[tok.vocab_size] * 3, *tok.sp.encode("</Video> Two frames. What? [/INST]")]
-    whole = tok.sp.encode("</Video> Two frames. What? [/INST] A car. ")  # text between control tokens is one piece
+    prompt = [
+        1,
+        *tok.sp.encode(START),
+        *[tok.vocab_size] * 3,
+        *tok.sp.encode("</Video> Two frames. What? [/INST]"),
+    ]
+    whole = tok.sp.encode(
+        "</Video> Two frames. What? [/INST] A car. "
+    )  # text between control tokens is one piece
     assert ids == prompt[: 1 + len(tok.sp.encode(START)) + 3] + whole + [2]
     assert ids[: len(prompt)] == prompt and labels == [IGNORE] * len(prompt) + ids[len(prompt) :]
-    assert tok.sp.id_to_piece(tok.sp.encode("x ")[-1]) == "▁"  # the space before </s> is a token, and it is learnt
+    assert (
+        tok.sp.id_to_piece(tok.sp.encode("x ")[-1]) == "▁"
+    )  # the space before </s> is a token, and it is learnt
     assert labels[-2:] == [tok.sp.piece_to_id("▁"), tok.eos]
 
 
@@ -82,11 +106,14 @@ def test_truncation_cuts_ids_and_labels_alike(tok):
 def test_system_text(tok):
     ids = tok.encode_prompt("What?", n_visual=1, system="Be [INST] brief.")
     assert "<<SYS>>\nBe [ INST] brief.\n<</SYS>>" in tok.decode(ids)
-    assert tok.encode_prompt("What?", system="") == tok.encode_prompt("What?")  # nothing given: the trained format
+    assert tok.encode_prompt("What?", system="") == tok.encode_prompt(
+        "What?"
+    )  # nothing given: the trained format
 
 
 texts = st.lists(
-    st.one_of(st.sampled_from([*MARKERS, " ", "\n", "[", "/INST]", "é", "🚗"]), st.text(max_size=8)), max_size=6
+    st.one_of(st.sampled_from([*MARKERS, " ", "\n", "[", "/INST]", "é", "🚗"]), st.text(max_size=8)),
+    max_size=6,
 )
 texts = texts.map("".join)
 
@@ -112,7 +139,7 @@ def test_prompt_is_the_conversation_up_to_the_answer(tok, history, question, ans
     assert labels[len(prompt) - 1] == IGNORE and tok.sp.id_to_piece(prompt[-1]).endswith("]")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Captions, decoding, files
 
 
@@ -143,10 +170,13 @@ def test_tokenizer_file_errors(tmp_path):
 
 
 def test_questions():
-    assert len(set(DESCRIBE_QUESTIONS)) == 20 and DESCRIBE_QUESTIONS[0] == "Can you describe the anomaly in the video?"
+    assert (
+        len(set(DESCRIBE_QUESTIONS)) == 20
+        and DESCRIBE_QUESTIONS[0] == "Can you describe the anomaly in the video?"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Index files
 
 
@@ -154,7 +184,10 @@ def test_read_index(tmp_path):
     rows = [{"video": "a b.mp4", "description": "d"}, {"video": "/x/ü.mp4", "qa": [{"q": "q", "a": "a"}]}]
     lines = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n\r\n"
     (tmp_path / "i.jsonl").write_bytes(lines.encode())
-    assert [row["video"] for row in read_index(tmp_path / "i.jsonl")] == [str(tmp_path / "a b.mp4"), "/x/ü.mp4"]
+    assert [row["video"] for row in read_index(tmp_path / "i.jsonl")] == [
+        str(tmp_path / "a b.mp4"),
+        "/x/ü.mp4",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -187,38 +220,47 @@ def test_read_index_refuses_an_empty_file(tmp_path):
         read_index(tmp_path / "i.jsonl")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samples
 
 
 ROWS = [
     {"video": f"{i}.mp4", "description": f"A car number {i}.", "motion": f"car {i}",
-     "qa": [{"q": "Who?", "a": "A car."}, {"q": "Why?", "a": "Ice."}],
-     "objects": [{"object": "car", "colour": "red", "x": [i / 10] * 40, "y": [0.5] * 40}]} for i in range(6)
+     "qa": [{"q": "Who?", "a": "A car."}, {"q": "Why?", "a": "Ice."}]} for i in range(6)
 ]  # fmt: skip
 
 
-def fake_clip(path, n_frames, image_size, motion="hard", sampling="uniform", generator=None):
+def fake_clip(path, n_frames, image_size, branches, motion_mask, sampling="uniform", generator=None):
     """Frames drawn from the path, indices from the generator: what read_clip does, without a video."""
     if path.startswith("bad"):
         raise data.VideoError(path, "no frames")
-    frames = np.random.default_rng(path.encode()[0]).integers(
-        0, 256, (2, n_frames, image_size, image_size, 3), np.uint8
-    )
-    indices = np.arange(n_frames) if sampling == "uniform" else np.sort(generator.choice(30, n_frames, replace=False))
-    return SimpleNamespace(appearance=frames[0], motion=frames[1], message=f"{n_frames} frames. ", indices=indices)
+    drawn = np.random.default_rng(path.encode()[0])
+    size = (n_frames, image_size, image_size, 3)
+    streams = {name: drawn.integers(0, 256, size, np.uint8) for name in branches}
+    indices = np.arange(n_frames)
+    if sampling == "headtail":
+        indices = np.sort(generator.choice(30, n_frames, replace=False))
+    return Clip(streams, [], f"{n_frames} frames. ", indices)
+
+
+CONFIG = HawkConfig.from_dict({"n_frames": 4, "image_size": 16, "patch_size": 14, "n_video_queries": 3})
 
 
 @pytest.fixture
 def make(tok, monkeypatch):
     monkeypatch.setattr(data, "read_clip", fake_clip)
-    return lambda rows=ROWS, **kw: HawkDataset(
-        rows, tok, **{"n_frames": 4, "image_size": 16, "n_visual": 6, "stage": 2} | kw
+    return lambda rows=ROWS, config=CONFIG, stage=2, **options: HawkDataset(
+        rows, tok, config, stage, **options
     )
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if k != "errors" else a[k] == b[k] for k in a)
+    """Whether two samples or batches hold the same."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return a == b
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -226,7 +268,10 @@ def test_samples_depend_on_seed_epoch_and_index_alone(make, stage):
     dataset = make(stage=stage, seed=3)
     one, other = ([dataset[i] for i in order] for order in (range(6), (5, 3, 1, 0, 2, 4)))
     assert all(equal(one[i], other[k]) for k, i in enumerate((5, 3, 1, 0, 2, 4)))
-    load = lambda workers: list(torch.utils.data.DataLoader(dataset, 3, collate_fn=collate, num_workers=workers))  # noqa: E731
+
+    def load(workers):
+        return torch.utils.data.DataLoader(dataset, 3, collate_fn=collate, num_workers=workers)
+
     assert all(map(equal, load(0), load(2)))
     assert not all(equal(dataset[6 + i], one[i]) for i in range(6))  # the next epoch
     assert all(equal(make(stage=stage, seed=3)[i], one[i]) for i in range(6))
@@ -238,8 +283,10 @@ def test_evaluation_is_plain(make, tok):
         [{"q": DESCRIBE_QUESTIONS[0], "a": "A car number 2."}], "4 frames. ", n_visual=6
     )
     assert sample["input_ids"].tolist() == ids and sample["labels"].tolist() == labels
-    clip = fake_clip("2.mp4", 4, 16)
-    assert torch.equal(sample["appearance"], torch.from_numpy(clip.appearance).permute(0, 3, 1, 2))
+    clip = fake_clip("2.mp4", **data.clip_options(CONFIG))
+    assert list(sample["streams"]) == ["appearance", "motion"]
+    for name, frames in sample["streams"].items():
+        assert torch.equal(frames, torch.from_numpy(clip.streams[name]).permute(0, 3, 1, 2))
     assert sample["indices"].tolist() == [0, 1, 2, 3] and sample["index"] == 2
 
 
@@ -262,96 +309,73 @@ def test_a_question_that_leaves_no_room_is_reported(make):
     assert "no room for an answer in 512 tokens" in bad["error"] and bad["video"] == "a" and bad["index"] == 0
 
 
+def cached(i, choice):
+    """As CachedFeatures.load: the row and the choice are in every feature."""
+    features = torch.full((4, 2, 5), float(i)), torch.full((4, 2, 5), float(choice))
+    return Clip(dict(zip(CONFIG.branches, features, strict=True)), [], "", np.arange(4))
+
+
 def test_features_stand_in_for_the_video(make):
-    load = lambda i, choice: SimpleNamespace(  # noqa: E731
-        appearance=torch.full((4, 2, 5), i), motion=torch.full((4, 2, 5), choice), message="", indices=[0, 1, 2, 3]
-    )
-    features = SimpleNamespace(choices=3, load=load)
-    choices = [int(make(features=features)[i]["motion"][0, 0, 0]) for i in range(6)]
+    features = SimpleNamespace(choices=3, load=cached)
+    choices = [int(make(features=features)[i]["streams"]["motion"][0, 0, 0]) for i in range(6)]
     assert set(choices) <= {0, 1, 2} and len(set(choices)) > 1
     batch = collate([make(features=features, train=False)[i] for i in (0, 4)])
-    assert (
-        batch["appearance"].shape == (2, 4, 2, 5) and batch["appearance"][1, 0, 0, 0] == 4 and not batch["motion"].any()
-    )
-    plain, cached = make(augment=False)[3], make(features=features)[3]
-    assert torch.equal(plain["labels"][-4:], cached["labels"][-4:])  # the same question with and without the cache
+    assert batch["streams"]["appearance"].shape == (2, 4, 2, 5)
+    assert batch["streams"]["appearance"][1, 0, 0, 0] == 4 and not batch["streams"]["motion"].any()
+    plain = make(augment=False)[3]
+    assert torch.equal(plain["labels"][-4:], make(features=features)[3]["labels"][-4:])  # the same question
 
 
 def test_random_crop_is_one_rectangle_and_clamped():
     frames = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     frames[..., ::4, :] = 255  # hard edges: bicubic overshoots on both sides
-    crop = lambda seed: random_crop(frames, frames, np.random.default_rng(seed))  # noqa: E731
+    crop = lambda seed: random_crop({"a": frames, "b": frames[:1]}, np.random.default_rng(seed))  # noqa: E731
     for seed in range(20):
-        appearance, motion = crop(seed)
-        assert torch.equal(appearance, motion) and appearance.shape == frames.shape and appearance.dtype == torch.uint8
-        assert torch.equal(crop(seed)[0], appearance)
-    assert not torch.equal(crop(0)[0], crop(1)[0])
+        cropped = crop(seed)
+        assert torch.equal(cropped["a"][:1], cropped["b"])
+        assert cropped["a"].shape == frames.shape and cropped["a"].dtype == torch.uint8
+        assert torch.equal(crop(seed)["a"], cropped["a"])
+    assert not torch.equal(crop(0)["a"], crop(1)["a"])
     step = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     step[..., 16:] = 255
     for seed in range(20):  # brightness never falls from left to right: nothing wrapped around
-        assert (random_crop(step, step, np.random.default_rng(seed))[0].int().diff(dim=-1) >= 0).all()
-    same, _ = random_crop(step, step, np.random.default_rng(0), scale=(4.0, 4.0))  # cut off at the frame
-    assert torch.equal(same, step)
+        cropped = random_crop({"a": step}, np.random.default_rng(seed))["a"]
+        assert (cropped.int().diff(dim=-1) >= 0).all()
+    whole = random_crop({"a": step}, np.random.default_rng(0), scale=(4.0, 4.0))  # cut off at the frame
+    assert torch.equal(whole["a"], step)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches and frame targets
+# ------------------------------------------------------------------------------------------------------------
+# Batches
 
 
 def test_collate_pads_and_keeps_errors_apart(make):
-    rows = [ROWS[0], {"video": "bad.mp4", "description": "d"}, ROWS[1] | {"description": "A much longer text, it is."}]
+    rows = [
+        ROWS[0],
+        {"video": "bad.mp4", "description": "d"},
+        ROWS[1] | {"description": "A much longer text, it is."},
+    ]
     samples = [make(rows, train=False)[i] for i in range(3)]
-    for key in ("appearance", "motion", "indices"):
-        samples[0][key] = samples[0][key][:2]
-    batch, n = collate(samples, pad_id=9), len(samples[0]["input_ids"])
-    assert [(e["video"], e["index"]) for e in batch["errors"]] == [("bad.mp4", 1)] and "no frames" in batch["errors"][
-        0
-    ]["error"]
-    assert batch["appearance"].shape == (2, 4, 3, 16, 16) and batch["appearance"].dtype == torch.uint8
-    assert torch.equal(batch["motion"][0, 2], samples[0]["motion"][1]) and batch["indices"][0].tolist() == [0, 1, 1, 1]
-    assert batch["input_ids"].shape == batch["labels"].shape and batch["index"].tolist() == [0, 2]
-    assert (
-        (batch["input_ids"][0, n:] == 9).all()
-        and (batch["labels"][0, n:] == IGNORE).all()
-        and batch["input_ids"].shape[1] > n
-    )
+    samples[0]["indices"] = samples[0]["indices"][:2]
+    samples[0]["streams"] = {name: frames[:2] for name, frames in samples[0]["streams"].items()}
+    batch = collate(samples, pad_id=9)
+    assert [(error["video"], error["index"]) for error in batch["errors"]] == [("bad.mp4", 1)]
+    assert "no frames" in batch["errors"][0]["error"]
+    appearance = batch["streams"]["appearance"]
+    assert appearance.shape == (2, 4, 3, 16, 16) and appearance.dtype == torch.uint8
+    assert torch.equal(batch["streams"]["motion"][0, 2], samples[0]["streams"]["motion"][1])
+    assert batch["indices"][0].tolist() == [0, 1, 1, 1] and batch["index"].tolist() == [0, 2]
+    n = len(samples[0]["input_ids"])
+    assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].shape[1] > n
+    assert (batch["input_ids"][0, n:] == 9).all() and (batch["labels"][0, n:] == IGNORE).all()
     assert collate([samples[1]]) == {"errors": [samples[1]]}
 
 
-def test_frame_targets_by_hand(monkeypatch):
-    still = [0.5, 0.5, 0.5]
-    objects = [
-        {"object": "car", "colour": "blue", "x": [0.1, 0.1, 0.2], "y": still},
-        {"object": "fire", "colour": None, "x": still, "y": still},
-        {
-            "object": "person",
-            "colour": "red",
-            "x": [None, None, 0.9],
-            "y": [None, None, 0.8],
-            "lying": [False, False, True],
-        },
-        {"object": "car", "colour": "green", "x": [0.7, 0.8, 0.9], "y": still},
-    ]
-    targets, colours = data.frame_targets(objects, [0, 2], image_size=100)
-    car, person, fire = (data.SLOTS.index(name) for name in ("car", "person", "fire"))
-    assert targets.shape == (4, len(data.SLOTS), 4) and colours.shape == (4, len(data.SLOTS))
-    assert targets[:, car, :2].tolist() == pytest.approx(np.array([[1, 0.1], [1, 0.2], [1, 0.8], [1, 0.2]]))
-    assert colours[:, car].tolist() == [
-        1,
-        1,
-        2,
-        1,
-    ]  # in motion frame 0 (0 -> 1) the blue car stands and the green one moves
-    assert targets[:, fire, 0].tolist() == [1, 1, 1, 1] and colours[:, fire].tolist() == [IGNORE] * 4
-    assert targets[:, person].tolist() == pytest.approx(np.array([[0] * 4, [1, 0.9, 0.8, 1]] * 2))
-
-
-def test_frame_dataset(monkeypatch, tok):
-    monkeypatch.setattr(data, "read_clip", fake_clip)
-    with pytest.raises(ValueError, match='stage 0 needs "objects"'):
-        FrameDataset([{"video": "a", "description": "d"}], tok, n_frames=4, image_size=16)
-    dataset = FrameDataset(ROWS, tok, n_frames=4, image_size=16, train=True, per_clip=8)
-    batch = collate([dataset[0], dataset[5]])
-    assert batch["frames"].shape == (2, 8, 3, 16, 16) and batch["frames"].dtype == torch.uint8
-    assert batch["targets"][:, :4, 0, 0].all() and not batch["targets"][:, 4:, 0, 0].any()
-    assert batch["targets"][:, 0, 0, 1].tolist() == [0, 0.5] and batch["colours"].shape == (2, 8, len(data.SLOTS))
+def test_a_third_stream_is_carried_through(make):
+    config = HawkConfig.from_dict(
+        {"n_frames": 4, "image_size": 16, "branches": "appearance,motion,background", "n_video_queries": 3}
+    )
+    sample = make(config=config)[0]
+    assert list(sample["streams"]) == ["appearance", "motion", "background"]
+    assert (sample["input_ids"] == make().tokenizer.image_id).sum() == 9
+    assert list(collate([sample])["streams"]) == list(sample["streams"])

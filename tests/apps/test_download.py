@@ -1,11 +1,11 @@
-"""prepare.py download, against a small server on this machine that speaks the part of the hub's protocol it needs.
+"""apps.download against a small server on this machine that speaks the part of the hub's protocol it needs.
 
-The real hub is not asked here, so this shows that the requests fit the installed huggingface-hub, not that
-the published repositories still hold these files."""
+The real hub is not asked, so this shows that the requests fit the installed huggingface-hub, not that the
+published repositories still hold these files.
+"""
 
 import json
 import re
-import sys
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -13,10 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 
-import prepare
+from apps import download
 
-INDEX = {"vision_model.a": "model-00001-of-00003.safetensors", "language_model.b": "model-00002-of-00003.safetensors"}
-INDEX |= {"language_model.c": "model-00003-of-00003.safetensors", "qformer.d": "model-00001-of-00003.safetensors"}
+INDEX = {
+    "vision_model.a": "model-00001-of-00003.safetensors",
+    "language_model.b": "model-00002-of-00003.safetensors",
+}
+INDEX |= {
+    "language_model.c": "model-00003-of-00003.safetensors",
+    "qformer.d": "model-00001-of-00003.safetensors",
+}
 REPOSITORIES = {
     "meta-llama/Llama-2-7b-chat-hf": {
         "config.json": b"{}",
@@ -55,7 +61,9 @@ class Hub(BaseHTTPRequestHandler):
                 return self.reply(403, X_Error_Code="GatedRepo")
             if found[1] not in REPOSITORIES:
                 return self.reply(404, X_Error_Code="RepoNotFound")
-            siblings = [{"rfilename": n, "size": len(b), "blobId": "0"} for n, b in REPOSITORIES[found[1]].items()]
+            siblings = [
+                {"rfilename": n, "size": len(b), "blobId": "0"} for n, b in REPOSITORIES[found[1]].items()
+            ]
             body = json.dumps({"id": found[1], "sha": "0" * 40, "siblings": siblings}).encode()
             return self.reply(200, body, Content_Type="application/json")
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
@@ -74,23 +82,22 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A server, asked by the library instead of the hub. Returns `run(*arguments)` for `prepare.py download`."""
+    """A server that the library asks instead of the hub. Returns a function: arguments -> exit status."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     Hub.asked, Hub.gated = [], ()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
     )
-    monkeypatch.setattr(prepare, "URLS", {"vit": f"{address}/eva_vit_g.pth", "qformer": f"{address}/blip2.pth"})
+    monkeypatch.setattr(
+        download, "URLS", {"vit": f"{address}/eva_vit_g.pth", "qformer": f"{address}/blip2.pth"}
+    )
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["prepare.py", "download", *arguments])
-        prepare.main()
-
-    yield run
+    yield lambda *arguments: download.main(list(arguments))
     server.shutdown()
     server.server_close()
 
@@ -100,59 +107,65 @@ def gets():
 
 
 def test_dry_run_lists_and_fetches_nothing(hub, tmp_path, capsys):
-    hub("--dry-run")
+    assert hub("--dry-run") == 0
     listed = capsys.readouterr().out
     assert "Llama-2-7b-chat-hf/model-00001-of-00001.safetensors" in listed and "to download" in listed
-    assert "README" not in listed and "pytorch_model" not in listed and "pretrained.pth" not in listed
+    assert not any(name in listed for name in ("README", "pytorch_model", "pretrained.pth"))
     assert gets() == [] and list(tmp_path.iterdir()) == []
 
 
-def test_everything_arrives_once(hub, tmp_path, capsys):
-    hub("--out", "d")
+def test_everything_is_downloaded_once(hub, tmp_path, capsys):
+    assert hub("--out", "d") == 0
     assert (tmp_path / "d/hawk/finetune.pth").read_bytes() == REPOSITORIES["Jiaqi-hkust/hawk"]["finetune.pth"]
     assert (tmp_path / "d/Llama-2-7b-chat-hf/tokenizer.model").read_bytes() == b"pieces"
     assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
     before = len(gets())
-    hub("--out", "d")
+    assert hub("--out", "d") == 0
     assert len(gets()) == before and "there already" in capsys.readouterr().out
 
 
-def test_a_stopped_download_goes_on(hub, tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/eva_vit_g.pth.part").write_bytes(FILES["/eva_vit_g.pth"][:5000])
-    hub("--out", "d", "--what", "vit")
+@pytest.fixture
+def part(tmp_path):
+    """What an earlier call has left: half of a file."""
+    path = tmp_path / "d/eva_vit_g.pth.part"
+    path.parent.mkdir()
+    path.write_bytes(FILES["/eva_vit_g.pth"][:5000])
+    return path
+
+
+def test_a_stopped_download_resumes(hub, tmp_path, part):
+    assert hub("--out", "d", "--what", "vit") == 0
     assert ("GET", "/eva_vit_g.pth", "bytes=5000-") in Hub.asked
     assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
-    assert not (tmp_path / "d/eva_vit_g.pth.part").exists()
+    assert not part.exists()
 
 
-def test_only_what_is_still_to_come_needs_room(hub, tmp_path, monkeypatch):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/eva_vit_g.pth.part").write_bytes(FILES["/eva_vit_g.pth"][:5000])
+def test_only_what_is_missing_needs_space(hub, part, monkeypatch, capsys):
     missing = len(FILES["/eva_vit_g.pth"]) - 5000
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=missing - 1))
-    with pytest.raises(SystemExit, match="only 0.0 GB are free"):
-        hub("--out", "d", "--what", "vit")
+    assert hub("--out", "d", "--what", "vit") == 2
+    assert "only 0.0 GB are free" in capsys.readouterr().err
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=missing))
-    hub("--out", "d", "--what", "vit")
-    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
+    assert hub("--out", "d", "--what", "vit") == 0
 
 
 def test_only_the_shards_that_are_needed(hub, tmp_path):
-    hub("--out", "d", "--what", "blip2")
-    names = sorted(p.name for p in (tmp_path / "d/blip2-flan-t5-xxl").iterdir() if p.is_file())
+    assert hub("--out", "d", "--what", "blip2") == 0
+    names = sorted(path.name for path in (tmp_path / "d/blip2-flan-t5-xxl").iterdir() if path.is_file())
     assert names == ["model-00001-of-00003.safetensors", "model.safetensors.index.json"]
 
 
-def test_clear_messages(hub, tmp_path, monkeypatch):
+def test_clear_messages(hub, monkeypatch, capsys):
+    def error_of(what):
+        assert hub("--what", what) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
     Hub.gated = ("meta-llama/Llama-2-7b-chat-hf",)
-    for what, words in (("llama", "licence must be accepted at https://"), ("video-llama", "not on the hub")):
-        with pytest.raises(SystemExit, match=words) as stopped:
-            hub("--what", what)
-        assert "\n" not in stopped.value.code
-    monkeypatch.setitem(prepare.URLS, "vit", prepare.URLS["vit"] + ".gone")
-    with pytest.raises(SystemExit, match=r"eva_vit_g.pth.gone: cannot be reached"):
-        hub("--what", "vit")
+    assert "accept its licence at https://huggingface.co/meta-llama/" in error_of("llama")
+    assert "not on the hub" in error_of("video-llama")
+    monkeypatch.setitem(download.URLS, "vit", download.URLS["vit"] + ".gone")
+    assert "eva_vit_g.pth.gone: cannot be reached" in error_of("vit")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SystemExit, match="cannot be reached"):
-        hub("--what", "hawk")
+    assert "cannot be reached" in error_of("hawk")

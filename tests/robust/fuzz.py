@@ -1,14 +1,14 @@
-"""Damaged videos by the thousand: each must give a clip, or a VideoError of one line, within a time and a memory.
+"""Damaged videos by the thousand: each must give a clip, or a VideoError of one line, within a time and a
+memory.
 
-    python tests/fuzz.py                          # 2,000 files, two processes
-    python tests/fuzz.py --count 200 --seed 7 --workers 1 --keep failures
+    python tests/robust/fuzz.py                          # 2,000 files, two processes
+    python tests/robust/fuzz.py --count 200 --seed 7 --workers 1 --keep failures
 
-Small clips of a dozen formats are damaged (bits, bytes, numbers, pieces cut out, doubled, swapped, joined to another
-clip), and `read_clip` reads them; every other one on the way that long videos take. File i of a seed is always the same.
-Prints one JSON object of counts; wrong outcomes (anything but a sound Clip or a VideoError, over time, over memory) go to
-stderr, their files stay in --keep, and the exit status is then 1. Memory is the most that a run of ffmpeg held, or the
-growth of the process that reads, whichever is larger.
-"""
+Small clips of a dozen formats are damaged (bits, bytes, numbers, pieces cut out, doubled, swapped, joined to
+another clip), and `read_clip` reads them, some as if they were large or long. File i of a seed is always the
+same. Prints one JSON object of counts; wrong outcomes (anything but a sound Clip or a VideoError, over time,
+over memory) go to stderr, their files stay in --keep, and the exit status is then 1. Memory is the most that
+a run of ffmpeg held, or the growth of the process that reads, whichever is larger."""
 
 import argparse
 import json
@@ -30,25 +30,40 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data
 from data import Clip, VideoError, read_clip
 
 X264 = "-c:v libx264 -preset ultrafast -g 4"
 SEEDS = {  # clips that are damaged: how ffmpeg makes them
-    "h264.mp4": X264, "fast.mp4": f"{X264} -bf 2 -movflags +faststart", "pieces.mp4": f"{X264} -movflags +frag_keyframe",
-    "hevc.mp4": "-c:v libx265 -preset ultrafast -x265-params log-level=none", "h264.mkv": X264, "h264.ts": X264,
-    "vp9.webm": "-c:v libvpx-vp9 -deadline realtime -cpu-used 8", "mpeg4.avi": "-c:v mpeg4", "mpeg2.mpg": "-c:v mpeg2video -r 25",
-    "mjpeg.mov": "-c:v mjpeg -pix_fmt yuvj420p", "flv.flv": "-c:v flv1", "moving.gif": "-pix_fmt rgb24", "raw.h264": X264,
+    "h264.mp4": X264, "fast.mp4": f"{X264} -bf 2 -movflags +faststart",
+    "pieces.mp4": f"{X264} -movflags +frag_keyframe",
+    "hevc.mp4": "-c:v libx265 -preset ultrafast -x265-params log-level=none", "h264.mkv": X264,
+    "h264.ts": X264,
+    "vp9.webm": "-c:v libvpx-vp9 -deadline realtime -cpu-used 8", "mpeg4.avi": "-c:v mpeg4",
+    "mpeg2.mpg": "-c:v mpeg2video -r 25",
+    "mjpeg.mov": "-c:v mjpeg -pix_fmt yuvj420p", "flv.flv": "-c:v flv1", "moving.gif": "-pix_fmt rgb24",
+    "raw.h264": X264,
     "wmv.asf": "-c:v wmv2", "theora.ogg": "-c:v libtheora", "pictures.apng": "-pix_fmt rgb24 -plays 0",
 }  # fmt: skip
 SIZE, FRAMES = 56, 4
 
 
 def make_seeds(folder):
-    """The clips, 48x32, 1.2 s at 10 frames a second -> their bytes. Codecs that this ffmpeg lacks are left out."""
+    """The clips, 48x32, 1.2 s at 10 frames a second -> their bytes. Codecs that this ffmpeg lacks are left
+    out."""
     for name, options in SEEDS.items():
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "quiet", "-y", "-threads", "1", "-f", "lavfi"]
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(),
+            "-nostdin",
+            "-v",
+            "quiet",
+            "-y",
+            "-threads",
+            "1",
+            "-f",
+            "lavfi",
+        ]
         command += ["-i", "testsrc2=s=48x32:r=10", "-t", "1.2", *options.split(), str(folder / name)]
         subprocess.run(command, check=False)
     found = ((folder / name).read_bytes() for name in SEEDS if (folder / name).exists())
@@ -75,9 +90,14 @@ def damage(seeds, generator):
         elif kind == 1:
             content[start : start + 16] = generator.bytes(len(content[start : start + 16]))
         elif kind == 2:  # numbers that count, offset or measure something
-            width, value = ((2, 0xFFFF), (4, 0xFFFFFFFF), (4, 0x7FFFFFFF), (4, 0), (4, 1 << 24), (8, 1 << 62))[
-                generator.integers(6)
-            ]
+            width, value = (
+                (2, 0xFFFF),
+                (4, 0xFFFFFFFF),
+                (4, 0x7FFFFFFF),
+                (4, 0),
+                (4, 1 << 24),
+                (8, 1 << 62),
+            )[generator.integers(6)]
             at = place(width)
             content[at : at + width] = value.to_bytes(width, ("big", "little")[generator.integers(2)])
         elif kind == 3:
@@ -128,8 +148,8 @@ def peak_of(field, pid="self"):
 
 
 class Watched(subprocess.Popen):
-    """Notes how much memory the process has held at most: looked up while it runs, and reported by the system at its end.
-    (That counts the parent's memory at its start, too, so it only tells where it is more.)"""
+    """Notes how much memory the process has held at most: looked up while it runs, and reported by the system
+    at its end. (That counts the parent's memory at its start, too, so it only tells where it is more.)"""
 
     peak_mb = 0.0
 
@@ -155,7 +175,9 @@ def outcome(path, **options):
         clip = read_clip(path, FRAMES, SIZE, **options)
     except VideoError as error:
         message = str(error)
-        sound = len(message.splitlines()) == 1 and message.startswith(" ".join(os.fsdecode(path).splitlines()) + ": ")
+        sound = len(message.splitlines()) == 1 and message.startswith(
+            " ".join(os.fsdecode(path).splitlines()) + ": "
+        )
         return ("refused" if sound else "wrong"), message
     except Exception as error:
         return "wrong", f"{type(error).__name__}: {error}"
@@ -163,15 +185,17 @@ def outcome(path, **options):
     sound = isinstance(clip, Clip) and 1 <= T <= FRAMES and T == len(clip.seconds)
     sound &= clip.appearance.shape == clip.motion.shape == (T, SIZE, SIZE, 3)
     sound &= clip.appearance.dtype == clip.motion.dtype == np.uint8
-    sound &= bool((np.diff(clip.indices) > 0).all() and np.isfinite(clip.seconds).all() and min(clip.seconds) >= 0)
+    sound &= bool(
+        (np.diff(clip.indices) > 0).all() and np.isfinite(clip.seconds).all() and min(clip.seconds) >= 0
+    )
     return ("answered" if sound else "wrong"), f"{T} frames, {clip.seconds}"
 
 
 def try_one(number, seeds, args):
     """-> (outcome, what was said, seconds, MB, bytes of the file)"""
     torch.set_num_threads(1)
-    data.HELD_BYTES = (96 << 20) if number % 2 else 6 * SIZE * SIZE * 3  # six frames: a long video
-    data.ONE_RUN_BYTES = (1 << 20) if number % 4 else 0  # a large one
+    data.HELD_BYTES = (96 << 20) if number % 2 else 6 * SIZE * SIZE * 3  # six frames: as if it were long
+    data.SMALL_FILE = (1 << 20) if number % 4 else 0  # as if it were large
     subprocess.Popen, Watched.peak_mb = Watched, 0.0
     content = damage(seeds, np.random.default_rng([args.seed, number]))
     before = peak_of("VmRSS")
@@ -198,7 +222,9 @@ def main():
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--seconds", type=float, default=60, help="for one file")
     p.add_argument("--megabytes", type=float, default=1000, help="for one file")
-    p.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for the files of wrong outcomes")
+    p.add_argument(
+        "--keep", type=Path, default=Path("fuzz-failures"), help="folder for the files of wrong outcomes"
+    )
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seeds = make_seeds(Path(folder))

@@ -1,7 +1,8 @@
-"""The page: what it does for several users, without Gradio; and in a real browser, where Gradio, Playwright and Chromium are.
+"""The page: what it does for several users, without Gradio; and in a real browser, where Gradio, Playwright
+and Chromium are installed.
 
-python -m pytest tests/test_web.py
-python tests/test_web.py examples/web.png                       # a picture of the page with an example answered
+    python -m pytest tests/apps/test_web.py
+    python tests/apps/test_web.py examples/web.png      # a picture of the page with an example answered
 """
 
 import http.client
@@ -17,12 +18,13 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
@@ -60,8 +62,7 @@ def files(page):
     return [path for path in page.uploads.rglob("*") if path.is_file()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Without Gradio
+# ---- Without Gradio ----------------------------------------------------------------------------------------
 
 
 def test_no_gradio_is_one_line(capsys, monkeypatch):
@@ -71,74 +72,88 @@ def test_no_gradio_is_one_line(capsys, monkeypatch):
 
 
 def test_rounds_are_those_of_sample(world, page, loaded):
-    sheet, note = page.open("me", upload(page, world / "a b.mp4"))
-    assert Path(sheet).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and re.match(r"a b.mp4: read .* s, encode .* s", note)
+    clip = world / "a b.mp4"
+    sheet, status = page.open("me", upload(page, clip))
+    assert Path(sheet).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert re.match(r"a b.mp4: read .* s, encode .* s", status)
     steps = list(page.ask("me", "What is it?"))
     words = [shown[1]["content"] for shown in steps[1:-1]]
-    assert len(words) > 5 and all(b.startswith(a) for a, b in zip(words, words[1:], strict=False))
-    given = {"max_new_tokens": 12, "history": []}
+    assert len(words) > 5 and all(longer.startswith(shorter) for shorter, longer in pairwise(words))
+    history = []
     for question in ("What is it?", "Why?", "What is it?"):
-        answer = sample.ask(*loaded, world / "a b.mp4", question, **given).answer
-        if question == "Why?":
+        if history:
             steps = list(page.ask("me", question))
-        elif given["history"]:
-            steps = list(page.ask("me", question, 1, 0.0))
+        answer = sample.ask(*loaded, clip, question, history, max_new_tokens=12).answer
         asked, said = steps[-1][-2:]
         assert asked == {"role": "user", "content": question} and said["role"] == "assistant"
-        assert said["content"].startswith(f"{answer}\n\nfirst word ") and "whole answer" in said["content"]
-        given["history"].append((question, answer))
+        assert (
+            said["content"].startswith(answer) and "\n\n" in said["content"] and "generate" in said["content"]
+        )
+        history.append((question, answer))
     assert [shown["role"] for shown in steps[-1]] == ["user", "assistant"] * 3
-    assert page.restart("me") == [] and last(page.ask("me", "What is it?")) == given["history"][0][1]
-    beams = sample.ask(*loaded, world / "a b.mp4", "Why?", max_new_tokens=12, beams=3).answer
+    assert page.restart("me") == [] and last(page.ask("me", "What is it?")) == history[0][1]
     page.restart("me")
+    beams = sample.ask(*loaded, clip, "Why?", max_new_tokens=12, beams=3).answer
     assert last(page.ask("me", "Why?", 3)) == beams
 
 
 def test_what_is_wrong_is_told(world, page, monkeypatch):
     path = upload(page, world / "broken.mp4")
-    sheet, note = page.open("me", path)
-    assert sheet is None and note.startswith("error: broken.mp4: ") and str(page.uploads) not in note
+    sheet, status = page.open("me", path)
+    assert sheet is None and status.startswith("error: broken.mp4: ") and str(page.uploads) not in status
     assert files(page) == [] and last(page.ask("me", "What?")).startswith("error: there is no video")
     page.open("me", upload(page, world / "c.mp4"))
     for question, beams, temperature in ((" ", 1, 0), ("why " * 999, 1, 0), ("What?", 2, 1)):
         *_, shown = page.ask("me", question, beams, temperature)
         assert shown[-1]["content"].startswith("error: ") and shown[-2]["content"] == question
     assert not last(page.ask("me", "What?")).startswith("error")
-    monkeypatch.setattr(web, "MOST_LETTERS", 4)  # the browser's own limit can be passed by
-    assert last(page.ask("me", "What?")) == "error: a question may have 4 letters, this has 5"
+    monkeypatch.setattr(web, "MAX_CHARACTERS", 4)  # the browser's own limit can be bypassed
+    assert last(page.ask("me", "What?")) == "error: a question may have 4 characters, this one has 5"
     assert page.open("me", None) == (None, "") and files(page) == []
 
 
 def test_control_tokens_in_a_question_stay_text(world, page, loaded, monkeypatch):
-    prompts, generate = [], loaded[0].generate
-    monkeypatch.setattr(
-        loaded[0], "generate", lambda a, m, ids, *r, **k: prompts.append(ids[0]) or generate(a, m, ids, *r, **k)
-    )
+    model, tokenizer = loaded
+    generate = model.generate
+    prompts = []
+
+    def noted(encoding, ids, *args, **options):
+        prompts.append(ids[0])
+        return generate(encoding, ids, *args, **options)
+
+    monkeypatch.setattr(model, "generate", noted)
     page.open("me", upload(page, world / "c.mp4"))
     for question in ("What?", "</s><s>What?<Video>"):
         page.restart("me")
         list(page.ask("me", question))
-    plain, odd = ([ids.count(token) for token in (loaded[1].bos, loaded[1].eos, loaded[1].image_id)] for ids in prompts)
-    assert plain == odd and plain[2] == loaded[0].config.n_visual
+    special = (tokenizer.bos, tokenizer.eos, tokenizer.image_id)
+    plain, odd = ([ids.count(token) for token in special] for ids in prompts)
+    assert plain == odd and plain[2] == model.config.n_visual
 
 
 def test_two_users_at_once(world, page, loaded, monkeypatch):
-    threads, generate, encode = set(), loaded[0].generate, loaded[0].encode
+    threads = set()
+    found = {}
 
     def noted(function):
-        return lambda *args, **kwargs: threads.add(threading.get_ident()) or function(*args, **kwargs)
+        def call(*args, **options):
+            threads.add(threading.get_ident())
+            return function(*args, **options)
 
-    monkeypatch.setattr(loaded[0], "generate", noted(generate))
-    monkeypatch.setattr(loaded[0], "encode", noted(encode))
-    found = {}
+        return call
+
+    monkeypatch.setattr(loaded[0], "generate", noted(loaded[0].generate))
+    monkeypatch.setattr(loaded[0], "encode", noted(loaded[0].encode))
 
     def use(name):
         page.open(name, upload(page, world / name))
         found[name] = [last(page.ask(name, question)) for question in ("What?", "Why?", "Who?")]
 
     users = [threading.Thread(target=use, args=[name]) for name in ("a b.mp4", "c.mp4")]
-    [user.start() for user in users]
-    [user.join() for user in users]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
     assert len(threads) == 1 and threading.get_ident() not in threads  # where CUDA graphs belong
     for name, answers in found.items():
         history = []
@@ -149,13 +164,23 @@ def test_two_users_at_once(world, page, loaded, monkeypatch):
 
 
 def test_who_leaves_while_waiting_costs_nobody_time(world, page, loaded, monkeypatch):
-    going_on, generate, calls, found = threading.Event(), loaded[0].generate, [], []
-    monkeypatch.setattr(
-        loaded[0], "generate", lambda *a, **k: calls.append(1) or (going_on.wait(60) and generate(*a, **k))
-    )
-    for name in ("me", "you"):
-        page.open(name, str(world / "c.mp4"))
-    mine, yours = (threading.Thread(target=lambda k=k: found.append((k, [*page.ask(k, "What?")]))) for k in page.users)
+    proceed = threading.Event()
+    generate = loaded[0].generate
+    calls = []
+    found = {}
+
+    def held_up(*args, **options):
+        calls.append(1)
+        assert proceed.wait(60)
+        return generate(*args, **options)
+
+    def use(key):
+        found[key] = list(page.ask(key, "What?"))
+
+    monkeypatch.setattr(loaded[0], "generate", held_up)
+    for key in ("me", "you"):
+        page.open(key, str(world / "c.mp4"))
+    mine, yours = (threading.Thread(target=use, args=[key]) for key in ("me", "you"))
     mine.start()
     while not calls:
         time.sleep(0.01)
@@ -164,35 +189,38 @@ def test_who_leaves_while_waiting_costs_nobody_time(world, page, loaded, monkeyp
     while page.work is before:
         time.sleep(0.01)
     page.leave("you")
-    going_on.set()
+    proceed.set()
     mine.join(60)
     yours.join(60)
-    (_, answered), (_, left) = sorted(found)
-    assert answered[0][-1]["content"] == "…" and "first word" in answered[-1][-1]["content"]
-    assert [shown[-1]["content"] for shown in left] == ["(waiting for others)"] and len(calls) == 1
+    assert found["me"][0][-1]["content"] == "…" and "generate" in found["me"][-1][-1]["content"]
+    assert [shown[-1]["content"] for shown in found["you"]] == ["(waiting for others)"] and len(calls) == 1
 
 
 def test_an_answer_can_be_stopped(world, page):
+    def begin(question):
+        rounds = page.ask("me", question)
+        for _ in range(4):
+            next(rounds)
+        return rounds
+
     page.max_new_tokens = 300
     page.open("me", upload(page, world / "c.mp4"))
-    rounds = page.ask("me", "What?")
-    [next(rounds) for _ in range(4)]
+    rounds = begin("What?")
     page.stop("me")
     *_, shown = rounds
-    assert shown[-1]["content"].endswith("\n\nstopped") and len(page.users["me"].chat.history) == 1
-    rounds = page.ask("me", "Why?")
-    [next(rounds) for _ in range(4)]
-    rounds.close()  # as when the browser is gone: the model is free again
+    assert shown[-1]["content"].endswith("\n\nstopped")
+    chat = page.users["me"].chat
+    assert len(chat.conversations[-1]["qa"]) == 1
+    begin("Why?").close()  # as when the browser is gone: the model is free again
     assert page.work.done() and page.users["me"].stop
-    rounds = page.ask("me", "Why?")
-    [next(rounds) for _ in range(4)]
-    old = page.users["me"].chat
+    rounds = begin("Why?")
     assert page.restart("me") == [] and len(list(rounds)) < 100  # what was being said is not shown as a round
-    assert page.users["me"].shown == page.users["me"].chat.history == [] and len(old.history) == 3
+    assert page.users["me"].shown == [] and len(chat.conversations[-1]["qa"]) == 3
+    assert page.users["me"].chat.conversations == [{"video": page.users["me"].path, "qa": []}]
 
 
 def test_uploads_are_removed_and_nothing_else(world, page, monkeypatch):
-    monkeypatch.setattr(web, "MOST_USERS", 2)
+    monkeypatch.setattr(web, "MAX_USERS", 2)
     page.open("me", str(world / "c.mp4"))  # not an upload
     path = upload(page, world / "a b.mp4")
     page.open("me", path)
@@ -203,20 +231,20 @@ def test_uploads_are_removed_and_nothing_else(world, page, monkeypatch):
     assert Path(path).exists()
     other = upload(page, world / "c.mp4")
     page.open("you", other)
-    assert files(page) == [Path(other), Path(page.users["you"].folder) / "motion.png"] or len(files(page)) == 2
+    assert sorted(files(page)) == sorted([Path(other), Path(page.users["you"].folder) / "motion.png"])
     assert not Path(path).exists()
     assert page.open("you", other)[0]  # the same file once more
-    [page.open(name, str(world / "c.mp4")) for name in ("one", "two")]
+    for name in ("one", "two"):
+        page.open(name, str(world / "c.mp4"))
     assert list(page.users) == ["one", "two"] and not Path(other).exists() and len(files(page)) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In a browser
+# ---- In a browser ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def served(*options):
-    """python -m apps.web at a free port -> (its URL, the process, the folder that holds its folder of uploads)"""
+    """python -m apps.web at a free port -> (its URL, the process)"""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "apps.web", "--port", port, "--device", "cpu", *map(str, options)]
@@ -236,7 +264,7 @@ def served(*options):
 
 @contextmanager
 def browser():
-    """Chromium without a window, which reaches nothing but this machine; what it asked of others is in .elsewhere."""
+    """Chromium without a window"""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
@@ -251,7 +279,9 @@ class Tab:
     """What a person does with the page."""
 
     def __init__(self, running, url):
-        self.page, self.elsewhere, self.errors = running.new_page(viewport={"width": 1280, "height": 900}), [], []
+        self.page = running.new_page(viewport={"width": 1280, "height": 900})
+        self.elsewhere = []
+        self.errors = []
         self.page.set_default_timeout(120_000)
         self.page.on("request", self.requested)
         self.page.on("pageerror", lambda error: self.errors.append(error))
@@ -282,13 +312,15 @@ class Tab:
 
     def answers(self, n):
         """The texts of the answers once there are n whole ones"""
-        self.until(f"(document.querySelector('#chat').innerText.match(/whole answer|error: /g) || []).length == {n}")
+        self.until(
+            f"(document.querySelector('#chat').innerText.match(/peak memory|error: /g) || []).length == {n}"
+        )
         return [text.strip() for text in self.page.locator("#chat [data-testid=bot]").all_inner_texts()]
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """With these weights the page's answers are read; what sample.py says from Python is what they must be."""
+    """The weights of the served page: its answers must be those of sample.py with them."""
     return sample.load(ROOT / "weights" / "tiny", "cpu")
 
 
@@ -313,20 +345,22 @@ def expected(tiny, name, questions):
 
 
 def test_a_visit(running, url, tiny, world, tmp_path):
-    tab, questions = Tab(running, url), ("Can you describe the anomaly in the video?", "Who is involved?")
+    tab = Tab(running, url)
+    questions = ("Can you describe the anomaly in the video?", "Who is involved?")
     assert tab.upload(EXAMPLES / "falling.mp4").startswith("falling.mp4: read ")
     tab.until("document.querySelector('#sheet img').naturalHeight > 0")
-    size = tab.page.evaluate(
-        "[document.querySelector('#sheet img').naturalWidth, document.querySelector('#sheet img').naturalHeight]"
-    )
+    image = "document.querySelector('#sheet img')"
+    size = tab.page.evaluate(f"[{image}.naturalWidth, {image}.naturalHeight]")
     assert size == [8 * 112, 3 * 112]
     for n, question in enumerate(questions, 1):
         tab.submit(question)
         found = tab.answers(n)
-        assert found[-1].startswith(expected(tiny, "falling.mp4", questions[:n])[-1]) and "first word" in found[-1]
+        assert (
+            found[-1].startswith(expected(tiny, "falling.mp4", questions[:n])[-1]) and "generate" in found[-1]
+        )
     assert tab.page.input_value("#question textarea") == ""
     tab.page.click("button:text('Restart')")
-    tab.until("!document.querySelector('#chat').innerText.includes('whole answer')")
+    tab.until("!document.querySelector('#chat').innerText.includes('peak memory')")
     tab.submit(questions[1])
     assert tab.answers(1)[0].startswith(expected(tiny, "falling.mp4", questions[1:])[0])
     tab.submit("<s>What</s>? <b>[INST]</b>")  # neither a control token nor a tag
@@ -350,7 +384,8 @@ def test_a_visit(running, url, tiny, world, tmp_path):
 
 
 def test_two_tabs_at_once(running, url, tiny):
-    names, questions = ("speeding.mp4", "wrong_way.mp4"), ("Can you describe the anomaly in the video?", "Where is it?")
+    names = ("speeding.mp4", "wrong_way.mp4")
+    questions = ("Can you describe the anomaly in the video?", "Where is it?")
     tabs = [Tab(running, url) for _ in names]
     for tab, name in zip(tabs, names, strict=True):
         tab.upload(EXAMPLES / name)
@@ -378,7 +413,8 @@ def test_an_upload_that_is_too_large(running, url, tmp_path):
 def post(url, n_bytes):
     """Sends a file of zeros as a browser would -> (status, text)"""
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
-    tail, block = b"\r\n--x--\r\n", bytes(1 << 16)
+    tail = b"\r\n--x--\r\n"
+    block = bytes(1 << 16)
     connection = http.client.HTTPConnection(*re.search(r"//([^:/]+):(\d+)", url).groups(), timeout=60)
     connection.putrequest("POST", "/gradio_api/upload")
     connection.putheader("Content-Type", "multipart/form-data; boundary=x")
@@ -390,7 +426,7 @@ def post(url, n_bytes):
             connection.send(block[: n_bytes - start])
         connection.send(tail)
     except (BrokenPipeError, ConnectionResetError):
-        pass  # it has heard enough
+        pass  # the server refused the rest
     response = connection.getresponse()
     return response.status, response.read().decode()
 
@@ -406,7 +442,9 @@ def test_only_what_was_uploaded_is_read_or_given(url):
         video = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
         event = {"data": [video], "fn_index": changed, "session_hash": "somebody"}
         head = {"Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/queue/join", json.dumps(event).encode(), head))
+        urllib.request.urlopen(
+            urllib.request.Request(f"{url}gradio_api/queue/join", json.dumps(event).encode(), head)
+        )
         with urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash=somebody") as events:
             assert b'"success":false' in events.read()
     with urllib.request.urlopen(f"{url}gradio_api/file={EXAMPLES / 'falling.mp4'}") as given:
@@ -447,7 +485,19 @@ def take_picture(path):
         tab.answers(1)
         tab.page.wait_for_timeout(1000)  # the pictures fade in
         few = "split[a][b];[a]palettegen=128[p];[b][p]paletteuse=dither=none"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", "-", "-vf", few, "-update", "1", path]
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(),
+            "-v",
+            "error",
+            "-y",
+            "-i",
+            "-",
+            "-vf",
+            few,
+            "-update",
+            "1",
+            path,
+        ]
         subprocess.run(command, input=tab.page.screenshot(), check=True)
 
 

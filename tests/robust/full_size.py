@@ -1,10 +1,10 @@
-"""The 7B model at its real size, without the real weights: time and peak memory of converting, loading and using it.
+"""The 7B model at its real size, without the real weights: time and peak memory of converting, loading, use.
 
-    python tests/full_size.py --video examples/some.mp4        # needs 34 GB of disk and about 20 GB of memory
+    python tests/robust/full_size.py --video examples/some.mp4       # needs 34 GB of disk, 20 GB of memory
 
-Makes files in the released formats and sizes (17 GB, random numbers, a vocabulary of made-up words), runs `prepare.py
-weights` on them, loads the result in bfloat16 on the CPU, and lets `sample.py` describe a clip. The answer is noise.
-Prints one JSON object a step: {"step", "seconds", "peak_gb"}. Peak memory counts what is mapped from files, too.
+Makes files in the released formats and sizes (17 GB, random numbers, a vocabulary of made-up words), runs
+`prepare.py weights` on them, loads the result in bfloat16 on the CPU, lets `sample.py` describe a clip (the
+answer is noise). Prints one JSON object a step: {"step", "seconds", "peak_gb"}; mapped files count as memory.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 LLAMA_SHARDS = 3
 LOAD = "import sys, torch; from hawk import Hawk; Hawk.from_pretrained(sys.argv[1], dtype=torch.bfloat16)"
@@ -38,7 +38,8 @@ def tokenizer_model(size):
     """A SentencePiece model of `size` pieces, each a made-up word."""
     import sentencepiece
 
-    model, words = io.BytesIO(), (" ".join(f"word{i + j}" for j in range(50)) for i in range(0, size, 50))
+    model = io.BytesIO()
+    words = (" ".join(f"word{i + j}" for j in range(50)) for i in range(0, size, 50))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=words, model_writer=model, model_type="word", vocab_size=size, use_all_vocab=False,
         hard_vocab_limit=True, minloglevel=2,
@@ -47,8 +48,9 @@ def tokenizer_model(size):
 
 
 def released_shapes(config):
-    """{"vit" | "qformer" | "hawk" | "llama": {released name: tensor without memory}}, with what a reader must leave out."""
-    from hawk import Hawk
+    """{"vit" | "qformer" | "hawk" | "llama": {released name: tensor on the meta device}}, with some that a
+    reader must leave out."""
+    from hawk import Hawk, is_frame_level
     from prepare import released_names
 
     shapes = {"llama": {}, "vit": {}, "qformer": {}, "hawk": {}}
@@ -59,13 +61,14 @@ def released_shapes(config):
             inv_freq = torch.empty(config.llama_dim // config.llama_heads // 2)
             shapes["llama"][f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = inv_freq
     for name, like in parameters.items():
-        tower, _, part = name.partition(".")
+        tower = name.partition(".")[0]
+        released = released_names(name)[0]
         if tower in ("llama", "vit"):
-            shapes[tower][released_names(name)[0]] = like
-        elif not part.startswith(("ln_vision", "queries", "qformer")):
-            shapes["hawk"][released_names(part, "_motion" * (tower == "motion"))[0]] = like
+            shapes[tower][released] = like
+        elif not is_frame_level(name):
+            shapes["hawk"][released] = like
         elif tower == "appearance":
-            shapes["qformer"][released_names(part)[0]] = like
+            shapes["qformer"][released] = like
     shapes["hawk"]["query_tokens_motion"] = parameters["motion.queries"]
     return shapes
 
@@ -86,18 +89,19 @@ def make(folder):
 def write_llama(folder, shapes, config):
     folder.mkdir()
     limit = sum(like.numel() for like in shapes.values()) / LLAMA_SHARDS
-    weight_map, filled = {}, 0
+    weight_map = {}
+    filled = 0
     for name, like in shapes.items():
         weight_map[name] = f"pytorch_model-{int(filled / limit) + 1:05}-of-{LLAMA_SHARDS:05}.bin"
         filled += like.numel()
     for shard in sorted(set(weight_map.values())):
-        held = {
-            name: random_like(name, shapes[name], torch.float16) for name in weight_map if weight_map[name] == shard
-        }
+        names = [name for name in shapes if weight_map[name] == shard]
+        held = {name: random_like(name, shapes[name], torch.float16) for name in names}
         torch.save(held, folder / shard)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    sizes = {"hidden_size": config.llama_dim, "num_hidden_layers": config.llama_layers, "rms_norm_eps": config.norm_eps}
+    sizes = {"hidden_size": config.llama_dim, "num_hidden_layers": config.llama_layers}
     sizes |= {"num_attention_heads": config.llama_heads, "intermediate_size": config.llama_mlp}
+    sizes |= {"rms_norm_eps": config.norm_eps, "max_position_embeddings": config.context_length}
     (folder / "config.json").write_text(json.dumps(sizes | {"vocab_size": config.vocab_size}))
     (folder / "tokenizer.model").write_bytes(tokenizer_model(config.vocab_size))
 
@@ -105,27 +109,32 @@ def write_llama(folder, shapes, config):
 def measured(step, *command):
     """Runs a command; prints its time and its peak memory; stops everything if it fails."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{step} failed:\n{output}")
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    figures = {
-        "step": step,
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_gb": round(usage.ru_maxrss * unit / 1e9, 2),
-    }
+    figures = {"step": step, "seconds": round(time.perf_counter() - start, 1)}
+    figures["peak_gb"] = round(usage.ru_maxrss * unit / 1e9, 2)
     print(json.dumps(figures), flush=True)
     return output
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--video", type=Path, help="clip to describe")
-    parser.add_argument("--folder", type=Path, help="work here and keep the files (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="work here and keep the files (default: a temporary folder)"
+    )
     parser.add_argument("--tokens", type=int, default=16, help="length of the answer")
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # the first step, in a process of its own
+    parser.add_argument(
+        "--make", type=Path, help=argparse.SUPPRESS
+    )  # the first step, in a process of its own
     args = parser.parse_args()
     if args.make:
         return make(args.make)
@@ -135,13 +144,17 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     try:
         measured("make the files", __file__, "--make", folder)
-        released = ["--llama", folder / "llama", "--vit", folder / "vit.pth", "--qformer", folder / "qformer.pth"]
+        released = [
+            "--llama",
+            folder / "llama",
+            "--vit",
+            folder / "vit.pth",
+            "--qformer",
+            folder / "qformer.pth",
+        ]
         out = folder / "hawk-7b"
-        print(
-            measured(
-                "prepare.py weights", "prepare.py", "weights", *released, "--hawk", folder / "hawk.pth", "--out", out
-            )
-        )
+        released += ["--hawk", folder / "hawk.pth", "--out", out]
+        print(measured("prepare.py weights", "prepare.py", "weights", *released))
         measured("from_pretrained, bfloat16", "-c", LOAD, out)
         options = ["--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", args.tokens, "--json"]
         print(measured("sample.py", "sample.py", "--weights", out, "--video", args.video.resolve(), *options))

@@ -1,4 +1,5 @@
-"""Scoring with a small random model: resuming after a kill, several processes, BLEU, the judge, the comparison."""
+"""Scoring with a small random model: resuming after a kill, several processes, BLEU, the judge, the
+comparison."""
 
 import functools
 import io
@@ -22,29 +23,44 @@ from hypothesis import strategies as st
 
 from apps import compare, evaluate, judge, scores
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def world(world):
     """The folder of weights and clips, with an index of them and its kinds."""
-    folder = world
     rows = [
-        {"video": "a b.mp4", "source": "toy", "description": "A car turns back.", "kind": "turn", "colour": "red"},
-        {"video": "c.mp4", "source": "toy", "description": "As an AI language model, I cannot.", "flags": ["refusal"]},
+        {
+            "video": "a b.mp4",
+            "source": "toy",
+            "description": "A car turns back.",
+            "kind": "turn",
+            "colour": "red",
+        },
+        {
+            "video": "c.mp4",
+            "source": "toy",
+            "description": "As an AI language model, I cannot.",
+            "flags": ["refusal"],
+        },
         {"video": "broken.mp4", "source": "toy", "description": "A car turns back.", "kind": "turn"},
         {"video": "c.mp4", "source": "web", "description": "Fire.", "qa": [{"q": "Who?", "a": "A dog."}] * 2},
         {"video": "a b.mp4", "source": "web", "qa": [{"q": "Where is it?", "a": "In the near lane."}]},
         {"video": "a b.mp4", "source": "web", "qa": [{"q": "Where is it?", "a": "In the near lane."}]},
     ]
-    (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "kinds.json").write_text(json.dumps({"turn": "turns back", "fire": "catches fire"}))
-    return folder
+    written(world / "index.jsonl", rows)
+    (world / "kinds.json").write_text(json.dumps({"turn": "turns back", "fire": "catches fire"}))
+    return world
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def options(world, out, *more):
-    return ["--annotations", str(world / "index.jsonl"), "--weights", str(world / "weights"), "--out", str(out), "--device", "cpu",
-            "--workers", "0", "--batch-size", "2", "--max-new-tokens", "8", *more]  # fmt: skip
+    paths = ["--annotations", world / "index.jsonl", "--weights", world / "weights", "--out", out]
+    return [*map(str, paths), *"--device cpu --workers 0 --batch-size 2 --max-new-tokens 8".split(), *more]
 
 
 remembered = functools.lru_cache(evaluate.read_clip)
@@ -66,19 +82,19 @@ def run(world, capfd, monkeypatch):
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Predictions
 
 
 def test_evaluate_resumes_to_the_same_file(world, tmp_path, run):
-    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    whole = tmp_path / "whole.jsonl"
+    part = tmp_path / "part.jsonl"
     status, printed = run(whole)
     assert status == 0 and "error: " in printed.err and "broken.mp4" in printed.err
     predictions = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert [(p["video"], p["task"]) for p in predictions] == [
-        ("a b.mp4", "describe"), ("c.mp4", "describe"), ("c.mp4", "answer"), ("c.mp4", "answer"), ("a b.mp4", "answer"),
-        ("a b.mp4", "answer"),
-    ]  # fmt: skip
+    described = [("a b.mp4", "describe"), ("c.mp4", "describe")]
+    answered = [("c.mp4", "answer")] * 2 + [("a b.mp4", "answer")] * 2
+    assert [(p["video"], p["task"]) for p in predictions] == described + answered
     assert list(predictions[0]) == ["video", "task", "question", "answer", "reference", "source", "kind"]
     assert predictions[2]["reference"] == "A dog." and "kind" not in predictions[2]
     found = json.loads((tmp_path / "whole.jsonl.scores.json").read_text())
@@ -109,7 +125,8 @@ def test_another_run_is_refused(world, tmp_path, run):
     ):
         before = out.read_bytes()
         status, printed = run(out, *more)
-        assert status == 2 and word in printed.err and printed.err.count("\n") == 1 and out.read_bytes() == before
+        assert status == 2 and word in printed.err and printed.err.count("\n") == 1
+        assert out.read_bytes() == before
     record = Path(f"{out}.options.json")
     record.write_text(json.dumps(json.loads(record.read_text()) | {"weights_sha256": "0" * 64}))
     assert "weights_sha256 was 000000000000, is " in run(out, "--limit", "1")[1].err
@@ -120,7 +137,8 @@ def test_another_run_is_refused(world, tmp_path, run):
     ):
         out.write_text(text)
         status, printed = run(out, "--limit", "1")
-        assert status == 2 and printed.err.splitlines()[-1].startswith("error: ") and "Traceback" not in printed.err
+        assert status == 2 and printed.err.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in printed.err
     Path(f"{out}.options.json").unlink(missing_ok=True)
     out.write_text('{"one": "line without an end"}')  # not a half-written one of ours
     status, printed = run(out, "--limit", "1")
@@ -156,11 +174,39 @@ def test_what_is_beside_the_index(world, tmp_path, run):
 def test_refusals_are_kept_on_demand(world):
     args = evaluate.parse_args(options(world, "x", "--keep-refusals"))
     rows, asked, counts = evaluate.load_index(args)
-    assert counts == {"clips": 6, "skipped": 0, "refused": 0} and asked[1][0]["reference"].startswith("As an AI")
+    assert counts == {"clips": 6, "skipped": 0, "refused": 0}
+    assert asked[1][0]["reference"].startswith("As an AI")
 
 
-# Runs evaluate with the options of its first line; then reads jobs, one line each: processes that run at the same time as [[options, environment, kill]], where kill
-# is [function, n]: SIGKILL instead of its n-th call ("torn": at the n-th batch, with half a line written).
+def test_a_loader_worker_that_dies_ends_the_run_and_the_next_one_resumes(world, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
+    here = os.getpid()
+    readings = tmp_path / "readings"
+
+    def deadly(path, **options):
+        if os.getpid() != here:
+            with open(readings, "a") as file:
+                file.write("x")
+            if readings.stat().st_size == 4:
+                time.sleep(0.5)  # until the batches before have been handed over
+                os.kill(os.getpid(), signal.SIGKILL)
+        return remembered(path, **options)
+
+    assert run(whole)[0] == 0
+    monkeypatch.setattr(evaluate, "read_clip", deadly)
+    status, printed = run(out, "--workers", "1")
+    errors = [line for line in printed.err.splitlines() if "loader worker died" in line]
+    assert status == 2 and len(errors) == 1 and errors[0].startswith("error: ")
+    assert "again to resume" in errors[0]
+    assert "Traceback" not in printed.err
+    assert run(out, "--workers", "1")[0] == 0 and out.read_bytes() == whole.read_bytes()
+
+
+# Runs evaluate with the options of its first line. Then each line holds jobs that run at the same time, as
+# [[options, environment, kill]], where kill is [function, n]: SIGKILL instead of its n-th call ("torn": at
+# the n-th batch, with half a line written). Answers each line with the exit codes.
 FORKS = """
 import functools, json, os, signal, sys, traceback
 from apps import evaluate
@@ -209,14 +255,26 @@ def test_kills_and_processes_change_nothing(world, tmp_path):
         port = s.getsockname()[1]
 
     def ranks(out, kills=(None, None), more=()):
-        both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        return [[options(world, out, *more), both | {"RANK": str(r), "LOCAL_RANK": "0"}, kills[r]] for r in (0, 1)]
+        both = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        return [
+            [options(world, out, *more), both | {"RANK": str(r), "LOCAL_RANK": "0"}, kills[r]] for r in (0, 1)
+        ]
 
     def alone(out, kill=None):
         return [[options(world, out), {}, kill]]
 
-    kills = [("os.replace", 1), ("torn", 2), ("answer_batch", 3)]  # before the first record, amid and between clips
-    jobs, expected = [options(world, tmp_path / "whole")], []
+    kills = [
+        ("os.replace", 1),
+        ("torn", 2),
+        ("answer_batch", 3),
+    ]  # before the first record, amid and between clips
+    jobs = [options(world, tmp_path / "whole")]
+    expected = []
     for i, kill in enumerate(kills):
         jobs += [alone(tmp_path / f"kill{i}", kill), alone(tmp_path / f"kill{i}")]
         expected += [[-signal.SIGKILL], [0]]
@@ -226,8 +284,8 @@ def test_kills_and_processes_change_nothing(world, tmp_path):
     jobs += [ranks(tmp_path / "one dies", (None, ("answer_batch", 1))), ranks(tmp_path / "one dies")]
     expected += [[2, -signal.SIGKILL], [0, 0]]
     done = subprocess.run(
-        [sys.executable, "-c", FORKS], cwd=ROOT, input="".join(json.dumps(job) + "\n" for job in jobs), text=True,
-        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", FORKS], input="".join(json.dumps(job) + "\n" for job in jobs), text=True,
+        cwd=ROOT, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert codes == expected, done.stderr
@@ -236,33 +294,41 @@ def test_kills_and_processes_change_nothing(world, tmp_path):
     for name in [f"kill{i}" for i in range(len(kills))] + ["two", "changed", "one dies"]:
         assert (tmp_path / name).read_bytes() == whole, name
         assert not list(tmp_path.glob(f"{name}.rank*"))
-    refusals = [line for line in done.stderr.splitlines() if "was begun otherwise" in line]
+    refusals = [line for line in done.stderr.splitlines() if "was begun with other options" in line]
     assert len(refusals) == 1 and "limit was None, is 1" in refusals[0] and "Traceback" not in done.stderr
 
 
 def test_ranks_that_were_killed_leave_their_answers(world, tmp_path, run, monkeypatch):
-    """One process goes on where several were killed, also between the merge and the removal of their files."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    """One process resumes where several were killed, also between the merge and the removal of their
+    files."""
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     assert run(whole)[0] == 0
     args = evaluate.parse_args(options(world, out))
     rows, asked, _ = evaluate.load_index(args)
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     evaluate.record_options(args)
     ours = evaluate.as_line({"clip": 2, "predictions": lines[1:4]})
-    Path(f"{out}.rank1").write_bytes(ours + evaluate.as_line({"clip": 3, "predictions": lines[4:5]})[:-9])  # torn
-    seen, answer = [], evaluate.answer_batch
-    monkeypatch.setattr(evaluate, "answer_batch", lambda m, t, c, a, o: seen.append(a) or answer(m, t, c, a, o))
-    assert run(out)[0] == 0 and out.read_bytes() == whole.read_bytes() and len(seen) == 3 and not evaluate.parts(out)
+    Path(f"{out}.rank1").write_bytes(
+        ours + evaluate.as_line({"clip": 3, "predictions": lines[4:5]})[:-9]
+    )  # torn
+    seen = []
+    answer = evaluate.answer_batch
+    monkeypatch.setattr(
+        evaluate, "answer_batch", lambda m, t, c, a, o: seen.append(a) or answer(m, t, c, a, o)
+    )
+    assert run(out)[0] == 0 and out.read_bytes() == whole.read_bytes() and len(seen) == 3
+    assert not evaluate.parts(out)
     Path(f"{out}.rank1").write_bytes(ours)
-    assert run(out)[0] == 0 and out.read_bytes() == whole.read_bytes() and len(seen) == 3 and not evaluate.parts(out)
+    assert run(out)[0] == 0 and out.read_bytes() == whole.read_bytes() and len(seen) == 3
+    assert not evaluate.parts(out)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scores
 
-sentences = st.lists(st.sampled_from("a red Car, 1.5 3,x it's 2-3 well-made (so) …! . é".split()), max_size=8).map(
-    " ".join
-)
+WORDS = "a red Car, 1.5 3,x it's 2-3 well-made (so) …! . é".split()
+sentences = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
 
 
 def assert_like_sacrebleu(pairs):
@@ -288,23 +354,34 @@ def test_bleu_by_hand():
     assert evaluate.bleu(["", ""], ["a b c", "d"]) == evaluate.bleu([], []) == [0, 0, 0, 0]
     assert evaluate.bleu(["The cat sat down."], ["the cat sat down ."]) == [1, 1, 1, 1]
     assert evaluate.bleu(["a b c"], ["a b d"]) == pytest.approx([2 / 3, (2 / 3 * 1 / 2) ** 0.5, 0, 0])
-    assert evaluate.bleu(["a b", ""], ["a b", "c d"])[:2] == pytest.approx([np.exp(-1)] * 2)  # half is not answered
+    assert evaluate.bleu(["a b", ""], ["a b", "c d"])[:2] == pytest.approx(
+        [np.exp(-1)] * 2
+    )  # half is not answered
     with pytest.raises(ValueError):
         evaluate.bleu(["a"], [])
 
 
 def test_kinds_and_facts():
     kinds = {"turn": "turns back", "fire": "catches fire", "normal": "nothing unusual happens"}
-    answers = [("turn", "A red car Turns back."), ("turn", "It turns back and catches fire."), ("fire", "It turns back."),
-               ("fire", ""), ("normal", "Nothing unusual happens in the far lane.")]  # fmt: skip
-    rows = [
-        {"video": str(i), "kind": k, "colour": "red", "place": "in the far lane"} for i, (k, _) in enumerate(answers)
+    answers = [
+        ("turn", "A red car Turns back."),
+        ("turn", "It turns back and catches fire."),
+        ("fire", "It turns back."),
+        ("fire", ""),
+        ("normal", "Nothing unusual happens in the far lane."),
     ]
+    facts = {"colour": "red", "place": "in the far lane"}
+    rows = [facts | {"video": str(i), "kind": kind} for i, (kind, _) in enumerate(answers)]
     predictions = [dict(row, task="describe", answer=a) for row, (_, a) in zip(rows, answers, strict=True)]
     predictions.append({"video": "0", "task": "answer", "kind": "turn", "answer": "A car."})
     scores = evaluate.kind_scores(predictions, kinds)
-    assert scores["kinds"] == {"turn": [1, 2], "fire": [0, 2], "normal": [1, 1]} and scores["overall"] == 2 / 5
-    assert sorted(scores["confusions"]) == [["fire", "none", 1], ["fire", "turn", 1], ["turn", "turn and fire", 1]]
+    assert scores["kinds"] == {"turn": [1, 2], "fire": [0, 2], "normal": [1, 1]}
+    assert scores["overall"] == 2 / 5
+    assert sorted(scores["confusions"]) == [
+        ["fire", "none", 1],
+        ["fire", "turn", 1],
+        ["turn", "turn and fire", 1],
+    ]
     facts = evaluate.fact_scores(predictions, rows, [row["video"] for row in rows])
     assert facts == {"colour": [1, 5], "object": [0, 0], "place": [1, 5]}  # "ca(tches fi)red" is no colour
 
@@ -317,26 +394,23 @@ def test_predictions_of_another_make(tmp_path, capfd):
         assert evaluate.main(["--out", str(path)]) == 2 and capfd.readouterr().err.count("\n") == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Judge
 
 
 def prediction(i, answer="A car turns back.", source="toy", task="describe"):
-    return {
-        "video": f"{i}.mp4",
-        "task": task,
-        "question": "What?",
-        "answer": answer,
-        "reference": f"Fire {i}.",
-        "source": source,
-    }
+    about = {"video": f"{i}.mp4", "task": task, "question": "What?", "reference": f"Fire {i}."}
+    return about | {"answer": answer, "source": source}
 
 
 @pytest.mark.parametrize(
     ("reply", "mark"),
     [
         ("{'score': 0.675}", 0.675),
-        ('Sure! Here it is:\n```json\n{\n  "score": 0.4,\n  "why": "2 of 3 match"\n}\n```\nHope it helps, 10/10!', 0.4),
+        (
+            'Sure! Here it is:\n```json\n{\n  "score": 0.4,\n  "why": "2 of 3 match"\n}\n```\nGood, 10/10!',
+            0.4,
+        ),
         ("<think>score: 0.1? no</think>\nScore: 1.", 1.0),
         ("**Score**: `0`", 0.0),
         ("The score is .5.", 0.5),
@@ -351,9 +425,12 @@ def test_marks_are_read(reply, mark):
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "I cannot judge this.", "{'score': 1.2}", "{'score': -0.1}", "{'score': 7/10}", "score: 70%", "score: 0,7", "score: nan",
-     "{'score': 0.2} {'score': 0.9}", "score: 1 out of 10", "score: 0.6-0.8", "score: 0 to 1", "{'reasonability_score': 0.5}",
-     "{'score':", "In 3 of 4 cases", "0.5 or 0.6", "score: 0.5.1"],
+    [
+        "", "I cannot judge this.", "{'score': 1.2}", "{'score': -0.1}", "{'score': 7/10}", "score: 70%",
+        "score: 0,7", "score: nan", "{'score': 0.2} {'score': 0.9}", "score: 1 out of 10", "score: 0.6-0.8",
+        "score: 0 to 1", "{'reasonability_score': 0.5}", "{'score':", "In 3 of 4 cases", "0.5 or 0.6",
+        "score: 0.5.1",
+    ],
 )  # fmt: skip
 def test_nonsense_is_no_mark(reply):
     with pytest.raises(ValueError, match="no mark"):
@@ -362,9 +439,11 @@ def test_nonsense_is_no_mark(reply):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine that answers as `plan` says: for the n-th request a reply's words, a status, a (status,
-    headers), or bytes; when the plan is over, {'score': 0.5}. It keeps what it was sent, and when."""
-    plan, got = [], []
+    """A server on this machine that answers as `plan` says: for the n-th request a reply's words, a status, a
+    (status, headers), or bytes; when the plan is over, {'score': 0.5}. It keeps what it was sent, and
+    when."""
+    plan = []
+    got = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -377,9 +456,16 @@ def server(monkeypatch):
                 what = "late"
             if what == "drop":
                 return
-            status, headers = what if isinstance(what, tuple) else (what, {}) if isinstance(what, int) else (200, {})
-            content = what if isinstance(what, bytes) else b"Unsupported value: temperature"
-            if isinstance(what, str):
+            status = 200
+            headers = {}
+            content = b"Unsupported value: temperature"
+            if isinstance(what, int):
+                status = what
+            elif isinstance(what, tuple):
+                status, headers = what
+            elif isinstance(what, bytes):
+                content = what
+            else:
                 content = json.dumps({"choices": [{"message": {"content": what}}]}).encode()
             length = len(content) * (2 if what == CUT else 1)
             try:
@@ -418,11 +504,27 @@ def marked(tmp_path, n=1, **more):
 
 def test_judge_outlives_a_bad_server(tmp_path, server):
     plan, got = server
-    plan += [429, 500, "slow", CUT, b"<html>", b'{"choices": []}', 503, "drop", (429, {"Retry-After": "0.02"}), b"null"]
+    plan += [
+        429,
+        500,
+        "slow",
+        CUT,
+        b"<html>",
+        b'{"choices": []}',
+        503,
+        "drop",
+        (429, {"Retry-After": "0.02"}),
+        b"null",
+    ]
     found = marked(tmp_path)
-    assert found["failed"] == 0 and found["scores"]["describe"]["all"] == {
-        "reasonability": 0.5, "detail": 0.5, "consistency": 0.5, "n": 1, "marks": 3,
-    }  # fmt: skip
+    assert found["failed"] == 0
+    assert found["scores"]["describe"]["all"] == {
+        "reasonability": 0.5,
+        "detail": 0.5,
+        "consistency": 0.5,
+        "n": 1,
+        "marks": 3,
+    }
     assert len(got) == 13 and {path for _, path, _, _ in got} == {"/v1/chat/completions"}
     assert {key for _, _, key, _ in got} == {"Bearer sk-test"}
     body = got[-1][3]
@@ -434,37 +536,25 @@ def test_judge_outlives_a_bad_server(tmp_path, server):
 def test_judge_asks_again_after_nonsense_and_counts_failures(tmp_path, server, monkeypatch):
     monkeypatch.setattr(judge, "THREADS", 1)
     plan, got = server
-    plan += [
-        "no",
-        "{'score': 3}",
-        "```\n{'score': 0.9}\n```",
-        "no",
-        "no",
-        "no",
-        400,
-    ]  # (this one also names the temperature)
+    replies = ["no", "{'score': 3}", "```\n{'score': 0.9}\n```", "no", "no", "no"]
+    plan += [*replies, 400]  # which also names the temperature
     found = marked(tmp_path)
     scores = found["scores"]["describe"]["toy"]
-    assert (scores["reasonability"], scores["detail"], scores["consistency"]) == (0.9, None, 0.5) and found[
-        "failed"
-    ] == 1
+    assert (scores["reasonability"], scores["detail"], scores["consistency"]) == (0.9, None, 0.5)
+    assert found["failed"] == 1
     assert len(got) == 8 and "temperature" not in got[-1][3]
     record = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
-    assert [line["reply"] for line in record] == [
-        "no",
-        "{'score': 3}",
-        "```\n{'score': 0.9}\n```",
-        "no",
-        "no",
-        "no",
-        "{'score': 0.5}",
-    ]
-    assert [line["mark"] for line in record] == [None, None, 0.9, None, None, None, 0.5] and "3.0" in record[1]["error"]
+    assert [line["reply"] for line in record] == [*replies, "{'score': 0.5}"]
+    assert [line["mark"] for line in record] == [None, None, 0.9, None, None, None, 0.5]
+    assert "3.0" in record[1]["error"]
     assert marked(tmp_path)["failed"] == 0 and len(got) == 9  # only what failed is asked again
 
 
-def test_a_model_that_takes_only_its_own_temperature_may_say_so_to_many_at_once(tmp_path, server, monkeypatch):
-    together, reason = threading.Barrier(3), b"Unsupported value: temperature"
+def test_a_model_that_takes_only_its_own_temperature_may_say_so_to_many_at_once(
+    tmp_path, server, monkeypatch
+):
+    together = threading.Barrier(3)
+    reason = b"Unsupported value: temperature"
 
     def post(endpoint, body):
         if "temperature" in body:
@@ -485,9 +575,8 @@ def test_judge_resumes(tmp_path, server):
     lines = (tmp_path / "r").read_bytes().splitlines(keepends=True)
     assert len(lines) == len(got) == 12
     (tmp_path / "r").write_bytes(b"".join(lines[:7]) + lines[7][:30])  # killed while it wrote
-    assert judge.cost([prediction(i) for i in range(4)], "m", tmp_path / "r", 60).startswith(
-        "5 requests to m (7 already"
-    )
+    cost = judge.cost([prediction(i) for i in range(4)], "m", tmp_path / "r", 60)
+    assert cost.startswith("5 requests to m (7 already")
     assert marked(tmp_path, 4) == whole and len(got) == 17
     changed = [prediction(0, "Another answer.")] + [prediction(i) for i in range(1, 4)]
     judge.judge(changed, "m", tmp_path / "r", rate=1e6)
@@ -503,13 +592,14 @@ def test_judge_keeps_its_rate_and_waits_as_told(tmp_path, server):
     plan += [(429, {"Retry-After": "0.3"})]
     marked(tmp_path, 1, rate=3000)
     assert got[-1][0] - got[6][0] > 0.3
-    assert judge.seconds_until("Wed, 21 Oct 2015 07:28:00 GMT", 5) == 0 and judge.seconds_until("soon", 5) == 5
+    assert judge.seconds_until("Wed, 21 Oct 2015 07:28:00 GMT", 5) == 0
+    assert judge.seconds_until("soon", 5) == 5
 
 
 def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch):
     plan, got = server
     path = tmp_path / "p"
-    path.write_text("".join(json.dumps(prediction(i)) + "\n" for i in range(8)))
+    written(path, [prediction(i) for i in range(8)])
 
     def judged(*more):
         capfd.readouterr()
@@ -521,11 +611,8 @@ def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch)
     assert printed.out.endswith("nothing was sent\n") and not (tmp_path / "p.judge.jsonl").exists()
     assert evaluate.main([*options(world, tmp_path / "none"), "--judge", "m", "--dry-run"]) == 0
     assert capfd.readouterr().out.startswith("12 requests")  # 5 answers; two of them ask the same twice
-    for answer, word in (
-        (401, "HTTP 401"),
-        ((302, {"Location": "http://127.0.0.1:1/"}), "HTTP 302"),
-        (422, "in a row failed"),
-    ):
+    elsewhere = (302, {"Location": "http://127.0.0.1:1/"})
+    for answer, word in ((401, "HTTP 401"), (elsewhere, "HTTP 302"), (422, "in a row failed")):
         plan[:] = [answer] * 40
         status, printed = judged()
         errors = [line for line in printed.err.splitlines() if "error:" in line]
@@ -536,27 +623,20 @@ def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch)
     assert "OPENAI_API_KEY" in judged("--judge-url", "https://api.openai.com/v1")[1].err
     plan.clear()
     status, printed = judged()
-    assert (
-        status == 0
-        and "0.500    0.500    0.500            8" in printed.out
-        and "judge: m, 0 marks failed" in printed.out
-    )
+    assert status == 0 and "0.500    0.500    0.500            8" in printed.out
+    assert "judge: m, 0 marks failed" in printed.out
     assert json.loads((tmp_path / "p.scores.json").read_text())["judge"]["model"] == "m"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Comparison
-
-
-def written(path, predictions):
-    path.write_text("".join(json.dumps(p) + "\n" for p in predictions))
-    return str(path)
 
 
 def test_comparison_of_known_cases(tmp_path, capfd):
     right = [prediction(i, f"Fire {i}." + " smoke" * (i * i % 7), "ab"[i % 2]) for i in range(40)]
     wrong = [p | {"answer": "Nothing at all happens."} for p in right]
-    a, b = written(tmp_path / "a", right), written(tmp_path / "b", wrong)
+    a = written(tmp_path / "a", right)
+    b = written(tmp_path / "b", wrong)
     lines, alone = compare.compare([a, a])
     assert alone == 0 and {line["source"] for line in lines} == {"a", "b", "all"} and len(lines) == 12
     assert all(line["difference"] == line["low"] == line["high"] == 0 for line in lines)
@@ -564,36 +644,34 @@ def test_comparison_of_known_cases(tmp_path, capfd):
     for line in lines[:2] + lines[4:6] + lines[8:10]:
         assert line["low"] > 0 and line["low"] <= line["difference"] <= line["high"]
         of = [i for i, p in enumerate(right) if line["source"] in ("all", p["source"])]
-        texts = [[p[i]["answer"] for i in of] for p in (right, wrong)]
-        better, worse = (
-            evaluate.bleu(t, [right[i]["reference"] for i in of])[int(line["metric"][-1]) - 1] for t in texts
-        )
-        assert (line["a"], line["b"]) == pytest.approx((worse, better)) and line["clips"] == len(of)
+        for predictions, score in ((wrong, line["a"]), (right, line["b"])):
+            scores = evaluate.bleu(
+                [predictions[i]["answer"] for i in of], [right[i]["reference"] for i in of]
+            )
+            assert score == pytest.approx(scores[int(line["metric"][-1]) - 1])
+        assert line["clips"] == len(of)
     assert compare.compare([b, a])[0] == lines != compare.compare([b, a], seed=1)[0]
     mirrored = compare.compare([a, b])[0]
     assert [line["low"] for line in mirrored] == pytest.approx([-line["high"] for line in lines])
     assert compare.main([b, a]) == 0 and compare.main([b, written(tmp_path / "c", right[:30])]) == 0
     printed = capfd.readouterr()
-    assert (
-        "describe, all, 40 clips" in printed.out
-        and "]*" in printed.out.replace(" ", "")
-        and "10 predictions" in printed.err
-    )
+    assert "describe, all, 40 clips" in printed.out and "]*" in printed.out.replace(" ", "")
+    assert "10 predictions" in printed.err
     assert compare.main([a, "nowhere"]) == compare.main([a, written(tmp_path / "d", [prediction(99)])]) == 2
     assert capfd.readouterr().err.count("\n") == 2
 
 
 def test_interval_of_a_mean():
-    """For the mean of one number a clip the interval is known: ±1.96 standard errors; questions of a clip go together."""
+    """For the mean of one number a clip the interval is known: ±1.96 standard errors; questions of a clip go
+    together."""
     x = np.random.default_rng(1).normal(size=400)
     counts = np.stack([x, np.ones(400)], axis=1)
     a, b, low, high = compare.intervals(counts * [0, 1], counts, np.arange(400), compare.ratio, 2000)
     error = x.std() / 20
     assert (a, b) == (0, pytest.approx(x.mean())) and low == pytest.approx(b - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(b + 1.96 * error, abs=0.2 * error)
-    tied = compare.intervals(
-        np.repeat(counts, 4, 0) * [0, 1], np.repeat(counts, 4, 0), np.repeat(np.arange(400), 4), compare.ratio, 2000
-    )
+    four = np.repeat(counts, 4, 0)
+    tied = compare.intervals(four * [0, 1], four, np.repeat(np.arange(400), 4), compare.ratio, 2000)
     assert tied[2] == pytest.approx(low) and tied[3] == pytest.approx(high)
 
 
@@ -602,12 +680,16 @@ def test_judges_and_kinds_are_compared(tmp_path):
     theirs = [p | {"answer": "Nothing."} for p in ours]
     paths = [written(tmp_path / name, ps) for name, ps in (("a", ours), ("b", theirs))]
     for path, ps, mark in zip(paths, (ours, theirs), (0.75, 0.25), strict=True):
-        lines = [{"key": judge.key_of("m", c, p), "model": "m", "mark": mark} for p in ps[:7] for c in scores.CRITERIA]
+        lines = [
+            {"key": judge.key_of("m", c, p), "model": "m", "mark": mark}
+            for p in ps[:7]
+            for c in scores.CRITERIA
+        ]
         written(Path(f"{path}.judge.jsonl"), lines)
-    lines = {
-        line["metric"]: line for line in compare.compare(paths, {"turn": "turns back"})[0] if line["source"] == "all"
-    }
-    assert lines["kind named"]["a"] == 0.75 and lines["kind named"]["b"] == 0 and lines["kind named"]["high"] < 0
+    compared, _ = compare.compare(paths, {"turn": "turns back"})
+    lines = {line["metric"]: line for line in compared if line["source"] == "all"}
+    assert lines["kind named"]["a"] == 0.75 and lines["kind named"]["b"] == 0
+    assert lines["kind named"]["high"] < 0
     for criterion in scores.CRITERIA:
         line = lines[f"{criterion} (m)"]
         assert (line["a"], line["b"], line["low"], line["high"]) == (0.75, 0.25, -0.5, -0.5)

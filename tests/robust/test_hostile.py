@@ -1,6 +1,7 @@
-"""Hostile input: videos that are damaged, odd or no videos; files that point elsewhere; hostile texts, indexes and weights.
+"""Hostile input: videos that are damaged, odd or no videos; files that point elsewhere; hostile texts,
+indexes and weights.
 
-tests/fuzz.py tries the first kind by the thousand, and lends its measure of a sound outcome.
+fuzz.py tries the first kind by the thousand, and lends its measure of a sound outcome.
 """
 
 import json
@@ -25,11 +26,10 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from data import HawkDataset, Tokenizer, read_clip, read_index
-from hawk import Hawk
+from hawk import PRESETS, Hawk, HawkConfig
 from sample import main as sample_main
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
 import fuzz  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,15 +49,18 @@ def clips(tmp_path_factory):
     """Sound clips of 12 frames, to be damaged and copied: name -> bytes."""
     folder = tmp_path_factory.mktemp("clips")
     made = {
-        "mp4": make(folder / "a.mp4", *X264), "fast": make(folder / "fast.mp4", *X264, "-movflags", "+faststart"),
-        "mkv": make(folder / "a.mkv", *X264), "ts": make(folder / "a.ts", *X264), "gif": make(folder / "a.gif"),
+        "mp4": make(folder / "a.mp4", *X264), "fast": make(folder / "fast.mp4", *X264, "-movflags",
+        "+faststart"),
+        "mkv": make(folder / "a.mkv", *X264), "ts": make(folder / "a.ts", *X264),
+        "gif": make(folder / "a.gif"),
     }  # fmt: skip
     return {name: path.read_bytes() for name, path in made.items()}
 
 
 @pytest.fixture
 def tried(monkeypatch):
-    """Function: the outcome for a file, which must be sound, in time and in little memory -> (kind, what was said)."""
+    """Function: the outcome for a file, which must be sound, in time and in little memory -> (kind, what was
+    said)."""
     monkeypatch.setattr(subprocess, "Popen", fuzz.Watched)
 
     def tried(path, **options):
@@ -71,7 +74,7 @@ def tried(monkeypatch):
     return tried
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Videos
 
 PICTURES = ["-f", "lavfi", "-i", "testsrc2=s=48x32:r=10"]
@@ -87,13 +90,21 @@ ODD = {  # videos that are unusual but sound: how ffmpeg makes them, and how man
     "16-bit with alpha.mkv": (["-c:v", "ffv1", "-pix_fmt", "yuva444p16le"], {}, 4),
     "palette.avi": (["-c:v", "rawvideo", "-pix_fmt", "pal8"], {}, 4),
     "interlaced.mp4": ([*X264, "-flags", "+ildct+ilme", "-x264-params", "interlaced=1"], {}, 4),
-    "variable.mkv": ([*X264, "-vf", "select='mod(n,3)',setpts='PTS+mod(N,4)/40/TB'", "-fps_mode", "vfr"], {}, 4),
+    "variable.mkv": (
+        [*X264, "-vf", "select='mod(n,3)',setpts='PTS+mod(N,4)/40/TB'", "-fps_mode", "vfr"],
+        {},
+        4,
+    ),
     "negative start.mkv": ([*X264, "-bf", "2", "-output_ts_offset", "-3"], {}, 4),
     "hours later.ts": ([*X264, "-output_ts_offset", "90000"], {}, 4),
     "far future.nut": ([*X264, *HUGE_TIMES], {}, 4),
     "slow.mp4": (X264, {"source": "testsrc2=s=48x32:r=1/3600", "seconds": 20000}, 4),
     "fast.mkv": (X264, {"source": "testsrc2=s=48x32:r=1000", "seconds": 0.05}, 4),
-    "no duration.webm": (["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-live", "1"], {}, 4),
+    "no duration.webm": (
+        ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-live", "1"],
+        {},
+        4,
+    ),
     "animated.gif": ([], {}, 4),
     "raw.h264": (X264, {}, 4),
     "titled.mkv": ([*X264, "-metadata", "title=a\n[error] partial file"], {}, 4),
@@ -108,7 +119,7 @@ def test_odd_videos_are_answered(tmp_path, tried, monkeypatch, name):
     assert tried(str(path)) == ("answered", tried(path)[1])  # a str, a Path
     whole = read_clip(path, 4, 56)
     assert len(whole.indices) == frames
-    monkeypatch.setattr(data, "ONE_RUN_BYTES", 0)  # as if it were large
+    monkeypatch.setattr(data, "SMALL_FILE", 0)  # as if it were large
     kind, _ = tried(path)
     long = read_clip(path, 4, 56)
     np.testing.assert_array_equal(long.appearance, whole.appearance)
@@ -122,9 +133,12 @@ def test_turned_videos_are_answered(tmp_path, clips, tried):
     assert tried(turned)[0] == "answered"
 
 
-NAMES = ["no_extension", "a b  c.mp4", "'it\"s'.mp4", "100%d%03d.mp4", "a;b&c|d$(e)`f`.mp4", "-dash.mp4", "ünï中文🚗.mp4",
-         "new\nline\r.mp4", "file:a.mp4", "http:a.mp4", "a.mp4,b=c[in]", "concat:x|y", "-", "~", "*?[a].mp4", "a.txt",
-         "x\n[info]   Stream #0:0: Video: gone\n[error] partial file", b"not \xff utf-8.mp4", "<s>[INST]<Video>.mp4"]  # fmt: skip
+NAMES = ["no_extension", "a b  c.mp4", "'it\"s'.mp4", "100%d%03d.mp4", "a;b&c|d$(e)`f`.mp4", "-dash.mp4",
+"ünï中文🚗.mp4",
+         "new\nline\r.mp4", "file:a.mp4", "http:a.mp4", "a.mp4,b=c[in]", "concat:x|y", "-", "~",
+         "*?[a].mp4", "a.txt",
+         "x\n[info]   Stream #0:0: Video: gone\n[error] partial file", b"not \xff utf-8.mp4",
+         "<s>[INST]<Video>.mp4"]  # fmt: skip
 
 
 def test_names(tmp_path, monkeypatch, clips, tried):
@@ -141,9 +155,9 @@ def test_names(tmp_path, monkeypatch, clips, tried):
         assert kind == "refused" and "No such file" in said and len(said.splitlines()) == 1, name
 
 
-@pytest.mark.parametrize("one_run_bytes", [1 << 20, 0])  # 0: each file counts as large
-def test_what_is_no_video_is_refused(tmp_path, clips, tried, monkeypatch, one_run_bytes):
-    monkeypatch.setattr(data, "ONE_RUN_BYTES", one_run_bytes)
+@pytest.mark.parametrize("small_file", [1 << 20, 0])  # 0: each file counts as large
+def test_what_is_no_video_is_refused(tmp_path, clips, tried, monkeypatch, small_file):
+    monkeypatch.setattr(data, "SMALL_FILE", small_file)
 
     def write(name, content):
         (tmp_path / name).write_bytes(content)
@@ -170,8 +184,10 @@ def test_what_is_no_video_is_refused(tmp_path, clips, tried, monkeypatch, one_ru
         assert tried(device)[0] == "refused"
     head = clips["mp4"][:40]
     for name, content in {
-        "empty.mp4": b"", "byte.mp4": b"\0", "text.mp4": b"No video.\n" * 99, "noise.mp4": np.random.default_rng(0).bytes(9999),
-        "head.mp4": head, "zeros.mp4": head + bytes(50_000), "page.mp4": b"<!DOCTYPE html><html><body>404</body></html>",
+        "empty.mp4": b"", "byte.mp4": b"\0", "text.mp4": b"No video.\n" * 99,
+        "noise.mp4": np.random.default_rng(0).bytes(9999),
+        "head.mp4": head, "zeros.mp4": head + bytes(50_000),
+        "page.mp4": b"<!DOCTYPE html><html><body>404</body></html>",
         "pointer.mp4": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n",
     }.items():  # fmt: skip
         kind, said = tried(write(name, content))
@@ -191,7 +207,7 @@ def test_cut_at_every_tenth(tmp_path, clips, tried, name):
     """Refused, or what is there is shown: then in the same pictures as the whole clip, and fewer of them."""
     content, path = clips[name], tmp_path / f"cut.{name}"
     path.write_bytes(content)
-    whole = read_clip(path, 12, 56, motion="none")
+    whole = read_clip(path, 12, 56, branches=("appearance",))
     for tenth in range(1, 10):
         path.write_bytes(content[: len(content) * tenth // 10])
         kind, said = tried(path)
@@ -199,8 +215,11 @@ def test_cut_at_every_tenth(tmp_path, clips, tried, name):
             assert name in ("ts", "gif", "mkv"), (
                 said
             )  # formats that do not say how long they are, or tell only at the end
-            clip = read_clip(path, 12, 56, motion="none")
-            assert len(clip.indices) < 12 and (clip.appearance[:-1] == whole.appearance[: len(clip.indices) - 1]).all()
+            clip = read_clip(path, 12, 56, branches=("appearance",))
+            assert (
+                len(clip.indices) < 12
+                and (clip.appearance[:-1] == whole.appearance[: len(clip.indices) - 1]).all()
+            )
 
 
 def test_flipped_bytes(tmp_path, clips, tried):
@@ -208,7 +227,9 @@ def test_flipped_bytes(tmp_path, clips, tried):
     for content in clips.values():
         for _ in range(4):
             damaged = np.frombuffer(content, np.uint8).copy()
-            damaged[generator.integers(len(damaged), size=20)] ^= generator.integers(1, 256, 20, dtype=np.uint8)
+            damaged[generator.integers(len(damaged), size=20)] ^= generator.integers(
+                1, 256, 20, dtype=np.uint8
+            )
             path.write_bytes(damaged.tobytes())
             kinds.append(tried(path)[0])
     assert {"answered", "refused"} == set(kinds)
@@ -227,17 +248,19 @@ def test_a_kilobyte_cannot_ask_for_gigabytes(tmp_path, clips, tried):
     assert tried(tmp_path / "pixels.gif")[0] == "refused"
 
 
-@pytest.mark.skipif(not hasattr(data.resource, "prlimit"), reason="only Linux can limit the memory of a child")
+@pytest.mark.skipif(
+    not hasattr(data.resource, "prlimit"), reason="only Linux can limit the memory of a child"
+)
 def test_the_memory_of_ffmpeg_is_limited(tmp_path, clips, tried, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(clips["mp4"])
-    monkeypatch.setattr(data, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 1 << 20)
     assert tried(tmp_path / "a.mp4")[0] == "refused"
 
 
 def test_threads_do_not_change_a_byte(tmp_path, clips, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(clips["mp4"])
-    for one_run_bytes in (1 << 20, 0):
-        monkeypatch.setattr(data, "ONE_RUN_BYTES", one_run_bytes)
+    for small_file in (1 << 20, 0):
+        monkeypatch.setattr(data, "SMALL_FILE", small_file)
         made = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
@@ -256,38 +279,25 @@ def test_time_is_limited(tmp_path, clips, tried, monkeypatch):
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
     kind, said = tried(tmp_path / "a.mp4")
-    assert kind == "refused" and "took too long" in said and "signal 9" in said
+    assert kind == "refused" and "time or memory limit" in said and "signal 9" in said
 
 
 def test_a_video_that_disappears_while_it_is_read(tmp_path, clips, tried, monkeypatch):
-    monkeypatch.setattr(data, "ONE_RUN_BYTES", 0)
-    path, real = tmp_path / "a.mp4", data._ffmpeg
+    path = tmp_path / "a.mp4"
     path.write_bytes(clips["mp4"])
+    real = data.open_video
 
-    def vanishing(*arguments, **options):
-        if not options.get("table"):  # the second run
-            path.unlink()
-        return real(*arguments, **options)
+    def open_and_remove(path, size):
+        video = real(path, size)
+        path.unlink()
+        return video
 
-    monkeypatch.setattr(data, "_ffmpeg", vanishing)
+    monkeypatch.setattr(data, "SMALL_FILE", 0)
+    monkeypatch.setattr(data, "open_video", open_and_remove)
     assert tried(path) == ("refused", f"{path}: No such file or directory")
 
 
-def test_a_full_temporary_folder_is_not_taken_for_the_video(tmp_path, clips, monkeypatch):
-    """What ffmpeg lists about a file goes there. A list that is cut must not become a wrong frame rate."""
-    (tmp_path / "a.mp4").write_bytes(clips["mp4"])
-    real = data._Run.lines
-    for cut in ("table", "log"):
-
-        def lines(run, name, cut=cut):
-            return iter(["".join(real(run, name))[:5]]) if name == cut else real(run, name)
-
-        monkeypatch.setattr(data._Run, "lines", lines)
-        with pytest.raises(OSError, match="temporary"):
-            read_clip(tmp_path / "a.mp4", 4, 56)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Nothing is followed elsewhere
 
 
@@ -306,7 +316,8 @@ def boxes_around(content, at):
 
 
 def pointing_elsewhere(content, target):
-    """An mp4 whose pictures are said to lie in another file: its data reference becomes an alias of the Macintosh."""
+    """An mp4 whose pictures are said to lie in another file: its data reference becomes an alias of the
+    Macintosh."""
     content = bytearray(content)
     at = content.index(b"dref") - 4
     name = os.path.basename(target).encode()
@@ -322,7 +333,10 @@ def pointing_elsewhere(content, target):
     )
     alias += struct.pack(">hh", 0, 0) + bytes(16) + struct.pack(">hh", 2, len(target)) + target.encode()
     alias += (
-        b"\0" * (len(target) % 2) + struct.pack(">hh", 18, len(target)) + target.encode() + b"\0" * (len(target) % 2)
+        b"\0" * (len(target) % 2)
+        + struct.pack(">hh", 18, len(target))
+        + target.encode()
+        + b"\0" * (len(target) % 2)
     )
     alias += struct.pack(">hh", -1, 0)
     entry = struct.pack(">I4sI", 12 + len(alias), b"alis", 0) + alias
@@ -330,7 +344,9 @@ def pointing_elsewhere(content, target):
     old = struct.unpack_from(">I", content, at)[0]
     content[at + 16 : at + old] = entry
     for start in parents:
-        struct.pack_into(">I", content, start, struct.unpack_from(">I", content, start)[0] + 16 + len(entry) - old)
+        struct.pack_into(
+            ">I", content, start, struct.unpack_from(">I", content, start)[0] + 16 + len(entry) - old
+        )
     return bytes(content)
 
 
@@ -354,33 +370,46 @@ def shows_canary(frames):
 
 
 def test_the_canary_can_be_seen(canary):
-    assert shows_canary(read_clip(canary[0] / "canary.mp4", 4, 56, motion="none").appearance)
+    assert shows_canary(read_clip(canary[0] / "canary.mp4", 4, 56, branches=("appearance",)).appearance)
 
 
 def disguises(folder, port):
     """{name of a file: what is in it}: things that make ffmpeg open something else, dressed as videos."""
     target, url = folder / "canary.mp4", f"http://127.0.0.1:{port}/canary.ts"
     hls = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n"
-    key = '#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="{}"\n#EXT-X-TARGETDURATION:9\n#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n'
-    dash = ('<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT4S">'
-            '<Period><AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="9"><BaseURL>{}</BaseURL>'
-            "</Representation></AdaptationSet></Period></MPD>")  # fmt: skip
+    key = '#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="{}"\n#EXT-X-TARGETDURATION:9\n'
+    key += "#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n"
+    dash = '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    dash += 'mediaPresentationDuration="PT4S"><Period><AdaptationSet mimeType="video/mp4">'
+    dash += '<Representation id="1" bandwidth="9"><BaseURL>{}</BaseURL>'
+    dash += "</Representation></AdaptationSet></Period></MPD>"
+    sdp = f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video {port} RTP/AVP 96\n"
     made = {}
-    for name, goal in (("file", f"file://{folder}/canary.ts"), ("path", str(folder / "canary.ts")), ("url", url)):
+    for name, goal in (
+        ("file", f"file://{folder}/canary.ts"),
+        ("path", str(folder / "canary.ts")),
+        ("url", url),
+    ):
         made |= {
             f"hls {name}.mp4": hls.format(goal),
             f"hls {name}.ts": hls.format(goal),
             f"key {name}.mp4": key.format(goal, goal),
         }
-        made |= {f"concat {name}.mp4": f"ffconcat version 1.0\nfile '{goal}'\n", f"dash {name}.mp4": dash.format(goal)}
+        made |= {
+            f"concat {name}.mp4": f"ffconcat version 1.0\nfile '{goal}'\n",
+            f"dash {name}.mp4": dash.format(goal),
+        }
         made |= {f"smil {name}.mp4": f'<smil><body><video src="{goal}"/></body></smil>'}
         made |= {f"asx {name}.asf": f'<ASX version="3.0"><ENTRY><REF HREF="{goal}"/></ENTRY></ASX>'}
         made |= {f"reference {name}.asf": f"[Reference]\nRef1={goal}\n", f"ram {name}.rm": goal + "\n"}
         made |= {f"svg {name}.mp4": f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{goal}"/></svg>'}
         made |= {
-            f"sdp {name}.mp4": f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video {port} RTP/AVP 96\n"
+            f"sdp {name}.mp4": sdp,
         }
-        made |= {f"redirect {name}.mov": f"RTSPtext\nrtsp://127.0.0.1:{port}/a\n", f"swf {name}.avi": f"XBIN {goal}"}
+        made |= {
+            f"redirect {name}.mov": f"RTSPtext\nrtsp://127.0.0.1:{port}/a\n",
+            f"swf {name}.avi": f"XBIN {goal}",
+        }
     made["filter.mp4"] = f"movie=filename={target}"
     made["graph.mp4"] = f"[in]movie='{target}'[out]"
     made["text.srt.mp4"] = f"1\n00:00:00,000 --> 00:00:09,000\n{target}\n"
@@ -392,7 +421,7 @@ def test_files_that_point_elsewhere_are_refused(canary, tried):
     for name, content in disguises(folder, listening.getsockname()[1]).items():
         path = folder / name  # beside what it points to
         path.write_bytes(content)
-        kind, said = tried(path, motion="none")
+        kind, said = tried(path, branches=("appearance",))
         assert kind == "refused", (name, said)
         path.unlink()
     with pytest.raises(TimeoutError):
@@ -400,7 +429,8 @@ def test_files_that_point_elsewhere_are_refused(canary, tried):
 
 
 def test_an_mp4_whose_data_lie_in_another_file(canary, clips, tried):
-    """ffmpeg would open the other file if it were asked to (-enable_drefs), which shows that the disguise is a good one."""
+    """ffmpeg would open the other file if it were asked to (-enable_drefs), which shows that the disguise is
+    a good one."""
     folder, _ = canary
     path = folder / "alias.mp4"
     path.write_bytes(pointing_elsewhere(clips["mp4"], "canary.mp4"))
@@ -408,26 +438,32 @@ def test_an_mp4_whose_data_lie_in_another_file(canary, clips, tried):
         [*FFMPEG[:2], "-v", "verbose", "-i", path, "-f", "null", "-"], capture_output=True, text=True
     ).stderr
     assert "canary.mp4" in log, log
-    kind, said = tried(path, motion="none")
-    assert kind == "refused" or not shows_canary(read_clip(path, 4, 56, motion="none").appearance), said
+    kind, said = tried(path, branches=("appearance",))
+    assert kind == "refused" or not shows_canary(
+        read_clip(path, 4, 56, branches=("appearance",)).appearance
+    ), said
 
 
 def test_names_that_are_addresses_patterns_or_filters(canary, tried, monkeypatch):
     folder, listening = canary
     monkeypatch.chdir(folder)
     port = listening.getsockname()[1]
-    for name in ("picture%d.png", "picture%01d.png", "pic*.png", f"http://127.0.0.1:{port}/canary.ts", f"tcp://127.0.0.1:{port}",
-                 "concat:canary.ts", "concat:canary.ts|canary.ts", "file:canary.mp4", f"file://{folder}/canary.mp4", "crypto:canary.mp4",
-                 "cache:canary.mp4", "async:canary.mp4", "subfile,,start,0,end,0,,:canary.mp4", "data:video/mp4;base64,AAAA",
-                 "movie=canary.mp4", "testsrc2", "color=red", "pipe:0", "fd:0", "-i", "/dev/video0", "canary.mp4?a=b", "canary.mp4#t=1",
+    for name in ("picture%d.png", "picture%01d.png", "pic*.png", f"http://127.0.0.1:{port}/canary.ts",
+    f"tcp://127.0.0.1:{port}",
+                 "concat:canary.ts", "concat:canary.ts|canary.ts", "file:canary.mp4",
+                 f"file://{folder}/canary.mp4", "crypto:canary.mp4",
+                 "cache:canary.mp4", "async:canary.mp4", "subfile,,start,0,end,0,,:canary.mp4",
+                 "data:video/mp4;base64,AAAA",
+                 "movie=canary.mp4", "testsrc2", "color=red", "pipe:0", "fd:0", "-i", "/dev/video0",
+                 "canary.mp4?a=b", "canary.mp4#t=1",
                  "canary.mp4\0.txt", "canary.mp4 ", " canary.mp4", "", "canary.mp4/."):  # fmt: skip
-        kind, said = tried(name, motion="none")
+        kind, said = tried(name, branches=("appearance",))
         assert kind == "refused", (name, said)
     with pytest.raises(TimeoutError):
         listening.accept()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Texts and index files
 
 CONTROL = [
@@ -451,15 +487,17 @@ def tok(world):
 
 
 words = st.lists(
-    st.one_of(st.sampled_from([*CONTROL, " ", "\n", "\t", "\0", "é", "🚗", "\ud800"]), st.text(max_size=6)), max_size=6
+    st.one_of(st.sampled_from([*CONTROL, " ", "\n", "\t", "\0", "é", "🚗", "\ud800"]), st.text(max_size=6)),
+    max_size=6,
 )
 
 
 @settings(max_examples=40, deadline=None)
 @given(words.map("".join))
 def test_tokens_round_trip(tok, text):
-    """Everything that can be said in UTF-8 comes back but for spaces at the ends, spaces in markers, and what SentencePiece
-    itself normalises (this small tokenizer has its default rules); nothing comes back as a control token."""
+    """Everything that can be said in UTF-8 comes back but for spaces at the ends, spaces in markers, and what
+    SentencePiece itself normalises (this small tokenizer has its default rules); nothing comes back as a
+    control token."""
     ids = tok.sp.encode(data.plain_text(text))
     assert not {tok.bos, tok.eos, tok.image_id} & set(ids) and max(ids, default=0) < tok.vocab_size
     again = tok.sp.encode(tok.decode(ids))
@@ -470,40 +508,48 @@ def test_tokens_round_trip(tok, text):
 @given(words.map("".join), words.map("".join).filter(str.strip), st.integers(1, 8))
 def test_captions_are_only_text(tok, text, motion, n_visual):
     ids, labels = tok.encode_caption(text + motion, n_visual)
-    assert ids[: n_visual + 1] == [tok.bos] + [tok.image_id] * n_visual and labels[: n_visual + 1] == [data.IGNORE] * (
-        n_visual + 1
-    )
+    assert ids[: n_visual + 1] == [tok.bos] + [tok.image_id] * n_visual and labels[: n_visual + 1] == [
+        data.IGNORE
+    ] * (n_visual + 1)
     assert ids[n_visual + 1 :] == labels[n_visual + 1 :] and not {tok.bos, tok.eos, tok.image_id} & set(
         ids[n_visual + 1 :]
     )
 
 
 def test_control_tokens_everywhere_stay_text(world, tok, clips, tmp_path, monkeypatch, capsys):
-    """In names, descriptions, questions, answers and the system text, through a dataset and through sample.py."""
+    """In names, descriptions, questions, answers and the system text, through a dataset and through
+    sample.py."""
     name = "".join(CONTROL).replace("/", "|") + ".mp4"
     (tmp_path / name).write_bytes(clips["mp4"])
     said = " ".join(CONTROL)
     row = {"video": name, "description": said, "motion": said, "qa": [{"q": said, "a": said}] * 2}
     (tmp_path / "i.jsonl").write_text(json.dumps(row))
+    config = HawkConfig.from_dict(PRESETS["tiny"] | {"n_frames": 4, "image_size": 28, "n_video_queries": 4})
     for learning in (False, True):
         dataset = HawkDataset(
-            read_index(tmp_path / "i.jsonl"), tok, 4, 28, 8, 2, train=learning, motion="none", max_tokens=None
+            read_index(tmp_path / "i.jsonl"), tok, config, 2, train=learning, augment=False, max_tokens=None
         )
         sample = dataset[0]
         ids, turns = sample["input_ids"].tolist(), 1 + learning
         assert ids.count(tok.image_id) == 8 and ids.count(tok.bos) == ids.count(tok.eos) == turns
         learnt = sample["labels"][sample["labels"] != data.IGNORE].tolist()
         assert learnt.count(tok.eos) == turns and tok.image_id not in learnt and tok.bos not in learnt
-    options = ["--weights", str(world / "weights"), "--device", "cpu", "--max-new-tokens", "2", "--system", said]
+    options = [
+        "--weights",
+        str(world / "weights"),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "2",
+        "--system",
+        said,
+    ]
     assert sample_main([*options, "--video", str(tmp_path / name), "--question", said]) == 0
     assert "error" not in capsys.readouterr().err
 
 
 GOOD = b'{"video": "v", "description": "d"}'
-OBJECT = '{"video": "v", "description": "d", "objects": [%s]}'
 BAD_LINES = {
-    "NaN": (b'{"video": "v", "description": "d", "t": NaN}', "NaN is no number"),
-    "infinity": (b'{"video": "v", "description": "d", "objects": [{"x": [-Infinity]}]}', "-Infinity is no number"),
     "trailing garbage": (GOOD + b" garbage", "not JSON (Extra data)"),
     "two on a line": (GOOD + GOOD, "not JSON (Extra data)"),
     "cut": (GOOD[:-5], "not JSON"),
@@ -511,23 +557,17 @@ BAD_LINES = {
     "UTF-16": (GOOD.decode().encode("utf-16"), "'utf-8' codec"),
     "a second BOM": (b"\xef\xbb\xbf" + GOOD, "not JSON"),
     "a long number": (b'{"video": "v", "n": ' + b"9" * 5000 + b"}", "digits"),
-    "a huge text": (b'{"video": "v", "description": "' + b"a" * 200_000 + b'"}', "100,000 letters"),
-    "huge questions": (b'{"video": "v", "qa": [{"q": "' + b"a" * 200_000 + b'", "a": "b"}]}', "100,000 letters"),
+    "a huge text": (b'{"video": "v", "description": "' + b"a" * 200_000 + b'"}', "100,000 characters"),
+    "huge questions": (
+        b'{"video": "v", "qa": [{"q": "' + b"a" * 200_000 + b'", "a": "b"}]}',
+        "100,000 characters",
+    ),
     "NUL": (b'{"video": "a\\u0000b", "description": "d"}', '"video" must be'),
     "source": (b'{"video": "v", "description": "d", "source": 5}', '"source" must be a text'),
     "kind": (b'{"video": "v", "description": "d", "kind": ["a"]}', '"kind" must be a text'),
     "flags": (b'{"video": "v", "description": "d", "flags": "refusal"}', '"flags" must be a list'),
     "answer": (b'{"video": "v", "qa": [{"q": "x", "a": null}]}', 'each entry of "qa"'),
     "turn": (b'{"video": "v", "qa": ["x"]}', 'each entry of "qa"'),
-    "no object": (OBJECT % '"car"', 'each entry of "objects"'),
-    "unknown object": (OBJECT % '{"object": "ufo", "colour": null, "x": [], "y": []}', 'each entry of "objects"'),
-    "colour": (OBJECT % '{"object": "car", "colour": [], "x": [], "y": []}', 'each entry of "objects"'),
-    "lengths": (OBJECT % '{"object": "car", "colour": "red", "x": [0.5], "y": []}', 'each entry of "objects"'),
-    "positions": (OBJECT % '{"object": "car", "colour": "red", "x": ["a"], "y": [1]}', 'each entry of "objects"'),
-    "half a position": (
-        OBJECT % '{"object": "car", "colour": "red", "x": [null], "y": [1]}',
-        'each entry of "objects"',
-    ),
 }
 
 
@@ -561,7 +601,7 @@ def test_any_bytes_in_an_index_give_rows_or_a_line(tmp_path_factory, junk, start
         assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights and configs
 
 
@@ -570,7 +610,9 @@ def spoiled(world, folder, **changes):
     folder.mkdir()
     for name in ("model.safetensors", "tokenizer.model"):
         (folder / name).symlink_to(world / "weights" / name)
-    (folder / "config.json").write_text(json.dumps(json.loads((world / "weights/config.json").read_text()) | changes))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((world / "weights/config.json").read_text()) | changes)
+    )
     return folder
 
 
@@ -579,7 +621,10 @@ def refusal(folder):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with fuzz.limited(SECONDS), pytest.raises(ValueError) as error:
         Hawk.from_pretrained(folder)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10 and time.monotonic() - start < 20
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
+        and time.monotonic() - start < 20
+    )
     message = str(error.value)
     assert len(message.splitlines()) == 1 and (str(folder) in message or "/config.json" in message)
     return message
@@ -587,10 +632,14 @@ def refusal(folder):
 
 @pytest.mark.parametrize(
     "change",
-    [{"llama_layers": 10**9}, {"vit_depth": 201}, {"vit_dim": 2**40}, {"vocab_size": 2**31}, {"image_size": 10**6},
-     {"patch_size": 2**18, "vit_dim": 2**18}, {"patch_size": 0}, {"n_frames": 10**12}, {"lora_rank": 10**9}, {"lora_rank": -1},
-     {"norm_eps": float("nan")}, {"norm_eps": float("inf")}, {"rope_theta": 10**400}, {"dropout": -0.5}, {"llama_heads": 64},
-     {"qformer_heads": 0}, {"base": 5}, {"base": None}, {"base": ["x"]}, {"base": "\0"}, {"base": "x" * 5000}, {"motion": "loud"},
+    [{"llama_layers": 10**9}, {"vit_depth": 201}, {"vit_dim": 2**40}, {"vocab_size": 2**31},
+    {"image_size": 10**6},
+     {"patch_size": 2**18, "vit_dim": 2**18}, {"patch_size": 0}, {"n_frames": 10**12}, {"lora_rank": 10**9},
+     {"lora_rank": -1},
+     {"norm_eps": float("nan")}, {"norm_eps": float("inf")}, {"rope_theta": 10**400}, {"dropout": -0.5},
+     {"llama_heads": 64},
+     {"qformer_heads": 0}, {"base": 5}, {"base": None}, {"base": ["x"]}, {"base": "\0"},
+     {"base": "x" * 5000}, {"motion_mask": "loud"},
      {"trust_remote_code": True}, {"n_queries": 17}, {"n_queries": 17.0}, {"llama_dim": "192"}],
     ids=lambda change: str(change)[:40],
 )  # fmt: skip
@@ -632,8 +681,6 @@ def save_tensors_as(change):
 
 HEAD, TAIL = "llama.lm_head.weight", "vit.cls_token"
 BAD_TENSORS = {
-    "NaN": (save_tensors_as(lambda t: t[HEAD].view(-1)[-1:].fill_(torch.nan)), HEAD),
-    "infinity": (save_tensors_as(lambda t: t[TAIL].view(-1)[:1].fill_(-torch.inf)), TAIL),
     "NaN in half": (save_tensors_as(lambda t: t.update({TAIL: (t[TAIL] * torch.nan).half()})), TAIL),
     "integers": (save_tensors_as(lambda t: t.update({TAIL: t[TAIL].long()})), TAIL),
     "bytes": (save_tensors_as(lambda t: t.update({TAIL: t[TAIL].to(torch.float8_e4m3fn)})), TAIL),
@@ -642,7 +689,8 @@ BAD_TENSORS = {
     "a pickle": (lambda file, t: torch.save({HEAD: Evil(file.parent / "ran")}, file), "safetensors"),
     "a huge header": (lambda file, t: file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "safetensors"),
     "a lie about the size": (
-        lambda file, t: file.write_bytes(struct.pack("<Q", 77) + b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}'),
+        lambda file, t: file.write_bytes(struct.pack("<Q",
+        77) + b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}'),
         "safetensors"),
 }  # fmt: skip
 
@@ -679,19 +727,23 @@ def test_shards_swapped_or_from_elsewhere(world, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["code", "cut", "empty", "other"])
-def test_a_hostile_state_is_not_gone_on_from(tmp_path, content):
+def test_a_hostile_state_is_not_resumed_from(tmp_path, content):
     module = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(module.parameters())
     scaler, file = torch.amp.GradScaler("cpu", enabled=False), tmp_path / "state.pt"
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": 3, "heads": {}}
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": 3, "objective": {}}
     torch.save(state, file)
     assert train.load_state(tmp_path, module, optimizer, scaler, "cpu") == 3
     if content == "code":
-        torch.save(state | {"heads": Evil(tmp_path / "ran")}, file)
+        torch.save(state | {"objective": Evil(tmp_path / "ran")}, file)
     elif content == "other":
         torch.save({"model": 5}, file)
     else:
         file.write_bytes(file.read_bytes()[: 300 * (content == "cut")])
     with pytest.raises(ValueError) as error:
         train.load_state(tmp_path, module, optimizer, scaler, "cpu")
-    assert str(file) in str(error.value) and len(str(error.value).splitlines()) == 1 and not (tmp_path / "ran").exists()
+    assert (
+        str(file) in str(error.value)
+        and len(str(error.value).splitlines()) == 1
+        and not (tmp_path / "ran").exists()
+    )

@@ -1,0 +1,337 @@
+"""How the small preset gets its vision encoder and its language: two tasks for the loop of train.py.
+
+    python -m apps.towers towers --preset tiny --data data/toy --out runs/stage0 --steps 3400 --lr 1.5e-3
+    python prepare.py features --weights runs/stage0/last --data data/toy --out runs/features
+    python -m apps.towers facts --weights runs/stage0/last --features runs/features --data data/toy \\
+        --out runs/facts --train all --stage 1 --facts-only
+    torchrun --standalone --nproc_per_node=2 -m apps.towers towers …    # takes the options of train.py, too
+
+Hawk starts from EVA-CLIP, BLIP-2 and LLaMA-2. The task *towers* (stage 0) stands in for them: it teaches the
+ViT and the Q-Former what single frames show (which objects, where, in which colour), and LLaMA the language
+of the toy world, from text alone. The task *facts* trains what lies between them, as stages 1 and 2 do, but
+also asks the soft tokens directly for facts about the clip: through LLaMA alone, the video Q-Formers take
+long to find out what is worth telling.
+
+Both need the toy world's annotations (apps/toy.py), and both throw their heads away afterwards.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import train
+from apps.toy import COLOURS, OBJECTS
+from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset
+from hawk import is_frame_level
+
+COLOUR_NAMES = tuple(COLOURS)
+FLICKERING = ("fire", "crash")  # these move without going anywhere
+STILL = 0.25  # pixels: an object that moved less than this between two frames is absent from the motion frame
+PLACE_CELLS = (12, 24)  # columns and rows of the picture
+FACTS = ("kind", "object", "colour", "place", "moment", "scene")  # fields of a toy row
+
+
+# ---- Stage 0: samples --------------------------------------------------------------------------------------
+class FrameDataset(ClipDataset):
+    """Single frames of a clip's two streams with what is in them, and the row's text without its video.
+
+    Of the 2·T frames of a clip, `per_clip` are drawn, because neighbouring frames look alike. Raises
+    ValueError for a row that lacks what the toy world writes."""
+
+    def __init__(self, rows, tokenizer, config, seed=0, per_clip=16):
+        for row in rows:
+            objects = row.get("objects")
+            if not (isinstance(objects, list) and objects and row.get("description") and row.get("qa")):
+                raise ValueError(f'{row["video"]}: its row lacks "objects", "description" or "qa"')
+            for entry in objects:
+                check_object(entry, row["video"])
+        # one Q-Former learns from both streams, whatever branches the model has
+        super().__init__(rows, replace(config, branches=("appearance", "motion")), seed)
+        self.tokenizer = tokenizer
+        self.image_size = config.image_size
+        self.per_clip = per_clip
+
+    def sample(self, i, generator):
+        row = self.rows[i]
+        streams, clip = self.read(i, "uniform", generator)
+        last = max(clip.indices[-1], 1)
+        if any(len(entry["x"]) <= last for entry in row["objects"]):
+            return self.bad(i, f'{row["video"]}: has more frames than positions in "objects"')
+        targets, colours = frame_targets(row["objects"], clip.indices, self.image_size)
+        drawn = generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False)
+        drawn = torch.from_numpy(np.sort(drawn))
+        # the language: the description as an answer half of the time, else the annotated questions
+        question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
+        described = [{"q": question, "a": row["description"]}]
+        qa = described if generator.random() < 0.5 else row["qa"]
+        ids, labels = self.tokenizer.encode_conversation(qa, clip.message, 0)
+        return {
+            "index": torch.tensor(i),
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "frames": torch.cat([streams["appearance"], streams["motion"]])[drawn],  # (per_clip, 3, H, W)
+            "targets": targets[drawn],
+            "colours": colours[drawn],
+        }
+
+
+def check_object(entry, video):
+    """An entry of "objects": name, colour, and its position in each frame of the video, None where absent."""
+    try:
+        known = entry["object"] in OBJECTS and entry["colour"] in (None, *COLOURS)
+        for x, y in zip(entry["x"], entry["y"], strict=True):
+            absent = x is None and y is None
+            known &= absent or {type(x), type(y)} <= {int, float}
+        known &= len(entry.get("lying") or entry["x"]) == len(entry["x"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        fields = '{"object", "colour", "x", "y"}'
+        raise ValueError(f'{video}: each entry of "objects" must be {fields}, as the toy world writes them')
+
+
+def frame_targets(objects, indices, image_size):
+    """-> float (2T, objects, 4): present, x, y, lying; long (2T, objects): colour or -100. First the T
+    appearance frames, then the T motion frames.
+
+    The motion frame of index i shows the step from frame i - 1 to i (from 0 to 1 for i = 0), so only what
+    moved counts as present there. Of two objects with the same name, the first in the list is asked for."""
+    frames = [(int(i), False) for i in indices] + [(max(int(i), 1), True) for i in indices]
+    targets = torch.zeros(len(frames), len(OBJECTS), 4)
+    colours = torch.full((len(frames), len(OBJECTS)), IGNORE)
+    for entry in objects:
+        slot = OBJECTS.index(entry["object"])
+        lying = entry.get("lying") or [False] * len(entry["x"])
+        for row, (j, motion) in enumerate(frames):
+            absent = entry["x"][j] is None or (motion and not moved(entry, j, image_size))
+            if absent or targets[row, slot, 0]:
+                continue
+            targets[row, slot] = torch.tensor([1.0, entry["x"][j], entry["y"][j], float(lying[j])])
+            if entry["colour"] is not None:
+                colours[row, slot] = COLOUR_NAMES.index(entry["colour"])
+    return targets, colours
+
+
+def moved(entry, j, image_size):
+    """Whether an object that is in frame j moved since frame j - 1. What just came into view did."""
+    x = entry["x"]
+    y = entry["y"]
+    if entry["object"] in FLICKERING or x[j - 1] is None:
+        return True
+    return image_size * np.hypot(x[j] - x[j - 1], y[j] - y[j - 1]) > STILL
+
+
+# ---- Stage 0: losses ---------------------------------------------------------------------------------------
+class Pretraining(nn.Module):
+    """What a frame shows: is object k there, where, in which colour, and does it lie on the ground?
+
+    Query k of the Q-Former has to answer for object k, and so has the ViT's patch that holds it: the patch
+    learns fast, and a query can only pass on what a patch knows. LLaMA learns beside it, from text alone."""
+
+    def __init__(self, hawk, branch):
+        super().__init__()
+        self.hawk = hawk
+        self.branch = branch  # the name of the one whose Q-Former learns
+        c = hawk.config
+        n_answers = 2 + sum(PLACE_CELLS) + len(COLOURS)  # present, lying, place cells, colours
+        self.query_head = nn.Linear(c.qformer_dim, n_answers)
+        self.query_presence = nn.Parameter(torch.zeros(len(OBJECTS), c.qformer_dim))  # "is my object here?"
+        self.patch_head = nn.Linear(c.vit_dim, n_answers)
+        self.patch_kind = nn.Linear(c.vit_dim, len(OBJECTS))
+
+    def forward(self, frames, targets, colours, input_ids, labels):
+        """frames (B, n, 3, H, W), targets (B, n, objects, 4), colours (B, n, objects), ids and labels (B, S)
+        -> losses by name"""
+        targets = targets.flatten(0, 1)  # (N, objects, 4)
+        colours = colours.flatten(0, 1)
+        branch = self.hawk.branch(self.branch)
+        features = self.hawk.vit(frames.flatten(0, 1))  # (N, 1 + patches, vit_dim)
+        # asked of the queries
+        queries = branch.frames(features)[:, : len(OBJECTS)]  # (N, objects, C)
+        answers = self.query_head(queries).float()
+        answers[..., 0] += (queries * self.query_presence).sum(-1)
+        losses = answer_losses(answers, targets, colours)
+        # asked of the patches that hold the objects
+        patch = self.patch_of(features, targets)  # (N, objects)
+        index = patch[..., None].expand(-1, -1, features.shape[-1])
+        patches = branch.ln_vision(features).gather(1, index)  # (N, objects, vit_dim)
+        from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
+        kind = self.patch_kind(patches[patch > 0]).float()
+        kind_loss = F.cross_entropy(kind, (patch > 0).nonzero()[:, 1])
+        losses["patches"] = sum(from_patch.values()) + kind_loss
+        losses["pointing"] = self.pointing_loss(branch, features, patch)
+        # the language
+        llama = self.hawk.llama
+        logits = llama.lm_head(llama(llama.embed_tokens(input_ids))[:, :-1]).float()
+        losses["language"] = F.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+        )
+        losses["total"] = sum(losses.values())
+        return losses
+
+    def patch_of(self, features, targets):
+        """Index (N, objects) of the ViT's token that holds each object; 0, the class token, if absent."""
+        side = math.isqrt(features.shape[1] - 1)
+        column, row = (targets[..., 1:3].clamp(0, 0.999) * side).long().unbind(-1)
+        return (1 + row * side + column) * (targets[..., 0] > 0)
+
+    def pointing_loss(self, branch, features, patch):
+        """-log of the weight that the first cross-attention of query k gives to the patch with object k.
+        Attention that has to find its object by itself takes very long to do so."""
+        n_objects = patch.shape[1]
+        layer = branch.qformer.layers[0]
+        heads = layer.cross_attention.heads
+        x = branch.qformer.norm(branch.queries)
+        q = layer.cross_attention.query(layer.self_attention(x, x))[0, :n_objects]  # the same for all frames
+        k = layer.cross_attention.key(branch.ln_vision(features))
+        q = q.unflatten(-1, (heads, -1)).float()  # (objects, h, d)
+        k = k.unflatten(-1, (heads, -1)).float()  # (N, 1 + patches, h, d)
+        scores = torch.einsum("shd,nphd->npsh", q, k) / math.sqrt(q.shape[-1])
+        return F.cross_entropy(scores, patch[..., None].expand(-1, -1, heads))
+
+
+def place_cells(xy):
+    """Positions (…, 2) in 0 to 1 -> (…, 36): how near each of 12 columns and 24 rows is, 1 at the object.
+
+    Asked for x and y themselves, a query learns a code whose average over the frames is the mean position, in
+    which all movement is lost. The average of place cells is a histogram of where an object has been."""
+    distances = []
+    for z, n in zip(xy.split(1, dim=-1), PLACE_CELLS, strict=True):
+        distances.append((z - torch.linspace(0, 1, n, device=xy.device)) * (n - 1))  # in cells
+    return torch.exp(-((torch.cat(distances, dim=-1) / 0.7) ** 2))
+
+
+def answer_losses(answers, targets, colours):
+    """Losses of answers (N, objects, 2 + cells + colours); those after presence only for what is present."""
+    present = targets[..., 0] > 0
+    presence, lying, places, colour = answers.split([1, 1, sum(PLACE_CELLS), len(COLOURS)], dim=-1)
+    return {
+        "presence": F.binary_cross_entropy_with_logits(presence[..., 0], targets[..., 0]),
+        "position": (places - place_cells(targets[..., 1:3]))[present].square().sum(-1).mean(),
+        "lying": F.binary_cross_entropy_with_logits(lying[present][:, 0], targets[..., 3][present]),
+        "colour": F.cross_entropy(colour.flatten(0, 1), colours.flatten(), ignore_index=IGNORE),
+    }
+
+
+class TowersTask(train.HawkTask):
+    """Stage 0. The first branch's Q-Former learns, the others get a copy: in the paper all are BLIP-2's."""
+
+    forward_options = {}
+
+    def add_options(self, parser):
+        parser.set_defaults(stage=0, train="all")
+
+    def dataset(self, args, model, tokenizer, split):
+        rows = train.read_rows(args.data, split)
+        if split == "test":
+            rows = rows[: args.eval_samples]
+        return FrameDataset(rows, tokenizer, model.config, args.seed)
+
+    def objective(self, args, model, train_set):
+        first = model.config.branches[0]
+        for name, p in model.named_parameters():
+            p.requires_grad_(
+                name.startswith(("vit.", "llama.")) or name.startswith(first) and is_frame_level(name)
+            )
+        return Pretraining(model, first)
+
+    def before_saving(self, model):
+        first, *others = model.config.branches
+        learned = {}
+        for name, tensor in model.branch(first).state_dict().items():
+            if is_frame_level(f"{first}.{name}"):
+                learned[name] = tensor
+        for name in others:
+            model.branch(name).load_state_dict(learned, strict=False)
+
+
+# ---- Facts -------------------------------------------------------------------------------------------------
+class WithFacts(torch.utils.data.Dataset):
+    """Samples of a HawkDataset with "facts": for each of FACTS the number of its word, -100 if unknown."""
+
+    def __init__(self, dataset, words):
+        self.dataset = dataset
+        self.words = words  # {fact: the words that the training rows have for it}
+        self.facts = []
+        for row in dataset.rows:
+            missing = [fact for fact in FACTS if not isinstance(row.get(fact), str)]
+            if missing:
+                raise ValueError(f"{row['video']}: its row lacks {', '.join(missing)}, which toy rows have")
+            known = [words[fact].index(row[fact]) if row[fact] in words[fact] else IGNORE for fact in FACTS]
+            self.facts.append(known)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, number):
+        sample = self.dataset[number]
+        if "error" not in sample:
+            sample["facts"] = torch.tensor(self.facts[sample["index"]])
+        return sample
+
+
+class ClipFacts(nn.Module):
+    """Hawk's losses, and the facts: each is asked of a share of every branch's soft tokens."""
+
+    def __init__(self, hawk, words, weight, alone):
+        super().__init__()
+        self.hawk = hawk
+        self.weight = weight
+        self.alone = alone  # facts and nothing else: no words, and many times as fast
+        width = len(hawk.config.branches) * hawk.config.llama_dim
+        self.heads = nn.ModuleList(nn.Linear(width, len(words[fact])) for fact in FACTS)
+
+    def forward(self, streams, facts, **texts):
+        encoding = self.hawk.encode(streams)
+        losses = {"total": 0.0} if self.alone else self.hawk.losses(encoding, **texts)
+        tokens = encoding.tokens.unflatten(1, (len(self.hawk.config.branches), -1))  # (B, branches, 32, D)
+        shares = tokens.tensor_split(len(FACTS), dim=2)
+        for i, (fact, head, share) in enumerate(zip(FACTS, self.heads, shares, strict=True)):
+            answer = head(share.mean(2).flatten(1)).float()  # of (B, branches · D)
+            losses[fact] = F.cross_entropy(answer, facts[:, i], ignore_index=IGNORE)
+            losses["total"] = losses["total"] + self.weight * losses[fact]
+        return losses
+
+
+class FactsTask(train.HawkTask):
+    """Stages 1 and 2 with the facts."""
+
+    def add_options(self, parser):
+        super().add_options(parser)
+        add = parser.add_argument_group("facts").add_argument
+        add("--ask-facts", type=float, default=1.0, metavar="WEIGHT", help="of the facts' losses (default 1)")
+        add("--facts-only", action="store_true", help="no words: only the facts, many times as fast")
+
+    def dataset(self, args, model, tokenizer, split):
+        words = {}
+        for fact in FACTS:
+            words[fact] = sorted({str(row.get(fact)) for row in train.read_rows(args.data, "train")})
+        return WithFacts(super().dataset(args, model, tokenizer, split), words)
+
+    def objective(self, args, model, train_set):
+        super().objective(args, model, train_set)
+        for name, p in model.named_parameters():
+            if args.facts_only and (name.startswith("llama.") or ".encoder_1." in name):
+                p.requires_grad_(False)  # no fact reaches it
+        return ClipFacts(model, train_set.words, args.ask_facts, args.facts_only)
+
+
+TASKS = {"towers": TowersTask(), "facts": FactsTask()}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("task", choices=TASKS, help="`python -m apps.towers TASK --help` lists its options")
+    args = p.parse_args(argv[:1])
+    return train.run(argv[1:], TASKS[args.task])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The curves of log.jsonl: what is read, drawn and refused."""
+
+import json
+import sys
+
+import pytest
+
+from apps import curves
+
+LINES = [
+    {"step": 1, "total": 2.0, "lr": 0.1, "grad_norm": None, "skipped": 1, "answers": [{"answer": "a"}]},
+    {"step": 2, "total": 1.0, "lr": 0.2, "grad_norm": 3.0, "skipped": 0, "held_out_total": 1.5},
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    text = "".join(json.dumps(line) + "\n" for line in LINES)
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 3, "to')  # still being written
+    return tmp_path
+
+
+def test_reading(run):
+    found = curves.read_curves(run)
+    assert found["total"] == [(1, 2.0), (2, 1.0)] and found["held_out_total"] == [(2, 1.5)]
+    assert found["grad_norm"] == [(2, 3.0)] and "answers" not in found
+
+
+def test_drawing(run):
+    pytest.importorskip("matplotlib")
+    assert curves.main([str(run), str(run), "--out", str(run / "curves.png")]) == 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard(run):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert curves.main([str(run), "--tensorboard", str(run / "board")]) == 0
+    [folder] = (run / "board").iterdir()
+    events = reader.EventAccumulator(str(folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("total")] == [(1, 2.0), (2, 1.0)]
+
+
+@pytest.mark.parametrize(("text", "words"), [("{}\n", "line 1"), ("x\n", "line 1"), ("", "no step yet")])
+def test_a_damaged_log_is_refused_in_one_line(tmp_path, capsys, text, words):
+    (tmp_path / "log.jsonl").write_text(text)
+    assert curves.main([str(tmp_path), "--out", "x.png"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and "log.jsonl" in said and said.count("\n") == 1
+    assert curves.main([str(tmp_path / "nowhere"), "--out", "x.png"]) == 2
+
+
+def test_without_matplotlib(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert curves.main([str(run), "--out", str(run / "x.png")]) == 2
+    assert "matplotlib" in capsys.readouterr().err

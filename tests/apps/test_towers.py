@@ -1,0 +1,198 @@
+"""Stage 0 and the facts: their targets and losses, and what their runs leave behind."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from apps import towers, toy
+from apps.toy import COLOURS, OBJECTS
+from data import Tokenizer
+from hawk import Hawk, HawkConfig
+
+SMALL = dict(
+    vit_depth=1, vit_dim=64, vit_mlp=128, qformer_layers=1, qformer_dim=64, qformer_mlp=64, video_layers=1,
+    n_queries=10, llama_layers=1, llama_dim=48, llama_mlp=64, llama_heads=2, image_size=56, n_frames=4,
+)  # fmt: skip
+SETTINGS = [text for name, value in SMALL.items() for text in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy world of four clips and two held out."""
+    folder = tmp_path_factory.mktemp("world")
+    toy.main(["--out", str(folder), "--n-train", "4", "--n-test", "2", "--seed", "5"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(world):
+    """Random small weights."""
+    torch.manual_seed(0)
+    config = replace(HawkConfig.preset("tiny"), **SMALL)
+    config.vocab_size = Tokenizer(world / "tokenizer.model").vocab_size
+    Hawk(config).save_pretrained(world / "weights", tokenizer=world / "tokenizer.model")
+    return world / "weights"
+
+
+def run(task, world, out, *options):
+    flags = ["--data", world, "--out", out, "--batch-size", 2, "--workers", 0, "--device", "cpu", *options]
+    assert towers.main([task, *map(str, flags)]) == 0
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stage 0
+
+
+def test_what_each_frame_shows():
+    """A car that stands still and then moves, a fire, and a second car that is not asked for."""
+    car = {"object": "car", "colour": "red", "x": [0.5, 0.5, 0.6, None], "y": [0.2, 0.2, 0.2, None]}
+    fire = {"object": "fire", "colour": None, "x": [None, 0.1, 0.1, 0.1], "y": [None, 0.9, 0.9, 0.9]}
+    other = {"object": "car", "colour": "blue", "x": [0.9] * 4, "y": [0.9] * 4, "lying": [True] * 4}
+    targets, colours = towers.frame_targets([car, fire, other], np.arange(4), image_size=112)
+    assert targets.shape == (8, len(OBJECTS), 4) and colours.shape == (8, len(OBJECTS))
+    red, blue = list(COLOURS).index("red"), list(COLOURS).index("blue")
+    slot = OBJECTS.index("car")
+    # appearance: the first car while it is there, then the second
+    assert targets[:4, slot, 1].tolist() == pytest.approx([0.5, 0.5, 0.6, 0.9])
+    assert targets[:4, slot, 3].tolist() == [0, 0, 0, 1]
+    assert colours[:4, slot].tolist() == [red, red, red, blue]
+    # motion: frame 0 shows the step from 0 to 1; only the step from 1 to 2 moves the car
+    assert targets[4:, slot, 0].tolist() == [0, 0, 1, 0] and colours[6, slot] == red
+    # a fire flickers, so it always shows; it has no colour
+    slot = OBJECTS.index("fire")
+    assert targets[:, slot, 0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1] and colours[:, slot].unique() == -100
+
+
+@pytest.mark.parametrize(
+    "change", [{"object": "tree"}, {"colour": "pink"}, {"x": [0.5]}, {"y": ["a", 0.1]}, {"lying": [True]}]
+)
+def test_objects_that_no_toy_world_has(change):
+    entry = {"object": "car", "colour": "red", "x": [0.5, None], "y": [0.5, None]}
+    towers.check_object(entry, "v.mp4")
+    with pytest.raises(ValueError, match="v.mp4: each entry of"):
+        towers.check_object(entry | change, "v.mp4")
+
+
+def test_place_cells_peak_at_the_object():
+    cells = towers.place_cells(torch.tensor([[4 / 11, 10 / 23], [0.0, 1.0]]))
+    columns, rows = cells.split(towers.PLACE_CELLS, dim=-1)
+    assert columns.argmax(-1).tolist() == [4, 0] and rows.argmax(-1).tolist() == [10, 23]
+    assert columns.amax() == pytest.approx(1) and columns[0, 5] == pytest.approx(columns[0, 3])
+    assert columns[0, 8] < 1e-6
+
+
+def test_perfect_answers_cost_nothing():
+    targets = torch.zeros(1, len(OBJECTS), 4)
+    targets[0, 2] = torch.tensor([1, 0.3, 0.7, 1])
+    colours = torch.full((1, len(OBJECTS)), -100)
+    colours[0, 2] = 1
+    answers = torch.zeros(1, len(OBJECTS), 2 + 36 + len(COLOURS))
+    answers[..., 0] = 40 * (targets[..., 0] - 0.5)
+    answers[..., 1] = 40
+    answers[0, 2, 2:38] = towers.place_cells(targets[0, 2, 1:3])
+    answers[0, 2, 38 + 1] = 40
+    losses = towers.answer_losses(answers, targets, colours)
+    assert all(loss < 1e-6 for loss in losses.values()), losses
+    answers[0, 2, 38 + 1] = -40
+    assert towers.answer_losses(answers, targets, colours)["colour"] > 10
+
+
+def test_stage_0_teaches_one_q_former_and_copies_it(world, tmp_path):
+    branches = ["--set", "branches=appearance,motion,third"]
+    lines = run("towers", world, tmp_path, "--preset", "tiny", "--steps", 2, *SETTINGS, *branches)
+    names = {"presence", "position", "lying", "colour", "patches", "pointing", "language"}
+    assert names | {"held_out_total"} <= lines[-1].keys() and "video_language" not in lines[-1]
+    assert lines[0]["total"] == pytest.approx(sum(lines[0][name] for name in names), rel=1e-5)
+    model = Hawk.from_pretrained(tmp_path / "last")
+    for name in ("motion", "third"):
+        for part in ("ln_vision", "qformer"):
+            learned = getattr(model.appearance, part).state_dict()
+            copied = getattr(model.branch(name), part).state_dict()
+            assert all(torch.equal(learned[key], copied[key]) for key in learned)
+        assert torch.equal(model.appearance.queries, model.branch(name).queries)
+        assert not torch.equal(model.appearance.video_queries, model.branch(name).video_queries)
+
+
+def test_stage_0_resumes_with_its_heads(world, tmp_path):
+    """Which are in no folder of weights."""
+    flags = ["--preset", "tiny", *SETTINGS, "--eval-every", 100]
+    whole = run("towers", world, tmp_path / "whole", "--steps", 3, *flags)
+    # the same schedule, saved after the first step
+    args = [
+        "--data",
+        world,
+        "--out",
+        tmp_path / "parts",
+        "--batch-size",
+        2,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    ]
+    args += ["--steps", 3, "--save-every", 1, *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        save = train.save
+
+        def save_and_stop(*arguments):
+            save(*arguments)
+            raise OSError("stopped")
+
+        patch.setattr(train, "save", save_and_stop)
+        assert towers.main(["towers", *map(str, args)]) == 2
+    resumed = run("towers", world, tmp_path / "parts", "--steps", 3, *flags, "--resume")
+    assert [line["total"] for line in resumed] == [line["total"] for line in whole]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Facts
+
+
+def test_facts_alone_teach_what_they_reach(world, weights, tmp_path):
+    lines = run(
+        "facts", world, tmp_path, "--weights", weights, "--train", "all", "--steps", 2, "--facts-only"
+    )
+    assert {*towers.FACTS, "total"} <= lines[-1].keys() and "video_language" not in lines[-1]
+    assert lines[0]["total"] == pytest.approx(sum(lines[0][fact] for fact in towers.FACTS), rel=1e-5)
+    before = Hawk.from_pretrained(weights).state_dict()
+    after = Hawk.from_pretrained(tmp_path / "last").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"motion.video_queries", "appearance.decoder_2.weight", "vit.cls_token"} <= changed
+    assert not [name for name in changed if name.startswith("llama.") or ".encoder_1." in name]
+
+
+def test_facts_beside_words(world, weights, tmp_path):
+    options = ["--weights", weights, "--stage", 2, "--steps", 1, "--ask-facts", 0.5]
+    [line] = run("facts", world, tmp_path, *options)
+    hawk = line["video_language"] + 0.1 * line["motion_language"] + 0.1 * line["consistency"]
+    assert line["total"] == pytest.approx(hawk + 0.5 * sum(line[fact] for fact in towers.FACTS), rel=1e-5)
+    assert len(line["answers"]) == 2
+
+
+def test_unknown_words_are_not_asked():
+    """A held-out row may have a word that no training row has; a row without the fields is refused."""
+    rows = [dict.fromkeys(towers.FACTS, "a") | {"video": "v.mp4"}, dict.fromkeys(towers.FACTS, "b")]
+    dataset = SimpleNamespace(rows=rows)
+    words = dict.fromkeys(towers.FACTS, ["a", "c"])
+    assert towers.WithFacts(dataset, words).facts == [[0] * 6, [-100] * 6]
+    dataset.rows = [{"video": "v.mp4", "kind": "normal"}]
+    with pytest.raises(ValueError, match="v.mp4: its row lacks object, colour, place, moment, scene"):
+        towers.WithFacts(dataset, words)
+
+
+@pytest.mark.parametrize(
+    ("task", "lacking"), [("towers", '"objects", "description" or "qa"'), ("facts", "kind, object")]
+)
+def test_other_data_is_refused_in_one_line(world, weights, tmp_path, capsys, task, lacking):
+    row = {"video": str(world / "videos/x.mp4"), "description": "A car."}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--weights", weights, "--data", tmp_path, "--out", tmp_path / "run", "--device", "cpu"]
+    assert towers.main([task, *map(str, flags)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error:") and lacking in said and said.count("\n") == 1

@@ -1,0 +1,165 @@
+"""On a pretended GPU: the results of the CPU, and no tensor on the wrong device. What a real GPU computes,
+how fast and in how much memory, is for tests/bench.py."""
+
+import json
+import shutil
+from argparse import Namespace
+
+import bench
+import pytest
+import torch
+from pretended_gpu import GPU, Graph, compute, pretended_gpu, record
+
+import train
+from data import farneback
+from hawk import Hawk, Int8Linear
+from sample import ask, encode_clips, encode_video, generate, load
+
+FRAMES = torch.randint(0, 256, (3, 40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def gpu():
+    with pretended_gpu() as device:
+        yield device
+
+
+def test_the_pretended_gpu_knows_where_tensors_are(gpu):
+    x = torch.arange(3.0, device="cuda")
+    assert (x * 2 + torch.tensor(1.0)).tolist() == [1, 3, 5]
+    assert x.device == torch.tensor([1], device=gpu).device == GPU
+    assert x.cpu().numpy().sum() == 3 and x[torch.tensor([2])].item() == 2
+    for mistake in (
+        lambda: x + torch.ones(3),
+        lambda: torch.ones(3)[x.long()],
+        lambda: torch.cat([x, torch.ones(1)]),
+    ):
+        with pytest.raises(RuntimeError, match="are on the CPU, others on cuda:0"):
+            mistake()
+    with pytest.raises((TypeError, RuntimeError)):
+        x.numpy()
+
+
+def test_the_pretended_gpu_replays_what_it_recorded(gpu):
+    x = torch.arange(3.0, device=gpu)
+    graph = Graph()
+    with record(graph):
+        y = (x * 2)[1:]
+        x.add_(1)
+        for look in (x.tolist, x.cpu, lambda: x[0].item()):
+            with pytest.raises(RuntimeError, match="while a CUDA graph is recorded"):
+                look()
+    assert y.tolist() == [2, 4] and x.tolist() == [1, 2, 3]
+    graph.replay()
+    assert y.tolist() == [4, 6] and x.tolist() == [2, 3, 4]
+
+
+def test_flow(gpu):
+    first = FRAMES.float().mean(-1)
+    second = FRAMES.roll(1, 2).float().mean(-1)
+    flow = farneback(first.to(gpu), second.to(gpu))
+    assert flow.device == GPU
+    torch.testing.assert_close(flow.cpu(), farneback(first, second), rtol=0, atol=1e-4)
+
+
+OPTIONS = [{}, dict(beams=3), dict(temperature=0.9, top_p=0.9, repetition_penalty=1.3), dict(int8=True)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_answers(world, gpu, options):
+    model, tokenizer = load(world / "weights", "cpu", int8=options.get("int8", False))
+    options = {name: value for name, value in options.items() if name != "int8"}
+    videos = [world / "a b.mp4", world / "c.mp4"]
+
+    def answers():
+        single = [
+            ask(model, tokenizer, video, "What is it?", max_new_tokens=12, **options).answer
+            for video in videos
+        ]
+        clips = [encode_video(model, video).clip for video in videos]  # of 4 frames and of 3
+        prompts = [
+            tokenizer.encode_prompt(question, clip.message, model.config.n_visual)
+            for question, clip in zip("ab", clips, strict=True)
+        ]
+        return single, generate(model, encode_clips(model, clips), prompts, max_new_tokens=12, **options)
+
+    expected = answers()
+    model.to(gpu)
+    assert model.device == GPU and answers() == expected
+    recorded = [isinstance(getattr(step.run, "__self__", None), Graph) for step in model.steps.values()]
+    assert any(recorded) or "beams" in options
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_int8_without_torch_s_slow_kernel(gpu, monkeypatch, rows):
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *_: pytest.fail("called"))
+    linear = Int8Linear(torch.nn.Linear(32, 48, bias=False).bfloat16())
+    x = torch.randn(rows, 1, 32).bfloat16()
+    expected = torch.nn.functional.linear(x, linear.weight.bfloat16()) * linear.scale
+    multiplied = set()
+
+    def noted(function, args, kwargs):
+        if str(function) == "aten.mul.Tensor":
+            multiplied.update(x.dtype for x in args)
+        return compute(function, args, kwargs)
+
+    monkeypatch.setattr("pretended_gpu.compute", noted)
+    y = linear.to(gpu)(x.to(gpu))
+    assert multiplied == {
+        torch.bfloat16,
+        torch.float32,
+    }  # were both bfloat16, torch.compile would use that kernel
+    assert y.dtype == torch.bfloat16 and y.cpu().equal(expected)
+
+
+@pytest.mark.parametrize("more", ["--train lora --accumulate 2", "--train all --stage 1"])
+def test_training(world, tmp_path, more):
+    row = {"description": "A red car.", "motion": "car drives"}
+    rows = [json.dumps(row | {"video": str(world / name)}) + "\n" for name in ("a b.mp4", "c.mp4")]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+
+    def losses(device):
+        options = [
+            "--weights",
+            world / "weights",
+            "--data",
+            tmp_path,
+            "--out",
+            tmp_path / "run",
+            "--device",
+            device,
+        ]
+        options += (
+            "--steps 2 --batch-size 2 --lr 1e-3 --warmup 1 --workers 0 --dtype float32".split() + more.split()
+        )
+        train.main([*map(str, options)])
+        lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        weights = dict(Hawk.from_pretrained(tmp_path / "run/last").named_parameters())
+        shutil.rmtree(tmp_path / "run")
+        return [line["total"] for line in lines] + [lines[-1]["held_out_total"]], weights
+
+    expected, weights = losses("cpu")
+    with pretended_gpu():
+        found, others = losses("cuda")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_the_benchmark_s_gpu_parts_run(gpu, monkeypatch):
+    small = bench.SMALL_TOWERS | dict(
+        llama_dim=64, llama_layers=1, llama_heads=2, llama_mlp=128, vocab_size=500
+    )
+    for name, value in dict(SMALL_TOWERS=small, COPIED=1 << 16, SIDE=64).items():
+        monkeypatch.setattr(bench, name, value)
+    real = bench.medians
+    monkeypatch.setattr(bench, "medians", lambda runs, repeat: real(runs, 1))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    rows = {
+        row["name"]: row
+        for part in ("flow", "int8", "gpu")
+        for row in bench.PARTS[part](Namespace(quick=True))
+    }
+    assert {"optical flow, 16 pairs, GPU", "int8, LLaMA 7B, GPU", "7B, bf16, batch 1, --compile"} < set(rows)
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows.values())

@@ -1,0 +1,85 @@
+"""prepare.py features: what is frozen in training, computed once and read by data.CachedFeatures."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import data
+import prepare
+from hawk import Hawk
+
+
+@pytest.fixture
+def folder(world, tmp_path):
+    """Videos of one's own and their indexes, one row of which names a broken file."""
+    for name in ("a b", "c", "broken"):
+        shutil.copy(world / f"{name}.mp4", tmp_path)
+    rows = [{"video": f"{name}.mp4", "description": "A dog."} for name in ("a b", "broken", "c")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    return tmp_path
+
+
+def features(world, folder, *more):
+    command = ["features", "--weights", world / "weights", "--data", folder, "--out", folder / "cache"]
+    prepare.main([*map(str, command), "--workers", "0", "--batch-size", "2", "--device", "cpu", *more])
+
+
+def cache(world, folder, split="train"):
+    rows = data.read_index(folder / f"{split}.jsonl")
+    model = Hawk.from_pretrained(world / "weights")
+    print = data.frozen_fingerprint(model)
+    return model, data.CachedFeatures(folder / "cache" / split, rows, model.config, print)
+
+
+def test_cached_features_are_those_of_the_model(world, folder, capsys):
+    features(world, folder, "--crops", "2", "--dtype", "float32")
+    model, cached = cache(world, folder)
+    assert cached.choices == 2 and cache(world, folder, "test")[1].choices == 1
+    dataset = data.ClipDataset(data.read_index(folder / "train.jsonl"), model.config)
+    for row in (0, 2):
+        frames, clip = dataset.read(row, "uniform", None)
+        cropped = data.random_crop(frames, data.clip_generator(42, 1, row))
+        for choice, streams in enumerate((frames, cropped)):
+            with torch.no_grad():
+                expected = model.frame_features({name: x[None] / 255 for name, x in streams.items()})
+            found = cached.load(row, choice)
+            assert found.message == clip.message and found.streams.keys() == set(model.config.branches)
+            for name, x in found.streams.items():
+                torch.testing.assert_close(x, expected[name][0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(data.VideoError, match="broken.mp4"):
+        cached.load(1, 0)
+    assert "note: " in capsys.readouterr().err
+
+
+def test_what_is_there_is_done(world, folder):
+    features(world, folder)
+    files = {file: file.stat().st_mtime_ns for file in (folder / "cache/train").glob("*.safetensors")}
+    missing = folder / "cache/train/2.safetensors"
+    missing.unlink()
+    shutil.copy(folder / "c.mp4", folder / "broken.mp4")  # which can be read from now on
+    with pytest.raises(ValueError, match="1 clips are missing"):
+        cache(world, folder)
+    features(world, folder)
+    assert missing.exists() and all(
+        file.stat().st_mtime_ns == t for file, t in files.items() if file != missing
+    )
+    assert cache(world, folder)[1].load(1, 0).message
+    assert not (folder / "cache/train/bad_videos.jsonl").read_text()
+
+
+def test_another_cache_is_refused(world, folder):
+    features(world, folder)
+    with pytest.raises(
+        SystemExit, match="error: .*train: has dtype 'float16', not 'float32'; choose another"
+    ):
+        features(world, folder, "--dtype", "float32")
+    with pytest.raises(SystemExit, match="has choices 1, not 2"):
+        features(world, folder, "--crops", "2")
+    shutil.copy(folder / "c.mp4", folder / "a b.mp4")
+    with pytest.raises(SystemExit, match="a b.mp4 is another video now"):
+        features(world, folder)
+    with pytest.raises(SystemExit, match="holds neither train.jsonl nor test.jsonl"):
+        features(world, folder / "cache")
