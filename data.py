@@ -405,7 +405,7 @@ def normal_equations(first, second, flow):
     grid = torch.stack([x * (2 / (second.shape[-1] - 1)) - 1, y * (2 / (second.shape[-2] - 1)) - 1], dim=-1)
     second = F.grid_sample(second, grid, align_corners=True).transpose(0, 1)
     by, bx = first[:2] - second[:2]
-    ayy, axx, axy = (first[2:] + second[2:]) * (1 + outside)
+    ayy, axx, axy = (first[2:] + second[2:]).mul_(1 + outside)
     by = by.addcmul(ayy, dy).addcmul(axy, dx)
     bx = bx.addcmul(axx, dx).addcmul(axy, dy)
     left = [(ayy * ayy).addcmul(axy, axy), (ayy + axx) * axy, (axx * axx).addcmul(axy, axy)]
@@ -826,7 +826,7 @@ def frozen_fingerprint(model):
 
 
 def check_sizes(folder, rows, choices):
-    """The (row, choice) that have no file. ValueError if a video has changed its size since its file was made."""
+    """The (row, choice) without a file. ValueError if a video has another size than its file says."""
     missing = []
     for place in product(range(len(rows)), range(choices)):
         file = cache_file(folder, *place)

@@ -83,7 +83,7 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
         for tower, even in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary positions turn pairs
             dim = getattr(self, f"{tower}_dim")
             heads = getattr(self, f"{tower}_heads")
-            require(dim % (heads * even) == 0, f"{tower}_dim {dim} does not divide into {heads} heads")
+            require(dim % (heads * even) == 0, f"{heads} {tower}_heads do not divide {tower}_dim {dim}")
         require(self.image_size >= self.patch_size, f"image_size {self.image_size} is below one patch")
         known = self.motion_mask in ("hard", "soft") and self.consistency in ("cosine", "debiased")
         known = known and {"q_proj", "k_proj", "v_proj", "o_proj"}.issuperset(self.lora_targets)
@@ -211,12 +211,11 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)`, its unused text half left out
-    def __init__(self, config, layers, context_dim, cross_every):
+    def __init__(self, config, layers, context_dim, every):
         super().__init__()
         self.dropout = config.dropout
         self.norm = nn.LayerNorm(config.qformer_dim, eps=1e-12)
-        crosses = [i % cross_every == 0 for i in range(layers)]
-        self.layers = nn.ModuleList(QFormerLayer(config, context_dim, crosses[i]) for i in range(layers))
+        self.layers = nn.ModuleList(QFormerLayer(config, context_dim, i % every == 0) for i in range(layers))
 
     def forward(self, queries, context):
         """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C)."""
@@ -242,7 +241,7 @@ class Branch(nn.Module):
         # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
         self.frame_position = nn.Embedding(config.n_frames, dim)
         self.video_queries = nn.Parameter(0.02 * torch.randn(1, config.n_video_queries, dim))
-        self.video_qformer = QFormer(config, config.video_layers, dim, cross_every=1)
+        self.video_qformer = QFormer(config, config.video_layers, dim, every=1)
         self.proj_0 = nn.Linear(dim, D)
         self.encoder_0 = nn.Linear(D, D)
         self.encoder_1 = nn.Linear(D, config.tight_dim) if compared else None
@@ -291,8 +290,7 @@ class KVCache:
         mask = mask | (self.slots == slots[:, None])  # padding sees itself: its softmax must not be 0 / 0
         return (slots - self.padding[..., 0]).clamp_min(0), (self, slots, mask)
 
-    def write(self, layer, slots, k, v):
-        """Stores k and v (B, h, S, d) in their slots; returns those of all slots (B, h, size, d)."""
+    def write(self, layer, slots, k, v):  # k, v (B, h, S, d) into their slots -> all of them (B, h, size, d)
         self.k[layer].index_copy_(2, slots, k.to(self.k[layer].dtype))
         self.v[layer].index_copy_(2, slots, v.to(self.v[layer].dtype))
         return self.k[layer], self.v[layer]
@@ -365,8 +363,7 @@ class DecodingStep:
             tuning = {"coordinate_descent_tuning": True}
             self.run = torch.compile(self.step, fullgraph=True, dynamic=False, options=tuning)
 
-    def start(self, prompt, padding):
-        """Reads a prompt (B, S, D); what was read before is forgotten."""
+    def start(self, prompt, padding):  # reads a prompt (B, S, D); what was read before is forgotten
         self.cache.length.zero_()
         self.cache.padding.copy_(padding.view(-1, 1, 1, 1))
         self.read(prompt)
@@ -556,14 +553,13 @@ class Hawk(nn.Module):
         new = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
         step.start(x, padding)
         for _ in range(max_new_tokens):
-            if new.shape[1] > 0:
-                step.run()
             if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
                 token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
                 step.token.copy_(token)
             new = torch.cat([new, step.token[:, None]], dim=1)
             if (on_token and on_token(step.token.tolist()) is False) or (new == eos_id).any(1).all():
                 break
+            step.run()
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new.tolist()]
 
     def decoding_step(self, x, max_new_tokens):
@@ -600,9 +596,9 @@ class Hawk(nn.Module):
         hint = f"for other branches: python prepare.py merge --weights {folder} --set branches=… --out …"
         for file, name, tensor in read_tensors(folders):
             fits = shapes.get(name) == tensor.shape
-            require(fits, f"{file}: {name} {tuple(tensor.shape)}: the model has {shapes.get(name)} ({hint})")
-            finite = tensor.is_floating_point() and math.isfinite(sum(torch.aminmax(tensor)))
-            require(finite, f"{file}: {name} ({tensor.dtype}) must be finite floats")
+            require(fits, f"{file}: {name} has shape {tuple(tensor.shape)}, not {shapes.get(name)} ({hint})")
+            fits = tensor.itemsize > 1 and tensor.is_floating_point() and math.isfinite(sum(tensor.aminmax()))
+            require(fits, f"{file}: {name} ({tensor.dtype}) must be finite floats")
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
         missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -622,15 +618,19 @@ def choose(logits, new, temperature, top_p, penalty, generator):
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def read_chain(folder):
+def read_chain(folder, above=()):
     """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win."""
-    file = Path(folder) / "config.json"
+    folders = [Path(folder), *above]
+    file = folders[0] / "config.json"
     try:
         values = {**json.loads(file.read_text())}
-        base = values.pop("base", None)
-        return HawkConfig.from_dict(values), [*(read_chain(base)[1] if base else []), Path(folder)]
+        base = Path(values.pop("base")) if "base" in values else None
+        config = HawkConfig.from_dict(values)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
+    if base is None or base in folders:
+        return config, folders
+    return config, read_chain(base, folders)[1]
 
 
 def read_tensors(folders):

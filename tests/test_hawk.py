@@ -623,7 +623,7 @@ BAD = {
         lambda d: configure(d, consistency="cosinus"),
         ["config.json", "consistency", "cosinus"],
     ),
-    "heads": (lambda d: configure(d, vit_heads=5), ["config.json", "vit_dim 32", "5 heads"]),
+    "heads": (lambda d: configure(d, vit_heads=5), ["config.json", "vit_dim 32", "5 vit_heads"]),
     "no JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json", "cannot be read"]),
     "no object": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "cannot be read"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json", "cannot be read"]),
