@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-NO_LOSSES = {"step", "lr", "grad_norm", "skipped", "samples_per_s", "memory_mb", "bias_cosine", "answers"}
+NO_LOSSES = {"step", "lr", "grad_norm", "skipped", "samples_per_s", "memory_mb", "bias_cosine"}
 
 
 def read_curves(run):

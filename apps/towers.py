@@ -19,6 +19,7 @@ import argparse
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 
 import train
 from apps.toy import COLOURS, OBJECTS
-from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset
+from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset, read_index
 from hawk import is_frame_level
 
 COLOUR_NAMES = tuple(COLOURS)
@@ -75,7 +76,7 @@ class FrameDataset(ClipDataset):
             "index": torch.tensor(i),
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "frames": torch.cat([streams["appearance"], streams["motion"]])[drawn],  # (per_clip, 3, H, W)
+            "streams": {"both": torch.cat([streams["appearance"], streams["motion"]])[drawn]},  # (n, 3, H, W)
             "targets": targets[drawn],
             "colours": colours[drawn],
         }
@@ -138,6 +139,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.hawk = hawk
         self.branch = branch  # the name of the one whose Q-Former learns
+        self.register_state_dict_pre_hook(lambda *_: self.copy_to_others())  # train.py calls it to save
         c = hawk.config
         n_answers = 2 + sum(PLACE_CELLS) + len(COLOURS)  # present, lying, place cells, colours
         self.query_head = nn.Linear(c.qformer_dim, n_answers)
@@ -145,13 +147,13 @@ class Pretraining(nn.Module):
         self.patch_head = nn.Linear(c.vit_dim, n_answers)
         self.patch_kind = nn.Linear(c.vit_dim, len(OBJECTS))
 
-    def forward(self, frames, targets, colours, input_ids, labels):
-        """frames (B, n, 3, H, W), targets (B, n, objects, 4), colours (B, n, objects), ids and labels (B, S)
-        -> losses by name"""
+    def forward(self, streams, targets, colours, input_ids, labels, **_):
+        """{"both": frames (B, n, 3, H, W)}, targets (B, n, objects, 4), colours (B, n, objects), ids and
+        labels (B, S) -> losses by name"""
         targets = targets.flatten(0, 1)  # (N, objects, 4)
         colours = colours.flatten(0, 1)
         branch = self.hawk.branch(self.branch)
-        features = self.hawk.vit(frames.flatten(0, 1))  # (N, 1 + patches, vit_dim)
+        features = self.hawk.vit(streams["both"].flatten(0, 1))  # (N, 1 + patches, vit_dim)
         # asked of the queries
         queries = branch.frames(features)[:, : len(OBJECTS)]  # (N, objects, C)
         answers = self.query_head(queries).float()
@@ -174,6 +176,15 @@ class Pretraining(nn.Module):
         )
         losses["total"] = sum(losses.values())
         return losses
+
+    @torch.no_grad()
+    def copy_to_others(self):
+        """Gives the other branches what the first one has learned."""
+        learned = dict(self.hawk.branch(self.branch).named_parameters())
+        for branch in self.hawk.config.branches:
+            for name, p in self.hawk.branch(branch).named_parameters():
+                if is_frame_level(f"{branch}.{name}"):
+                    p.copy_(learned[name])
 
     def patch_of(self, features, targets):
         """Index (N, objects) of the ViT's token that holds each object; 0, the class token, if absent."""
@@ -222,15 +233,11 @@ def answer_losses(answers, targets, colours):
 class TowersTask(train.HawkTask):
     """Stage 0. The first branch's Q-Former learns, the others get a copy: in the paper all are BLIP-2's."""
 
-    forward_options = {}
-
     def add_options(self, parser):
         parser.set_defaults(stage=0, train="all")
 
     def dataset(self, args, model, tokenizer, split):
-        rows = train.read_rows(args.data, split)
-        if split == "test":
-            rows = rows[: args.eval_samples]
+        rows = read_index(Path(args.data) / f"{split}.jsonl")
         return FrameDataset(rows, tokenizer, model.config, args.seed)
 
     def objective(self, args, model, train_set):
@@ -240,15 +247,6 @@ class TowersTask(train.HawkTask):
                 name.startswith(("vit.", "llama.")) or name.startswith(first) and is_frame_level(name)
             )
         return Pretraining(model, first)
-
-    def before_saving(self, model):
-        first, *others = model.config.branches
-        learned = {}
-        for name, tensor in model.branch(first).state_dict().items():
-            if is_frame_level(f"{first}.{name}"):
-                learned[name] = tensor
-        for name in others:
-            model.branch(name).load_state_dict(learned, strict=False)
 
 
 # ---- Facts -------------------------------------------------------------------------------------------------
@@ -309,9 +307,10 @@ class FactsTask(train.HawkTask):
         add("--facts-only", action="store_true", help="no words: only the facts, many times as fast")
 
     def dataset(self, args, model, tokenizer, split):
+        rows = read_index(Path(args.data) / "train.jsonl")
         words = {}
         for fact in FACTS:
-            words[fact] = sorted({str(row.get(fact)) for row in train.read_rows(args.data, "train")})
+            words[fact] = sorted({str(row.get(fact)) for row in rows})
         return WithFacts(super().dataset(args, model, tokenizer, split), words)
 
     def objective(self, args, model, train_set):

@@ -21,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,7 +35,6 @@ sys.path.insert(0, str(ROOT))
 from data import Tokenizer, farneback, read_clip, sample_frames  # noqa: E402
 from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
 from sample import quantize_int8  # noqa: E402
-from train import checkpoint_gradients  # noqa: E402
 
 SMALL_TOWERS = dict(
     vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
@@ -350,8 +351,8 @@ def memory(args):
         with torch.device("meta"):
             model = Hawk(HawkConfig.preset("7b")).to(torch.bfloat16)
             model.set_trainable(mode)
-            if save_memory:
-                checkpoint_gradients(model)
+            for block in model.llama.layers if save_memory else ():  # as train.py does
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             c = model.config
             frames = torch.empty(1, 32, c.n_queries, c.qformer_dim, dtype=torch.bfloat16)
             text = torch.empty(1, 256, c.llama_dim, dtype=torch.bfloat16)

@@ -1,6 +1,7 @@
 """The training loop on toy clips: it learns, it resumes where it was killed, and processes do not matter."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -66,7 +67,7 @@ def test_four_clips_are_memorised_word_for_word(world, tmp_path):
     lines = log_of(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 221))
     assert lines[-1]["total"] < 0.2 * lines[0]["total"]
-    assert "held_out_total" in lines[-1] and len(lines[-1]["answers"]) == 2
+    assert math.isfinite(lines[-1]["held_out_total"])
 
 
 # ------------------------------------------------------------------------------------------------------------

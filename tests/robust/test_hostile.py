@@ -7,6 +7,7 @@ fuzz.py tries the first kind by the thousand, and lends its measure of a sound o
 import json
 import os
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -727,13 +728,17 @@ def test_shards_swapped_or_from_elsewhere(world, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["code", "cut", "empty", "other"])
-def test_a_hostile_state_is_not_resumed_from(tmp_path, content):
-    module = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(module.parameters())
-    scaler, file = torch.amp.GradScaler("cpu", enabled=False), tmp_path / "state.pt"
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": 3, "objective": {}}
-    torch.save(state, file)
-    assert train.load_state(tmp_path, module, optimizer, scaler, "cpu") == 3
+def test_a_hostile_state_is_not_resumed_from(world, tmp_path, content):
+    row = {"video": str(world / "a b.mp4"), "description": "A dog."}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--weights", world / "weights", "--data", tmp_path, "--out", tmp_path / "run", "--device", "cpu"]
+    flags = [*map(str, flags), "--workers", "0", "--batch-size", "1", "--steps", "1"]
+    handler = signal.getsignal(signal.SIGTERM)
+    train.main(flags)
+    signal.signal(signal.SIGTERM, handler)
+    file = tmp_path / "run/last/state.pt"
+    state = torch.load(file, weights_only=True)
+    assert state["step"] == 1
     if content == "code":
         torch.save(state | {"objective": Evil(tmp_path / "ran")}, file)
     elif content == "other":
@@ -741,7 +746,7 @@ def test_a_hostile_state_is_not_resumed_from(tmp_path, content):
     else:
         file.write_bytes(file.read_bytes()[: 300 * (content == "cut")])
     with pytest.raises(ValueError) as error:
-        train.load_state(tmp_path, module, optimizer, scaler, "cpu")
+        train.main([*flags, "--resume"])
     assert (
         str(file) in str(error.value)
         and len(str(error.value).splitlines()) == 1
