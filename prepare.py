@@ -30,7 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 import data
-from hawk import Branch, Hawk, HawkConfig, is_frame_level, read_chain, save_tensors
+from hawk import Branch, Hawk, HawkConfig, is_frame_level, read_chain, require, save_tensors
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 10**9
@@ -111,22 +111,14 @@ def open_tensors(file):
         raise ValueError(f"{file}: is missing, cut short, or holds other than tensors ({reason})") from e
 
 
-def list_tensors(path):
-    """{tensor name: its file} of a file, or of a Hugging Face folder of shards."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    return {name: file for file in files for name in open_tensors(file)}
-
-
 def read_tensor(held, name):
     """The tensor of this name in the file `held`, or `held` itself where it was made here."""
     name, _, third = name.partition("[")
     tensor = held if isinstance(held, torch.Tensor) else open_tensors(held)[name]
     if not third:
         return tensor
-    if tensor.ndim != 1 or len(tensor) % 3 or tensor.chunk(3)[1].any():  # our keys have no bias
-        raise ValueError(f"{held}: {name} {tuple(tensor.shape)} must be [queries, zeros, values]")
+    fits = tensor.ndim == 1 and len(tensor) % 3 == 0 and not tensor.chunk(3)[1].any()  # keys have no bias
+    require(fits, f"{held}: {name} {tuple(tensor.shape)} must be [queries, zeros, values]")
     return tensor.chunk(3)["qkv".index(third[0])]
 
 
@@ -163,8 +155,7 @@ def infer_config(sources, overrides):
     def shape(name, dims):
         _, released, held = locate(name, sources, "blip2")
         found = tuple(read_tensor(held, released).shape)
-        if len(found) != dims:
-            raise ValueError(f"{held}: {released} must have {dims} dimensions, not {found}")
+        require(len(found) == dims, f"{held}: {released} must have {dims} dimensions, not {found}")
         return found
 
     def layers(role, pattern):
@@ -174,8 +165,7 @@ def infer_config(sources, overrides):
     file = sources["llama"][0] / "config.json"
     llama = read_json(file, *LLAMA.values())
     for key, value in (("num_key_value_heads", llama["num_attention_heads"]), ("rope_scaling", None)):
-        if llama.get(key, value) != value:
-            raise ValueError(f"{file}: {key} is {llama[key]}; Hawk's LLaMA can only do {value}")
+        require(llama.get(key, value) == value, f"{file}: {key} is {llama.get(key)}, not {value}")
     c = {ours: llama[theirs] for ours, theirs in LLAMA.items()}
     c["rope_theta"] = llama.get("rope_theta", 10000.0)
     c["context_length"] = llama.get("max_position_embeddings", 4096)
@@ -200,11 +190,9 @@ def infer_config(sources, overrides):
         c["tight_dim"], _ = shape("appearance.encoder_1.weight", 2)
     for tower, published in (("vit", 1408), ("qformer", 768)):  # shapes do not show the number of heads
         dim = c[f"{tower}_dim"]
-        if dim != published and f"{tower}_heads" not in overrides:
-            raise ValueError(f"{tower}_dim is {dim}, not {published}: add --set {tower}_heads=N")
-    c["branches"] = ("appearance", "motion")
-    if "branches" in overrides:
-        raise ValueError("--set branches: is for `prepare.py merge`; the released files have two")
+        known = dim == published or f"{tower}_heads" in overrides
+        require(known, f"{tower}_dim is {dim}, not {published}: add --set {tower}_heads=N")
+    require("branches" not in overrides, "--set branches: is for `prepare.py merge`; released files have two")
     return HawkConfig.from_dict(c | overrides, "the released files and --set")
 
 
@@ -289,8 +277,7 @@ def complete_motion(choice, path, held, config):
 
     -> (choice, that line, {released name: file or tensor})"""
     there = any(name.startswith("Qformer_motion.bert.encoder.") for name in held)
-    if choice == "checkpoint" and not there:
-        raise ValueError(f"{path or '--hawk'}: holds no Qformer_motion to take")
+    require(there or choice != "checkpoint", f"{path or '--hawk'}: holds no Qformer_motion to take")
     if choice == "auto" and path is None:
         choice = "blip2"
     elif choice == "auto":
@@ -316,7 +303,12 @@ def weights(args):
     overrides = data.settings(args.set)
     paths = {"llama": args.llama, "vit": args.vit, "qformer": args.qformer}
     paths["hawk"] = args.hawk or args.video_llama
-    sources = {role: (path, list_tensors(path) if path else {}) for role, path in paths.items()}
+    sources = {}
+    for role, path in paths.items():  # a file, or a Hugging Face folder of shards
+        files = [path] if path else []
+        if path and path.is_dir():
+            files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        sources[role] = (path, {name: file for file in files for name in open_tensors(file)})
     config = infer_config(sources, overrides)
     held = sources["hawk"][1]
     if args.hawk is None:
@@ -334,9 +326,9 @@ def weights(args):
         surplus[role].pop(released.partition("[")[0], None)
         origins[name] = f"{'made here' if isinstance(held, torch.Tensor) else held}: {released}"
         tensor = read_tensor(held, released)
-        if tensor.shape != like.shape or not tensor.is_floating_point():
-            found = f"{origins[name]} is {tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"{found}, but {name} needs {tuple(like.shape)} of floating point")
+        found = f"{origins[name]} is {tuple(tensor.shape)} {tensor.dtype}"
+        fits = tensor.shape == like.shape and tensor.is_floating_point()
+        require(fits, f"{found}, but {name} needs {tuple(like.shape)} of floating point")
         dtype = tensor.dtype
         if name.startswith(("vit.", "llama.")):  # the big frozen towers; the rest stays as it was trained
             dtype = DTYPES.get(args.dtype, dtype)
@@ -348,9 +340,9 @@ def weights(args):
     left_out["vit"] += rf"|blocks\.{config.vit_depth}\..+"  # EVA's last block, which BLIP-2 does without
     for role, tensors in surplus.items():
         for name, held in tensors.items():
-            if not re.fullmatch(left_out[role], name):
-                shape = tuple(read_tensor(held, name).shape)
-                raise ValueError(f"{held}: unknown tensor {name} {shape}: the model has no place for it")
+            shape = tuple(read_tensor(held, name).shape)
+            known = re.fullmatch(left_out[role], name)
+            require(known, f"{held}: unknown tensor {name} {shape}: the model has no place for it")
         left_out[role] = sorted(tensors)
     record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origins}
     files = {held for _, tensors in sources.values() for held in tensors.values() if isinstance(held, Path)}
@@ -373,9 +365,9 @@ def write_folder(out, config, tokenizer, entries, record=None, files=()):
             open_tensors.cache_clear()
             tensors = {name: read().to(dtype, copy=True).contiguous() for name, dtype, read in shard}
             for name, tensor in tensors.items():
-                if not math.isfinite(sum(torch.aminmax(tensor))):
-                    origin = record["tensors"][name] if record else name
-                    raise ValueError(f"{origin}: holds NaN, or a number too large for {tensor.dtype}")
+                finite = math.isfinite(sum(torch.aminmax(tensor)))
+                origin = record["tensors"][name] if record else name
+                require(finite, f"{origin}: holds NaN, or a number too large for {tensor.dtype}")
             part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
             save_tensors(tensors, folder / f"model{part}.safetensors")
         if record:
@@ -394,8 +386,7 @@ def features(args):
     Writes OUT/train and OUT/test, a file for each clip and each of its --crops variants. What is there is
     done: a second run resumes. A folder made with other weights or settings is refused."""
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
-    if not splits:
-        raise ValueError(f"{args.data}: holds neither train.jsonl nor test.jsonl")
+    require(splits, f"{args.data}: holds neither train.jsonl nor test.jsonl")
     model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
     fingerprint = data.frozen_fingerprint(model)
     for split in splits:
@@ -403,7 +394,14 @@ def features(args):
         folder = args.out / split
         crops = args.crops if split == "train" else 1
         options = (args.seed, args.dtype, args.bfloat16)
-        open_cache(folder, data.cache_meta(rows, model.config, fingerprint, crops, *options))
+        meta = data.cache_meta(rows, model.config, fingerprint, crops, *options)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "meta.json").exists():
+            data.replace_file(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+        there = read_json(folder / "meta.json", "weights")
+        for key, value in meta.items():
+            old = there.get(key)
+            require(old == value, f"{folder}: has {key} {old!r}, not {value!r}; choose another --out")
         data.check_sizes(folder, rows, crops)
         variants = VariantDataset(rows, model.config, args.seed)
         todo = [(row, k) for k in range(crops) for row in range(len(rows))]
@@ -420,18 +418,6 @@ def features(args):
             data.replace_file(folder / "bad_videos.jsonl", "".join(lines))
         for sample in bad:
             note(sample["error"])
-
-
-def open_cache(folder, meta):
-    """Writes meta.json, what a cache is made with. ValueError if the folder holds a cache made otherwise."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "meta.json"
-    if not file.exists():
-        data.replace_file(file, json.dumps(meta, indent=1) + "\n")
-    there = read_json(file, "weights")
-    for key, value in meta.items():
-        if there.get(key) != value:
-            raise ValueError(f"{folder}: has {key} {there.get(key)!r}, not {value!r}; choose another --out")
 
 
 class VariantDataset(data.ClipDataset):
@@ -498,8 +484,7 @@ def merge(args):
         stored = torch.float32 if source in lora else held[source].dtype
         read = partial(merged, held[source], lora.get(source))
         entries.append((name, like.numel(), DTYPES.get(args.dtype, stored), read))
-    if misfits:
-        raise ValueError(f"--set {' '.join(args.set)}: is not how these weights are shaped ({misfits[0]})")
+    require(not misfits, f"--set {' '.join(args.set)}: is not how these weights are shaped ({misfits[:1]})")
     if new or dropped:
         print(f"copied from {pattern}: {', '.join(new) or 'none'}; left out: {', '.join(dropped) or 'none'}")
     tokenizers = [folder / "tokenizer.model" for folder in reversed(read_chain(args.weights)[1])]
@@ -507,7 +492,7 @@ def merge(args):
 
 
 def merged(weight, lora):
-    """W + scale · B A, in float32; W where there is no LoRA."""
+    """W + scale · B A in float32, or W where there is no LoRA: computed only when it is written."""
     if lora is None:
         return weight
     return weight.float() + lora.scale * (lora.lora_B.float() @ lora.lora_A.float()).detach()
@@ -527,8 +512,8 @@ REFUSAL = re.compile(REFUSAL, re.IGNORECASE)
 def video_path(videos, name):
     """The path of a video in a folder; ValueError for a name that leads out: "..", a full path, a link."""
     path = videos.resolve() / name
-    if ".." in Path(name).parts or not path.resolve().is_relative_to(videos.resolve()):
-        raise ValueError(f"{str(name)!r} leads out of the folder of videos")
+    inside = ".." not in Path(name).parts and path.resolve().is_relative_to(videos.resolve())
+    require(inside, f"{str(name)!r} leads out of the folder of videos")
     return path
 
 
@@ -569,9 +554,8 @@ def hawk(args):
         else:
             splits[split] = list(hawk_rows(file, args.videos, table, report))
     total = sum(table.values(), Counter())
-    if not total["found"]:
-        first = next(iter(report["missing"] + report["broken"]), "no annotations")
-        raise ValueError(f"{args.videos}: no video of {total['rows']} rows; the first: {json.dumps(first)}")
+    first = json.dumps(next(iter(report["missing"] + report["broken"]), "no annotations"))
+    require(total["found"], f"{args.videos}: no video of {total['rows']} rows; the first: {first}")
     write_splits(args.out, splits)
     data.replace_file(args.out / "report.json", json.dumps(report, indent=1) + "\n")
     columns = ("rows", "found", "missing", "refusals", "broken")
@@ -584,8 +568,7 @@ def hawk(args):
 def hawk_rows(file, videos, table, report):
     """Yields the index rows of one annotation file whose videos are there; counts and reports the others."""
     entries = read_json(file)
-    if not isinstance(entries, list):
-        raise ValueError(f"{file}: must be a list of objects with video, QA and description")
+    require(isinstance(entries, list), f"{file}: must be a list of objects with video, QA and description")
     for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
         name = entry.get("video") if isinstance(entry, dict) else None
         found = PUBLISHED.search(name) if isinstance(name, str) else None
@@ -596,13 +579,7 @@ def hawk_rows(file, videos, table, report):
             path = video_path(videos, Path(source, found[2]) if found else name)
             state = "found" if path.is_file() and path.stat().st_size > 0 else "missing"
             reason = f"{path}: is missing or empty"
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            OSError,
-            RuntimeError,
-        ) as e:  # RuntimeError: links in a circle
+        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
             state = "broken"
             reason = f"needs video, QA and description ({type(e).__name__}: {e})"
         table[source].update(("rows", state))
@@ -615,9 +592,7 @@ def hawk_rows(file, videos, table, report):
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
-MOTION_HELP = (
-    "as --hawk holds it, rebuilt from the seed of the released training, or BLIP-2's; auto: what applies"
-)
+MOTION_HELP = "as --hawk holds it, rebuilt from the released training's seed, or BLIP-2's; auto: what applies"
 DTYPE_HELP = "of ViT and LLaMA; released: LLaMA in bfloat16, as the released code loads it; keep: as stored"
 
 
@@ -670,8 +645,8 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir()):
-            raise ValueError(f"{args.out}: is not empty; choose another name, or delete it first")
+        taken = args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir())
+        require(not taken, f"{args.out}: is not empty; choose another name, or delete it first")
         args.run(args)
     except (OSError, ValueError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:
         sys.exit("error: " + str(error).strip().split("\n")[-1])
