@@ -105,7 +105,9 @@ def open_tensors(file):
             return safetensors.torch.load_file(file)
         # files older than torch 1.6 are no zip files and cannot be mapped
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        return {name: tensor.detach() for name, tensor in content.get("model", content).items()}
+        content = content.get("model", content.get("state_dict", content))
+        wrapped = r"^(module\.|_orig_mod\.)+"  # by DistributedDataParallel and torch.compile
+        return {re.sub(wrapped, "", name): tensor.detach() for name, tensor in content.items()}
     except Exception as e:  # these readers raise almost anything at a damaged file
         reason = re.split(r"\n|\. ", str(e))[0]
         raise ValueError(f"{file}: is missing, cut short, or holds other than tensors ({reason})") from e
@@ -164,10 +166,17 @@ def infer_config(sources, overrides):
 
     file = sources["llama"][0] / "config.json"
     llama = read_json(file, *LLAMA.values())
-    for key, value in (("num_key_value_heads", llama["num_attention_heads"]), ("rope_scaling", None)):
-        require(llama.get(key, value) == value, f"{file}: {key} is {llama.get(key)}, not {value}")
+    # what would change the arithmetic is used, or refused by name; transformers 5 writes rope_parameters
+    only = {"num_key_value_heads": llama["num_attention_heads"], "hidden_act": "silu"}
+    only |= {"head_dim": llama["hidden_size"] // llama["num_attention_heads"]}
+    for key, value in (only | {"attention_bias": False, "mlp_bias": False}).items():
+        found = llama.get(key)
+        require(found in (None, value), f"{file}: {key} is {found!r}; Hawk's LLaMA can only do {value!r}")
+    rope = (llama.get("rope_scaling") or {}) | (llama.get("rope_parameters") or {})
+    scaled = {key: x for key, x in rope.items() if key != "rope_theta" and x not in ("default", None, 1.0)}
+    require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
     c = {ours: llama[theirs] for ours, theirs in LLAMA.items()}
-    c["rope_theta"] = llama.get("rope_theta", 10000.0)
+    c["rope_theta"] = rope.get("rope_theta", llama.get("rope_theta", 10000.0))
     c["context_length"] = llama.get("max_position_embeddings", 4096)
 
     c["vit_dim"], _, c["patch_size"], _ = shape("vit.patch_embed.weight", 4)
@@ -309,7 +318,16 @@ def weights(args):
         if path and path.is_dir():
             files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         sources[role] = (path, {name: file for file in files for name in open_tensors(file)})
+    adapters = sorted(args.llama.glob("adapter_*"))
+    require(
+        not adapters, f"{args.llama}: holds a LoRA adapter ({adapters[:1]}); merge it into the base first"
+    )
     config = infer_config(sources, overrides)
+    data.Tokenizer(args.llama / "tokenizer.model", config.vocab_size)  # before anything large is written
+    if read_json(args.llama / "config.json").get("tie_word_embeddings"):
+        held = sources["llama"][1]
+        embedding = "model.embed_tokens.weight"
+        held.setdefault("lm_head.weight", read_tensor(held[embedding], embedding))
     held = sources["hawk"][1]
     if args.hawk is None:
         held = held | fresh_weights(config, held)

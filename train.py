@@ -253,6 +253,22 @@ def main(argv=None, task=None):
         dist.barrier()
     require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
     args.resume = last.exists()
+    if args.resume:  # with the options that decide what is trained
+        begun = json.loads((last / "args.json").read_text())
+        for name in (
+            "stage",
+            "train",
+            "batch_size",
+            "lr",
+            "min_lr",
+            "warmup",
+            "weight_decay",
+            "clip",
+            "seed",
+        ):
+            now = getattr(args, name)
+            then = begun.get(name, now)
+            require(now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
     for base in read_chain(last)[1][-2:-1] if args.resume and args.weights else ():
         require(base.samefile(args.weights), f"--weights {args.weights}: this run began with {base}")
 

@@ -125,6 +125,14 @@ def test_a_killed_run_of_two_processes_ends_in_the_same_weights(world, tmp_path)
     assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 13))
 
 
+def test_resume_refuses_other_options(world, tmp_path):
+    """A run of stage 2 must not continue as one of stage 1 and overwrite its weights."""
+    run("train.py", *options(world, tmp_path, 1, "--stage", 2))
+    for option, value in (("--stage", 1), ("--batch-size", 2), ("--seed", 5)):
+        done = run("train.py", *options(world, tmp_path, 2, "--resume", option, value), check=False)
+        assert done.returncode == 2 and f"error: {option} {value}: this run began with" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Processes, epochs, videos
 

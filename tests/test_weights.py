@@ -1,16 +1,19 @@
 """prepare.py weights and merge: files in the released formats become a folder of ours. Their sizes are small
 and their numbers random; formats, names and dtypes are the published ones."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from robust.full_size import released_shapes
 from safetensors.torch import load_file, save_file
@@ -53,12 +56,23 @@ def write_shards(folder, tensors, stem, suffix, save):
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+@cache
+def pieces(size):
+    """A SentencePiece model of so many pieces."""
+    model = io.BytesIO()
+    words = iter(["A red car drives the wrong way, and a dog falls near the bridge."] * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words, model_writer=model, vocab_size=size, model_type="bpe", minloglevel=2
+    )
+    return model.getvalue()
+
+
 def write_llama(folder, tensors, *kind):
     write_shards(folder, tensors, *kind)
     config = {"hidden_size": LLAMA, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
     config |= {"vocab_size": 60, "rms_norm_eps": 1e-6, "max_position_embeddings": 128}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "tokenizer.model").write_bytes(pieces(60))
 
 
 def hugging_face_blip2(vit, qformer):
@@ -190,10 +204,27 @@ def test_the_folder_opens_and_runs(convert, tmp_path, monkeypatch):
     _, tensors = convert()
     shards = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 2 and sum(len(load_file(shard)) for shard in shards) == len(tensors)
-    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == pieces(60)
     model = Hawk.from_pretrained(tmp_path / "out")
     assert all(torch.equal(p, tensors[name].float()) for name, p in model.named_parameters())
     assert model(*inputs(model.config))["total"].isfinite()
+
+
+def test_wrappers_thetas_and_tied_heads(convert, tensors, tmp_path):
+    """What DistributedDataParallel, torch.compile and transformers 5 add to names and to config.json."""
+    wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in tensors["hawk"].items()}
+    torch.save({"state_dict": wrapped}, "wrapped.pth")
+    tied = {name: tensor for name, tensor in tensors["llama"].items() if name != "lm_head.weight"}
+    write_llama(tmp_path / "tied", tied, "model", ".safetensors", save_file)
+    file = tmp_path / "tied/config.json"
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    more = {"tie_word_embeddings": True, "rope_parameters": rope, "hidden_act": "silu", "head_dim": 12}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    config, ours = convert()
+    other_config, other = convert(hawk="wrapped.pth", llama="tied", out="other")
+    assert other_config["rope_theta"] == 1e6 and config["rope_theta"] == 1e4
+    assert same(other["llama.lm_head.weight"], other["llama.embed_tokens.weight"])
+    assert all(same(other[name], ours[name]) for name in ours if name != "llama.lm_head.weight")
 
 
 def test_other_formats_give_the_same(convert, tensors, tmp_path):
@@ -463,10 +494,25 @@ BAD = {  # how to spoil the files, and what the message says
     ),
     "not a state dict": (lambda d: torch.save([1, 2], d / "hawk.pth"), ["hawk.pth", "other than tensors"]),
     "no such file": (removed("vit.pth"), ["vit.pth", "is missing"]),
-    "no tokenizer": (removed("llama/tokenizer.model"), ["tokenizer.model", "No such file"]),
+    "no tokenizer": (removed("llama/tokenizer.model"), ["tokenizer.model", "no such tokenizer file"]),
     "broken config": (written("llama/config.json", b"{"), ["config.json", "JSON"]),
     "grouped keys": (configure(num_key_value_heads=2), ["config.json", "num_key_value_heads"]),
-    "scaled positions": (configure(rope_scaling={"factor": 2}), ["config.json", "rope_scaling"]),
+    "scaled positions": (configure(rope_scaling={"factor": 2}), ["config.json", "rope_scaling", "factor"]),
+    "scaled positions, transformers 5": (
+        configure(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+        ["config.json", "rope_parameters", "linear"],
+    ),
+    "another activation": (configure(hidden_act="gelu"), ["config.json", "hidden_act", "'gelu'"]),
+    "biases": (configure(attention_bias=True), ["config.json", "attention_bias"]),
+    "a head width of its own": (configure(head_dim=64), ["config.json", "head_dim"]),
+    "another vocabulary": (
+        lambda folder: (folder / "llama/tokenizer.model").write_bytes(pieces(50)),
+        ["tokenizer.model", "has 50 pieces", "60"],
+    ),
+    "a LoRA beside the base": (
+        lambda folder: (folder / "llama/adapter_config.json").write_text("{}"),
+        ["llama", "LoRA adapter"],
+    ),
 }
 
 
@@ -545,7 +591,7 @@ def test_a_conversion_that_is_stopped_leaves_no_folder_of_weights(fault, convert
     """What is not whole never has the folder's name, and the next run makes it."""
     roles = {"--llama": "llama", "--vit": "vit.pth", "--qformer": "qformer.pth", "--hawk": "hawk.pth"}
     files = [word for role, name in roles.items() for word in (role, tmp_path / name)]
-    largest = 15_000 if fault == "full disk" else 0
+    largest = 300_000 if fault == "full disk" else 0
     command = [sys.executable, "-c", SLOW, ROOT, largest, "weights", "--out", tmp_path / "out", *files]
     command = [*map(str, command), "--set", "vit_heads=2", "qformer_heads=3"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
@@ -605,7 +651,7 @@ def test_merged_equals_unmerged(convert, tmp_path, monkeypatch):
     merged = Hawk.from_pretrained("merged")
     assert (merged.config.dropout, merged.config.consistency) == (0.0, "debiased")
     merged.config.consistency = "cosine"
-    assert merged.config.lora_rank == 0 and (tmp_path / "merged/tokenizer.model").read_bytes() == b"pieces"
+    assert merged.config.lora_rank == 0 and (tmp_path / "merged/tokenizer.model").read_bytes() == pieces(60)
     batch = inputs(merged.config)
     with torch.no_grad():
         a, b = (model.eval()(*batch)["total"] for model in (tuned, merged))
