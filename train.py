@@ -166,7 +166,9 @@ def load(dataset, order, args, device):
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "worker_init_fn": block_sigterm, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
-    for batch in DataLoader(dataset, batch_sampler=order, **options):
+    loader = iter(DataLoader(dataset, batch_sampler=order, **options))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
+    for batch in loader:
         for error in batch["errors"]:
             line = json.dumps(error) + "\n"
             if not listed.exists() or line not in listed.read_text():

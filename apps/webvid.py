@@ -4,8 +4,7 @@
     python -m apps.webvid --csv WebVid/partitions --videos WebVid/videos --out data/webvid   # or a folder
 
 The videos are expected at VIDEOS/<page_dir>/<videoid>.mp4. Many copies of WebVid lack some of them: such rows
-are counted and left out. Motion captions come from spaCy if it is installed, and otherwise from
-`python -m apps.captions OUT` afterwards.
+are counted and left out. `python -m apps.captions OUT` adds motion captions afterwards.
 """
 
 import csv
