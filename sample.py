@@ -98,8 +98,8 @@ def generate(model, encoding, prompts, beams=1, **options):
 
 @torch.no_grad()
 def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2):
-    """The `beams` best continuations of one prompt, side by side; returns the best by mean log-probability per token:
-    a finished one or, at the limit, perhaps one that is still open. soft (1, N, D), ids (S,) -> list of new ids."""
+    """The `beams` best continuations of one prompt, side by side: soft (1, N, D), ids (S,) -> the new ids of
+    the best by mean log-probability per token, a finished one or, at the limit, perhaps an open one."""
     x = model.embed(torch.as_tensor(ids, device=model.device)[None], soft)  # (1, S, D)
     cache = KVCache(model.config, beams, x.shape[1] + max_new_tokens, x)
     x = x.expand(beams, -1, -1)

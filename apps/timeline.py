@@ -22,6 +22,7 @@ In this file: windows, scores, agreement with annotations, pictures, the command
 anything failed.
 """
 
+import io
 import json
 import math
 import os
@@ -41,7 +42,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import CONTAINERS, DESCRIBE_QUESTIONS, VideoError, make_clip, sample_frames, stream_frames
+from data import (
+    CONTAINERS,
+    DESCRIBE_QUESTIONS,
+    VideoError,
+    make_clip,
+    open_video,
+    replace_file,
+    sample_frames,
+    stream_frames,
+)
 from hawk import KVCache
 from sample import PROBLEMS, Parser, add_model_options, encode_clips, load_from_options, number, print_error
 
@@ -243,58 +253,114 @@ def overlap(window, interval):
 
 
 def read_annotations(path):
-    """Rows {"video", "abnormal": [start, end]} of an index -> [(path of the video, interval)]"""
+    """An index with rows {"video", "abnormal"} -> [(path of the video, [(start, end), …])] in seconds.
+
+    "abnormal" is [start, end], a list of such intervals, or [] for a normal video. Raises ValueError that
+    names the line."""
     rows = []
     folder = os.path.dirname(path)
-    for line_number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            start, end = map(float, row["abnormal"])
-            if not start < end:
-                raise ValueError("an empty interval")
-            rows.append((os.path.join(folder, row["video"]), (start, end)))
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(
-                f'{path}, line {line_number}: needs "video" and "abnormal": [start, end]'
-            ) from None
+    with open(path, "rb") as file:  # as bytes, a line ends with a line feed only, not with U+2028 in a text
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    row = json.loads(text)
+                    rows.append((os.path.join(folder, row["video"]), read_intervals(row["abnormal"])))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                wanted = '"video" and "abnormal": [start, end], a list of such, or []'
+                raise ValueError(f"{path}, line {number}: needs {wanted}") from None
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
 
 
-def agreement(found):
-    """found: [(windows of a video, interval)] -> {videos, hits, chance, windows, auc}.
+def read_intervals(abnormal):
+    """[start, end], a list of such, or [] -> [(start, end), …]. Raises ValueError or TypeError for others."""
+    if abnormal and not isinstance(abnormal[0], list):
+        abnormal = [abnormal]
+    intervals = [(float(start), float(end)) for start, end in abnormal]
+    if not all(0 <= start < end < math.inf for start, end in intervals):
+        raise ValueError("not an interval")
+    return intervals
 
-    hits: videos whose highest window overlaps the interval; chance: the share of hits that a random window
-    would have. For the AUC a window is abnormal if at least half of it is inside the interval, normal if
-    nothing of it is, and left out otherwise."""
+
+def check_intervals(path, intervals, seen):
+    """Raises ValueError for an interval behind the end of the video: frame numbers, perhaps, for seconds."""
+    length = seen[-1].end
+    for start, end in intervals:
+        if end > length + 1:
+            raise ValueError(f"{path}: [{start:g}, {end:g}] is beyond its end at {length:g} s; give seconds")
+
+
+def agreement(found):
+    """found: [(windows of a video, its intervals)] -> {videos, abnormal, hits, chance, windows, auc}.
+
+    abnormal: videos with an interval; hits: how many of them have their highest window on one; chance: the
+    share of hits that a random window would have. For the AUC a window is abnormal if at least half of it is
+    inside an interval, normal if nothing of it is, and left out otherwise."""
     hits = 0
-    chance = 0.0
+    chances = []
     positive = []
     negative = []
-    for seen, interval in found:
-        inside = [overlap(window, interval) for window in seen]
-        highest = max(range(len(seen)), key=lambda i: seen[i].score)
-        hits += inside[highest] > 0
-        chance += sum(seconds > 0 for seconds in inside) / len(seen) / len(found)
+    for seen, intervals in found:
+        inside = [sum(overlap(window, interval) for interval in intervals) for window in seen]
+        if intervals:
+            highest = max(range(len(seen)), key=lambda i: seen[i].score)
+            hits += inside[highest] > 0
+            chances.append(sum(seconds > 0 for seconds in inside) / len(seen))
         for window, seconds in zip(seen, inside, strict=True):
             if seconds >= (window.end - window.start) / 2:
                 positive.append(window.score)
             elif seconds == 0:
                 negative.append(window.score)
-    n_windows = len(positive) + len(negative)
-    area = auc(positive, negative)
-    return {"videos": len(found), "hits": hits, "chance": chance, "windows": n_windows, "auc": area}
+    result = {"videos": len(found), "abnormal": len(chances), "hits": hits}
+    result["chance"] = sum(chances) / max(len(chances), 1)
+    return result | {"windows": len(positive) + len(negative), "auc": auc(positive, negative)}
+
+
+def frame_scores(seen, times):
+    """The score of each frame (N,): the mean of the windows that are open at its time in `times` (N,)."""
+    is_open = np.array([(w.start - EPSILON <= times) & (times < w.end + EPSILON) for w in seen])
+    scores = np.array([w.score for w in seen])
+    return scores @ is_open / np.maximum(is_open.sum(0), 1)
+
+
+def frame_auc(found):
+    """found: [(scores of a video's frames (N,), their times (N,), intervals)] -> AUC over all frames of all
+    videos together, as the field reports it ("micro"); None without abnormal, or without normal, frames."""
+    positive = []
+    negative = []
+    for scores, times, intervals in found:
+        abnormal = np.zeros(len(times), bool)
+        for start, end in intervals:
+            abnormal |= (start <= times) & (times < end)
+        positive.append(scores[abnormal])
+        negative.append(scores[~abnormal])
+    return auc(np.concatenate(positive), np.concatenate(negative))
+
+
+def save_scores(folder, path, scores, taken):
+    """Writes FOLDER/<name of the video>.npy; with its folder's name in front if that is taken."""
+    name = Path(path).stem
+    if name in taken:
+        name = f"{Path(path).resolve().parent.name}_{name}"
+    taken.add(name)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.save(content, scores.astype(np.float32))
+    replace_file(Path(folder) / f"{name}.npy", content.getvalue())
 
 
 def report(result):
-    n = result["videos"]
-    hits = f"{result['hits'] / n:.0%} of {n} videos (by chance {result['chance']:.0%})"
-    area = "undefined" if result["auc"] is None else f"{result['auc']:.3f}"
-    windows = result["windows"]
-    return f"highest window on the event: {hits}\nAUC of window scores: {area} ({windows} windows)"
+    n = result["abnormal"]
+    areas = [result[name] for name in ("auc", "frame_auc")]
+    windows, frames = ("undefined" if area is None else f"{area:.3f}" for area in areas)
+    hits = f"{result['hits'] / n:.0%} of {n} videos (by chance {result['chance']:.0%})" if n else "no event"
+    normal = f"; {result['videos'] - n} normal" if result["videos"] > n else ""
+    return (
+        f"highest window on the event: {hits}{normal}\nAUC of window scores: {windows} "
+        f"({result['windows']} windows)\nAUC of frame scores: {frames} ({result['frames']} frames)"
+    )
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -403,7 +469,7 @@ def parse_args(argv=None):
     add(
         "--annotations",
         metavar="INDEX",
-        help='instead: rows {"video", "abnormal": [start, end]} to agree with',
+        help='instead: rows {"video", "abnormal": [start, end], a list of such, or []} to agree with',
     )
     add("--window", type=number(float, 0.05), default=4.0, metavar="S", help="seconds (default: 4)")
     add(
@@ -416,13 +482,20 @@ def parse_args(argv=None):
     add("--score", choices=["contrast", "yes"], help="default: contrast if there are phrases, else yes")
     add("--kinds", metavar="FILE", help="phrases for contrast (default for toy weights: examples/kinds.json)")
     add("--threshold", type=number(float, 0, 1), default=0.5, help="scores that stand out (default: 0.5)")
-    add("--json", action="store_true", help="one JSON object a window")
+    add(
+        "--scores",
+        metavar="DIR",
+        help="with --annotations: write each video's scores per frame to DIR/NAME.npy",
+    )
+    add("--json", action="store_true", help="one JSON object a window; results of --annotations on stderr")
     add("--plot", metavar="FILE.png", help="also draw the curve (needs matplotlib)")
     add("--out-video", metavar="FILE.mp4", help="also write the video with the curve below the picture")
     add_model_options(p)
     args = p.parse_args(argv)
     if bool(args.video) == bool(args.annotations):
         p.error("give either --video or --annotations")
+    if args.scores and not args.annotations:
+        p.error("--scores is for --annotations")
     if args.kinds and args.score == "yes":
         p.error("--kinds is for --score contrast")
     if args.stride > args.window:
@@ -497,14 +570,27 @@ def main(argv=None):
     threshold = math.inf if args.annotations else args.threshold  # there only scores count, no descriptions
     status = 0
     scored = []
-    for path, interval in jobs:
+    frames = []
+    names = set()
+    for path, intervals in jobs:
         found = watch(model, tokenizer, path, score, args.window, args.stride, threshold)
         try:
-            scored.append((show_video(path, found, args), interval))
+            seen = show_video(path, found, args)
+            if args.annotations:
+                check_intervals(path, intervals, seen)
+                times = open_video(path, model.config.image_size).seconds
+                scores = frame_scores(seen, times)
+                if args.scores:
+                    save_scores(args.scores, path, scores, names)
+                scored.append((seen, intervals))
+                frames.append((scores, times, intervals))
         except PROBLEMS as error:
             status = print_error(error)
-    if args.annotations and scored:
-        print(report(agreement(scored)), file=sys.stderr if args.json else sys.stdout)
+    if scored:
+        result = agreement(scored)
+        result |= {"frames": sum(len(times) for _, times, _ in frames), "frame_auc": frame_auc(frames)}
+        text = json.dumps(result) if args.json else report(result)
+        print(text, file=sys.stderr if args.json else sys.stdout)
     return status
 
 

@@ -110,7 +110,8 @@ def test_generation_options(world, cli):
     "options",
     ["", "--video x --beams 0", "--video x --top-p nan", "--video x --beams 2 --temperature 1", "--chat",
      "--video x --chat --json", "--video x y --chat", "--video x --device nowhere",
-     "--video x --weights nowhere", "--video x --max-new-tokens many", "--nonsense", "--video x --temperature inf"],
+     "--video x --weights nowhere", "--video x --max-new-tokens many", "--nonsense",
+     "--video x --temperature inf"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(cli, options):
     status, out, err = cli(*options.split())

@@ -392,24 +392,56 @@ def test_agreement_by_hand():
         return [Window("v", 2.0 * k, 2.0 * k + 4, score, None) for k, score in enumerate(scores)]
 
     assert timeline.auc([], [1]) is None
-    one = (
-        video(0.1, 0.2, 0.9, 0.3),
-        (5.0, 9.0),
-    )  # windows at 2 and 6 are half in, that at 4 more, that at 0 not
-    two = (
-        video(0.8, 0.1, 0.2, 0.4),
-        (7.0, 8.0),
-    )  # the windows at 4 and 6 are a quarter in: left out; 0 and 2 not
-    result = timeline.agreement([one, two])
-    pairs = [(p > n) + (p == n) / 2 for p in (0.9, 0.3) for n in (0.1, 0.8, 0.1)]
-    expected = {
-        "videos": 2,
-        "hits": 1,
-        "chance": (3 / 4 + 2 / 4) / 2,
-        "windows": 5,
-        "auc": sum(pairs) / len(pairs),
-    }
-    assert {k: pytest.approx(v) for k, v in expected.items()} == result
+    # windows at 2 and 6 are half in, that at 4 more, that at 0 not
+    one = (video(0.1, 0.2, 0.9, 0.3), [(5.0, 9.0)])
+    # the windows at 4 and 6 are a quarter in and left out; those at 0 and 2 are not in
+    two = (video(0.8, 0.1, 0.2, 0.4), [(7.0, 8.0)])
+    normal = (video(0.3), [])
+    result = timeline.agreement([one, two, normal])
+    pairs = [(p > n) + (p == n) / 2 for p in (0.9, 0.3) for n in (0.1, 0.8, 0.1, 0.3)]
+    area = sum(pairs) / len(pairs)
+    expected = {"videos": 3, "abnormal": 2, "hits": 1, "chance": (3 / 4 + 2 / 4) / 2, "windows": 6}
+    assert {k: pytest.approx(v) for k, v in (expected | {"auc": area}).items()} == result
+    both = (
+        one[0],
+        [(0.0, 2.5), (8.0, 10.0)],
+    )  # two events: the window at 4 is on neither, those at 0 and 6 are
+    assert timeline.agreement([both])["hits"] == 0 and timeline.agreement([both])["windows"] == 3
+
+
+def test_frame_scores_and_auc_by_hand():
+    seen = [Window("v", 0.0, 4.0, 0.2, None), Window("v", 2.0, 6.0, 0.8, None)]
+    times = np.array([0.0, 1.0, 3.0, 5.0, 5.9])
+    scores = timeline.frame_scores(seen, times)
+    assert scores == pytest.approx([0.2, 0.2, 0.5, 0.8, 0.8])
+    # abnormal: 3 s and 5 s (0.5, 0.8); normal: 0.2, 0.2, 0.8 here and 0.5 in a normal video
+    area = timeline.frame_auc([(scores, times, [(3.0, 5.5)]), (np.array([0.5]), np.array([0.0]), [])])
+    pairs = [(p > n) + (p == n) / 2 for p in (0.5, 0.8) for n in (0.2, 0.2, 0.8, 0.5)]
+    assert area == pytest.approx(sum(pairs) / len(pairs))
+    assert timeline.frame_auc([(scores, times, [])]) is None
+
+
+def test_forms_of_annotations(tmp_path):
+    index = tmp_path / "index.jsonl"
+    rows = [{"video": "a.mp4", "abnormal": [1, 2]}, {"video": "b.mp4", "abnormal": [[1, 2], [4, 5.5]]}]
+    rows += [{"video": "c.mp4", "abnormal": [], "description": "A line\u2028separator."}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    index.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())  # with a BOM
+    found = timeline.read_annotations(index)
+    assert [intervals for _, intervals in found] == [[(1.0, 2.0)], [(1.0, 2.0), (4.0, 5.5)], []]
+    for bad in ([2, 1], [1], ["a", 2], [[1, 2], 3], 5, None, [-1, 2], [1, 1e999]):
+        index.write_text("\n" + json.dumps({"video": "x", "abnormal": bad}) + "\n")
+        with pytest.raises(ValueError, match='index.jsonl, line 2: needs "video" and "abnormal"'):
+            timeline.read_annotations(index)
+
+
+def test_frame_numbers_in_place_of_seconds_are_refused(world, cli, tmp_path):
+    index = tmp_path / "index.jsonl"
+    row = {"video": str(world / "a b.mkv"), "abnormal": [120, 180]}
+    index.write_text(json.dumps(row) + "\n")
+    status, out, err = cli("--annotations", index, "--window", 3)
+    assert status == 2 and out == ""
+    assert any("[120, 180] is beyond its end" in line and "give seconds" in line for line in err)
 
 
 def test_annotations(world, cli, tmp_path):
@@ -424,16 +456,20 @@ def test_annotations(world, cli, tmp_path):
     assert status == 2 and [line.split(": ")[1] for line in err if line.startswith("error: ")] == [
         rows[1]["video"]
     ]
-    first, second = out.splitlines()
+    first, second, third = out.splitlines()
     assert first == "highest window on the event: 100% of 1 videos (by chance 100%)"
     assert second == "AUC of window scores: undefined (1 windows)"
-    out = cli("--annotations", index, "--window", 3, "--json", "--threshold", 0)[1]
+    assert third.startswith("AUC of frame scores: ")
+    scores = tmp_path / "scores"
+    _, out, err = cli("--annotations", index, "--window", 3, "--json", "--threshold", 0, "--scores", scores)
+    result = json.loads([line for line in err if line.startswith("{")][-1])
+    assert len(np.load(scores / "a b.npy")) == result["frames"] and result["videos"] == 1
     assert all(json.loads(line)["description"] is None for line in out.splitlines())
     index.write_text("\n")
     assert cli("--annotations", index)[2] == [f"error: {index}: no rows"]
     index.write_text('\n{"video": "x", "abnormal": [3, 3]}\n')
     assert cli("--annotations", index)[2] == [
-        f'error: {index}, line 2: needs "video" and "abnormal": [start, end]'
+        f'error: {index}, line 2: needs "video" and "abnormal": [start, end], a list of such, or []'
     ]
 
 
@@ -462,7 +498,8 @@ def test_bad_streams(world, cli, monkeypatch):
     "options",
     ["", "--video x --annotations y", "--video x --stride 5", "--video x --window 0",
      "--video x y --plot p.png", "--video - --out-video v.mp4", "--video x --plot nowhere/p.png",
-     "--video x --threshold 2", "--annotations nowhere", "--video x --out-video ./x", "--video x --window inf",
+     "--video x --threshold 2", "--annotations nowhere", "--video x --out-video ./x", "--video x --scores d",
+     "--video x --window inf",
      "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(world, cli, options):
