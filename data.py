@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import product
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -37,8 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hawk import is_frame_level, require
 
 # ---- 1. Video: open ----------------------------------------------------------------------------------------
-# Formats that contain the video themselves. Left out: playlists, concat scripts and image patterns, which
-# open other files, and subtitles, which ffmpeg would draw.
+# Formats that contain the video themselves: playlists, scripts and patterns open other files.
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
 CONTAINERS += ",mxf,dv,wtv"
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
@@ -50,24 +48,22 @@ CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists packets without decoding
 
 # When each frame is shown (seconds since the first), and all frames if they are few. Where packets are to be
-# trusted: time stamps in ticks, a tick in seconds, numbers of the keyframes, the codec if seeks are exact.
+# trusted: time stamps in ticks, a tick in seconds, numbers of the keyframes, the codec if seeks may be exact.
 Video = namedtuple("Video", "path seconds frames stamps tick keys codec", defaults=(None,) * 5)
 
 
 class VideoError(ValueError):
-    """A file that gives no frames. The message is one line: "PATH: reason"."""
+    """A video that gives no clip or no sample. The message is one line: "PATH: reason"."""
 
     def __init__(self, path, reason):
-        name = path if isinstance(path, str) else os.fsdecode(path)
-        super().__init__(" ".join(f"{name}: {reason}".splitlines()))
+        super().__init__(" ".join(f"{os.fsdecode(path)}: {reason}".splitlines()))
 
 
 def check_file(path):
     """Size in bytes. VideoError unless it is a regular file (a named pipe could block) and not empty."""
     try:
         size = os.stat(path).st_size
-        require(not os.path.isdir(path), "is a folder")
-        require(os.path.isfile(path), "is not a regular file")
+        require(os.path.isfile(path), "is a folder" if os.path.isdir(path) else "is not a regular file")
         with open(path, "rb") as file:
             require(file.read(1), "is empty")
     except (OSError, ValueError) as error:
@@ -78,7 +74,6 @@ def check_file(path):
 def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=None, patient=False):
     """Runs ffmpeg on one file, without shell or network, and yields what it writes: lines, or, given the size
     of frames, (time stamp in seconds, (size, size, 3) uint8 RGB). Raises VideoError, also after the last one.
-
     output, before: options after and before the input. log: a list that gets all messages as one text. stdin:
     an open file in place of `path`. patient: no time limit, as the caller takes time between items."""
     log = [] if log is None else log
@@ -93,23 +88,21 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
     command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
     with open(times) as times, tempfile.TemporaryFile() as messages:
         pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": messages}
-        process = subprocess.Popen(command, **pipes, pass_fds=[times_end], pipesize=1 << 20)
-        os.close(times_end)
-        with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
-            resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-        clock = threading.Timer(threading.TIMEOUT_MAX if patient else seconds, process.kill)
-        clock.start()
-        count = 0
-        try:
-            for item in read_frames(process.stdout, times, size) if size else process.stdout:
-                yield item
-                count += 1
-            code = process.wait()
-        finally:
-            clock.cancel()
-            process.kill()
-            process.wait()
-            process.stdout.close()
+        with subprocess.Popen(command, **pipes, pass_fds=[times_end], pipesize=1 << 20) as process:
+            os.close(times_end)
+            with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
+                resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+            clock = threading.Timer(threading.TIMEOUT_MAX if patient else seconds, process.kill)
+            clock.start()
+            count = 0
+            try:
+                for item in read_frames(process.stdout, times, size) if size else process.stdout:
+                    yield item
+                    count += 1
+                code = process.wait()
+            finally:
+                clock.cancel()
+                process.kill()
         messages.seek(0)
         log.append(messages.read().decode(errors="replace"))
     check_run(path, code, log[0], count)
@@ -167,14 +160,12 @@ def open_video(path, size):
     stamps, flags = np.array(table, dtype=np.int64).reshape(-1, 2).T
     order = np.argsort(stamps)  # packets are in the order of decoding
     stamps = stamps[order]
-    shown = stamps - stamps[:1]
     keys = np.flatnonzero(flags[order] & 1)
-    distinct = (shown[1:] > shown[:-1]).all()
     ordinary = not (flags & ~0x11).any()  # "key" and "disposable": no packet is to be left out
-    if not distinct or not ordinary or 0 not in keys[:1] or "[error]" in log[0]:
+    if not np.diff(stamps).all() or not ordinary or 0 not in keys[:1] or "[error]" in log[0]:
         return decode_all(path, size)
     tick = Fraction(header["#tb"])
-    seconds = shown * float(tick.numerator) / tick.denominator
+    seconds = (stamps - stamps[0]) * float(tick.numerator) / tick.denominator
     seekable = re.search(r"^\[info\] Input #0, (mov|matroska),", log[0], re.M)
     return Video(path, seconds, None, stamps, tick, keys, header["#codec_id"] if seekable else "")
 
@@ -192,14 +183,12 @@ def decode_all(path, size):
 
 def stream_frames(path, size, stdin=None, patient=True):
     """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) of all frames in order, as they are
-    decoded. stdin: an open file in place of `path`. Raises VideoError, after the last frame of a cut file.
-
-    Where a clock steps back, as between two recordings in one file, the step before is repeated."""
+    decoded. stdin: an open file in place of `path`. Raises VideoError, after the last frame of a cut file."""
     before = None
     step = Fraction(1, 25)
     shown = Fraction(0)
     for stamp, frame in ffmpeg(path, pictures(size), size, stdin=stdin, patient=patient or stdin):
-        if before is not None:
+        if before is not None:  # a clock that steps back, as between two recordings, repeats its last step
             step = stamp - before if stamp > before else step
             shown += step
         before = stamp
@@ -207,14 +196,12 @@ def stream_frames(path, size, stdin=None, patient=True):
 
 
 def even_times(seconds):
-    """i / fps, as released, if one rate fits all frames to the millisecond that many containers round to;
-    else the times as they are. (The released code divides by the average rate in any case.)"""
+    """i / fps, as released, if one rate fits all to the millisecond to which containers round; else as is."""
     numbers = np.arange(len(seconds))
     fps = numbers[-1] / max(seconds[-1], 1e-9)
-    for rate in (round(fps), round(fps * 1.001) * 1000 / 1001, fps):  # 30, NTSC's 30000/1001, or any other
-        if rate and np.abs(numbers / rate - seconds).max() < 0.00101:
-            return numbers / rate
-    return seconds
+    rates = [round(fps), round(fps * 1.001) * 1000 / 1001, fps]  # 30, NTSC's 30000/1001, or any other
+    even = [numbers / rate for rate in rates if rate]
+    return next((times for times in even if np.abs(times - seconds).max() < 0.00101), seconds)
 
 
 # ---- 1. Video: sample and decode ---------------------------------------------------------------------------
@@ -231,10 +218,9 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
 
 
 def decode(video, size, numbers):
-    """Yields (number, frame) of the numbered frames (ascending), each as soon as it is decoded.
-
-    They are, bit for bit, those of `ffmpeg -i PATH -vf scale=S:S:flags=bilinear -fps_mode passthrough`. No
-    others leave ffmpeg, so memory does not grow with the video. EOFError if the packets promised others."""
+    """Yields (number, frame) of these frames (ascending), bit for bit those of `ffmpeg -i PATH -vf
+    scale=S:S:flags=bilinear -fps_mode passthrough`. No others leave ffmpeg, so memory does not grow with the
+    video. EOFError if the packets promised others."""
     if video.frames:
         yield from ((number, video.frames[number]) for number in numbers)
     elif can_seek(video, numbers):
@@ -242,7 +228,10 @@ def decode(video, size, numbers):
     else:
         log = []
         wanted = pictures(size, [f"eq(n,{number})" for number in numbers])
-        for (_, frame), number in zip(ffmpeg(video.path, wanted, size, log=log), numbers, strict=False):
+        # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
+        threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
+        frames = ffmpeg(video.path, wanted, size, log=log, threads=threads)
+        for (_, frame), number in zip(frames, numbers, strict=False):
             yield number, frame
         decoded = re.findall(r"Input stream #0:\d+ \(video\): .*; (\d+) frames decoded", log[0])
         if decoded != [str(len(video.seconds))]:
@@ -266,9 +255,7 @@ def seek(video, size, numbers):
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
         before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
         before = before if wanted[0] > SEEK_MARGIN else []
-        with suppress(VideoError):
-            return list(ffmpeg(video.path, options, size, before, threads=1))
-        return []
+        return list(ffmpeg(video.path, options, size, before, threads=1))
 
     neighbours = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -371,8 +358,7 @@ def polynomial_expansion(images, n, sigma):
         Σ g f y = m2 by        Σ g f x = m2 bx        Σ g f xy = m2² 2 axy
         Σ g f = c + m2 ayy + m2 axx        Σ g f y² = m2 c + m4 ayy + m2² axx        (for x² alike)
     The matrix is the same everywhere, so each coefficient is a correlation of the image with a function of x
-    times one of y: g, g x / m2 (`slope`), or g x² mixed with g so as to solve the last equations (`bend`).
-    """
+    times one of y: g, g x / m2 (`slope`), or g x² mixed with g so as to solve the last equations (`bend`)."""
     x = np.arange(n + 1)
     g = gaussian(n, sigma)
     m2 = 2 * (x**2 * g).sum()
@@ -392,24 +378,24 @@ def polynomial_expansion(images, n, sigma):
 
 
 def normal_equations(first, second, flow):
-    """A d = Δb of each pixel, multiplied by Aᵀ -> (5, B, h, w): AᵀA as yy, xy, xx, and AᵀΔb as y, x.
-
-    `second` (B, 5, padded h, w) is read where the flow points to. A is the mean of both frames', and as only
-    the rest is unknown, Δb = (b₁ - b₂)/2 + A·flow. Outside the image, A is the first one's, and b₂ = 0."""
+    """A d = Δb of each pixel, multiplied by Aᵀ -> (5, B, h, w): AᵀA as yy, xy, xx, and AᵀΔb as y, x. `second`
+    (B, 5, padded h, w) is read where the flow points to. A is the mean of both frames'; only the rest of d is
+    unknown, so Δb = (b₁ - b₂)/2 + A·flow. Outside the image, A is the first one's, and b₂ = 0."""
     h, w = flow.shape[-2:]
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
     y = dy + torch.arange(h, device=flow.device)[:, None]
-    outside = ((x < 0) | (x >= w - 1) | (y < 0) | (y >= h - 1)).float()  # so is the last pixel in OpenCV
+    right, bottom = ((n - 1) * (1 - 1e-7) for n in (w, h))  # in OpenCV, the last pixel is outside
+    outside = (x - x.clamp(0, right)).abs_().add_((y - y.clamp(0, bottom)).abs_()).sign_()  # 0 or 1
     x += 1e6 * outside  # so far off that zeros are read
-    grid = torch.stack([x * (2 / (second.shape[-1] - 1)) - 1, y * (2 / (second.shape[-2] - 1)) - 1], dim=-1)
-    second = F.grid_sample(second, grid, align_corners=True).transpose(0, 1)
+    grid = torch.stack([x.mul_(2 / (second.shape[-1] - 1)), y.mul_(2 / (second.shape[-2] - 1))]).sub_(1)
+    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1)
     by, bx = first[:2] - second[:2]
-    ayy, axx, axy = (first[2:] + second[2:]).mul_(1 + outside)
-    by = by.addcmul(ayy, dy).addcmul(axy, dx)
-    bx = bx.addcmul(axx, dx).addcmul(axy, dy)
-    left = [(ayy * ayy).addcmul(axy, axy), (ayy + axx) * axy, (axx * axx).addcmul(axy, axy)]
-    right = [(ayy * by).addcmul(axy, bx), (axy * by).addcmul(axx, bx)]
+    ayy, axx, axy = second[2:].add_(first[2:]).mul_(outside.add_(1))
+    by.addcmul_(ayy, dy).addcmul_(axy, dx)  # in place: new memory would take as long as the sums
+    bx.addcmul_(axx, dx).addcmul_(axy, dy)
+    left = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
+    right = [(ayy * by).addcmul_(axy, bx), (axy * by).addcmul_(axx, bx)]
     # Near the border, a pixel counts less.
     ramp = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472] + [1.0] * max(h, w), device=flow.device)
     weight = ((ramp[:h] * ramp[:h].flip(0))[:, None] * ramp[:w] * ramp[:w].flip(0)) ** 2
@@ -420,9 +406,10 @@ def solve(equations, winsize):
     """(5, B, h, w) -> flow (2, B, h, w): sums over windows of 2·(winsize//2) + 1 pixels, then 2x2 systems."""
     m = winsize // 2
     padded = F.pad(equations, (m, m, m, m), mode="replicate")
-    yy, xy, xx, y, x = correlate(correlate(padded, -2, [1] * (m + 1)), -1, [1] * (m + 1))
+    sums = padded.unfold(-2, 2 * m + 1, 1).sum(-1)  # fast in this direction only
+    yy, xy, xx, y, x = correlate(sums, -1, [1] * (m + 1))
     determinant = yy * xx - xy * xy + 1e-3 * winsize**4  # 1e-3 is meant for sums divided by winsize²
-    return torch.stack([yy * x - xy * y, xx * y - xy * x]) / determinant
+    return torch.stack([yy * x - xy * y, xx * y - xy * x]).div_(determinant)
 
 
 # ---- 1. Video: streams -------------------------------------------------------------------------------------
@@ -455,16 +442,13 @@ class Clip:
 def read_clip(
     path, n_frames=32, image_size=224, branches=("appearance", "motion"), motion_mask="hard", **sampling
 ):
-    """Video file -> Clip of min(n_frames, total) frames. Raises VideoError.
-
-    branches: names in MASKS; without a masked one no flow is computed. sampling: see `sample_frames`."""
+    """Video file -> Clip of min(n_frames, total) frames. Raises VideoError. branches: names in MASKS; without
+    a masked one no flow is computed. sampling: see `sample_frames`."""
     for how in (open_video, decode_all):  # the second if the packets promised other frames
         video = how(path, image_size)
         indices = sample_frames(len(video.seconds), n_frames, **sampling)
-        numbers = np.unique([indices, *flow_pairs(indices, len(video.seconds))]).tolist()
-        with suppress(EOFError):
-            frames = decode(video, image_size, numbers)
-            return clip_of(frames, video.seconds, indices, branches, motion_mask)
+        with suppress(EOFError, VideoError):
+            return clip_of(video, image_size, indices, branches, motion_mask)
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
@@ -475,51 +459,41 @@ def clip_options(config):
 
 def make_clip(frames, seconds, indices, branches=("appearance", "motion"), motion_mask="hard"):
     """Clip of the numbered ones of all frames of a video (or of a part of it), given with their times."""
-    return clip_of(enumerate(frames), np.array(seconds), indices, branches, motion_mask)
+    return clip_of(Video("", np.array(seconds), frames), None, indices, branches, motion_mask)
 
 
-def flow_pairs(indices, total):
-    """Numbers of the frames (previous, current) between which motion is seen. Frame 0 has no previous one, so
-    frame 1 stands in for it, as released (unless it is the only frame)."""
-    current = np.minimum(np.maximum(indices, 1), total - 1)
-    return np.maximum(current - 1, 0), current
-
-
-def clip_of(numbered, seconds, indices, branches, motion_mask):
-    """Clip, from (number, frame) in order. Threads compute the flow of a block of pairs as soon as its last
-    frame is here, while further frames are decoded."""
+def clip_of(video, size, indices, branches, motion_mask):
+    """Threads compute the flow of a block of pairs as soon as its last frame is here, during decoding."""
     for name in branches:
         require(name in MASKS, f"no stream is called {name!r}, only {', '.join(MASKS)} (data.MASKS)")
     masks = {name: MASKS[name] for name in branches if MASKS[name]}
-    previous, current = flow_pairs(indices, len(seconds))
+    # Motion is seen between two frames. Frame 0 has no previous one: frame 1 stands in for it, as released.
+    last = len(video.seconds) - 1
+    current = np.clip(indices, 1, last)
+    previous = np.maximum(current - 1, 0)  # a lone frame is its own
     blocks = np.split(np.arange(len(indices)), range(BLOCK, len(indices), BLOCK)) if masks else []
     frames = {}
     masked = []
+
+    def mask(block):
+        pairs = [np.stack([frames[i] for i in numbers[block]]) for numbers in (previous, current)]
+        before, after = map(torch.from_numpy, pairs)  # (B, H, W, 3)
+        flow = farneback(rgb_to_gray(before), rgb_to_gray(after))
+        speed = torch.hypot(flow[..., :1], flow[..., 1:]) * (last > 0)  # a lone frame does not move
+        return {name: (after * of(speed, motion_mask)).round().to(torch.uint8) for name, of in masks.items()}
+
     with thread_pool() as pool:
-        for number, frame in numbered:
+        for number, frame in decode(video, size, np.unique([indices, previous, current]).tolist()):
             frames[number] = frame
             while blocks and number >= current[blocks[0][-1]]:
-                block = blocks.pop(0)
-                before = np.stack([frames[i] for i in previous[block]])
-                after = np.stack([frames[i] for i in current[block]])
-                masked.append(pool.submit(apply_masks, masks, motion_mask, before, after, len(seconds) > 1))
+                masked.append(pool.submit(mask, blocks.pop(0)))
         masked = [future.result() for future in masked]
-    streams = {}
-    for name in branches:
-        parts = [part[name] for part in masked] if name in masks else [[frames[i] for i in indices]]
-        streams[name] = np.concatenate(parts)
-    shown = [round(second, 1) for second in even_times(seconds)[indices].tolist()]
+    streams = {name: np.stack([frames[i] for i in indices]) for name in branches}
+    for name in masks:
+        streams[name] = np.concatenate([block[name].numpy() for block in masked])
+    shown = [round(second, 1) for second in even_times(video.seconds)[indices].tolist()]
     message = f"The video contains {len(shown)} frames sampled at {', '.join(map(str, shown))} seconds. "
     return Clip(streams, shown, message, indices)
-
-
-def apply_masks(masks, kind, before, after, moves=True):
-    """Frames (B, H, W, 3) uint8, twice -> {name: `after` times its weight}. A lone frame does not move."""
-    before = torch.from_numpy(before)
-    after = torch.from_numpy(after)
-    flow = farneback(rgb_to_gray(before), rgb_to_gray(after))
-    speed = torch.hypot(flow[..., :1], flow[..., 1:]) * moves  # (B, H, W, 1)
-    return {name: (after * mask(speed, kind)).round().to(torch.uint8).numpy() for name, mask in masks.items()}
 
 
 # ---- 2. Text: tokenizer and prompts ------------------------------------------------------------------------
@@ -549,17 +523,9 @@ def plain_text(text):
     return MARKER.sub(r"\1 ", text).encode("utf-8", "replace").decode("utf-8")
 
 
-def clean_caption(text, max_words=50):
-    """Equals the released `BlipCaptionProcessor`: lower case, less punctuation, at most 50 words."""
-    text = re.sub(r'[.!"()*#:;~]', " ", text.strip().lower())
-    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
-    return " ".join(text.split(" ")[:max_words])
-
-
 class Tokenizer:
-    """SentencePiece with one placeholder id for soft tokens, and the two formats that Hawk reads.
-
-    Equals transformers 4.28's slow LLaMA tokenizer with an added `<ImageHere>`: text between control tokens
+    """SentencePiece with one placeholder id for soft tokens, and the two formats that Hawk reads. It
+    equals transformers 4.28's slow LLaMA tokenizer with an added `<ImageHere>`: text between control tokens
     is encoded piece by piece, each with SentencePiece's dummy prefix, a space. No text makes a control id."""
 
     def __init__(self, path, vocab_size=None):
@@ -569,35 +535,33 @@ class Tokenizer:
             self.sp = SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model; get the whole tokenizer.model") from None
-        size = self.sp.vocab_size()
-        self.vocab_size = size
-        self.image_id = size  # the placeholder follows the vocabulary
+        self.vocab_size = self.sp.vocab_size()
+        self.image_id = self.vocab_size  # the placeholder follows the vocabulary
         self.bos = self.sp.bos_id()
         self.eos = self.sp.eos_id()
-        self.pad = 0
         require(min(self.bos, self.eos) >= 0, f"{path}: the vocabulary has no <s> or no </s>")
-        require(vocab_size in (None, size), f"{path}: has {size} pieces, the model beside it {vocab_size}")
+        fits = vocab_size in (None, self.vocab_size)
+        require(fits, f"{path}: has {self.vocab_size} pieces, the model beside it {vocab_size}")
 
     def encode_conversation(self, qa, message="", n_visual=64, max_tokens=512, system=SYSTEM):
         """Rounds of {"q", "a"} -> (ids, labels), at most max_tokens; labels are IGNORE except for answers.
         Equals the released `preprocess_for_llama_v2`. A round whose answer is "" ends with `[/INST]`."""
         ids = []
         labels = []
-
-        def add(tokens, learned=False):
-            ids.extend(tokens)
-            labels.extend(tokens if learned else [IGNORE] * len(tokens))
-
-        for i, turn in enumerate(qa):
-            add([self.bos])
-            if i == 0:
-                add(self.sp.encode(f"[INST] <<SYS>>\n{plain_text(system) or SYSTEM}\n<</SYS>>\n\n<Video>"))
-                add([self.image_id] * n_visual)
-                add(self.sp.encode(f"</Video> {plain_text(message + turn['q'])} [/INST]"))
+        for turn in qa:
+            if not ids:
+                prompt = self.sp.encode(
+                    f"[INST] <<SYS>>\n{plain_text(system) or SYSTEM}\n<</SYS>>\n\n<Video>"
+                )
+                prompt += [self.image_id] * n_visual
+                prompt += self.sp.encode(f"</Video> {plain_text(message + turn['q'])} [/INST]")
             else:
-                add(self.sp.encode(f"[INST] {plain_text(turn['q'])} [/INST]"))
+                prompt = self.sp.encode(f"[INST] {plain_text(turn['q'])} [/INST]")
+            answer = []
             if turn["a"]:  # the dummy prefix of this piece is the space after [/INST]
-                add(self.sp.encode(plain_text(turn["a"]) + " ") + [self.eos], learned=True)
+                answer = self.sp.encode(plain_text(turn["a"]) + " ") + [self.eos]
+            ids += [self.bos] + prompt + answer
+            labels += [IGNORE] * (1 + len(prompt)) + answer
         return ids[:max_tokens], labels[:max_tokens]
 
     def encode_prompt(self, question, message="", n_visual=64, system=SYSTEM, history=()):
@@ -606,8 +570,11 @@ class Tokenizer:
         return self.encode_conversation(qa, message, n_visual, None, system)[0]
 
     def encode_caption(self, text, n_visual, max_tokens=32):
-        """Stage 1 -> (ids, labels): `<s>`, placeholders, and max_tokens of the cleaned caption + "\\n"."""
-        caption = self.sp.encode(clean_caption(plain_text(text)) + "\n")[:max_tokens]
+        """Stage 1 -> (ids, labels): `<s>`, placeholders, and max_tokens of the caption + "\\n", lower-case,
+        with less punctuation and at most 50 words, as by the released `BlipCaptionProcessor`."""
+        text = re.sub(r'[.!"()*#:;~]', " ", plain_text(text).strip().lower())
+        text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+        caption = self.sp.encode(" ".join(text.split(" ")[:50]) + "\n")[:max_tokens]
         start = [self.bos] + [self.image_id] * n_visual
         return start + caption, [IGNORE] * len(start) + caption
 
@@ -627,7 +594,7 @@ def read_index(path):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    row = check_row(json.loads(text))
+                    row = check_row(json.loads(text, parse_constant=int))  # NaN is no JSON: int refuses it
                     rows.append(row | {"video": os.path.join(folder, row["video"])})
             except (ValueError, RecursionError) as error:
                 reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
@@ -661,10 +628,8 @@ def clip_generator(seed, epoch, index):
 
 
 def random_crop(streams, generator, scale=(0.5, 1.0)):
-    """{name: uint8 (T, 3, H, W)} -> the same, all cropped to one rectangle and resized back.
-
-    It has a share `scale` of the area and an aspect of 3:4 to 4:3. (The released code draws one for each
-    stream, by torchvision's RandomResizedCrop, and lets bicubic values beyond 0...255 wrap around.)"""
+    """{name: uint8 (T, 3, H, W)} -> the same, all cropped to one rectangle and resized back, as torchvision's
+    RandomResizedCrop. (The released code draws one for each stream, and lets values beyond 0...255 wrap.)"""
     height, width = next(iter(streams.values())).shape[-2:]
     share = generator.uniform(*scale)
     aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -672,12 +637,12 @@ def random_crop(streams, generator, scale=(0.5, 1.0)):
     w = min(width, round(width * np.sqrt(share * aspect)))
     top = int(generator.integers(height - h + 1))
     left = int(generator.integers(width - w + 1))
-
-    def resize(frames):
-        frames = F.interpolate(frames.float(), size=(height, width), mode="bicubic")
-        return frames.round().clamp(0, 255).to(torch.uint8)
-
-    return {name: resize(frames[..., top : top + h, left : left + w]) for name, frames in streams.items()}
+    cropped = {}
+    for name, frames in streams.items():
+        frames = frames[..., top : top + h, left : left + w].float()
+        frames = F.interpolate(frames, size=(height, width), mode="bicubic")
+        cropped[name] = frames.round().clamp(0, 255).to(torch.uint8)
+    return cropped
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -698,27 +663,22 @@ class ClipDataset(torch.utils.data.Dataset):
         try:
             return self.sample(i, clip_generator(self.seed, epoch, i))
         except VideoError as error:
-            return self.bad(i, str(error))
-
-    def bad(self, i, reason):
-        """Stands in for a sample: the training loop reports it, and no other clip silently replaces it."""
-        return {"error": reason, "video": self.rows[i]["video"], "index": i}
+            # Stands in for a sample: the training loop reports it, and no other clip silently replaces it.
+            return {"error": str(error), "video": self.rows[i]["video"], "index": i}
 
     def read(self, i, sampling, generator):
         """-> ({branch: uint8 tensor (T, 3, H, W)}, Clip)"""
-        how = clip_options(self.config) | {"sampling": sampling, "generator": generator}
-        clip = read_clip(self.rows[i]["video"], **how)
-        streams = {name: torch.from_numpy(x).permute(0, 3, 1, 2) for name, x in clip.streams.items()}
-        return {name: frames.contiguous() for name, frames in streams.items()}, clip
+        options = clip_options(self.config)
+        clip = read_clip(self.rows[i]["video"], **options, sampling=sampling, generator=generator)
+        streams = {name: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for name, x in clip.streams.items()}
+        return streams, clip
 
 
 class HawkDataset(ClipDataset):
     """Samples of stage 1 (caption and motion caption) and stage 2 (conversation): dicts of tensors."""
 
-    def __init__(
-        self, rows, tokenizer, config, stage, seed=0, train=True, augment=None, features=None, max_tokens=512,
-        motion_targets=False,
-    ):  # fmt: skip
+    def __init__(self, rows, tokenizer, config, stage, seed=0, train=True, augment=None, features=None,
+                 max_tokens=512, motion_targets=False):  # fmt: skip
         """augment: crop (default: in training). features: CachedFeatures instead of videos. motion_targets:
         the motion caption is a target in stage 2 too, as the paper describes."""
         super().__init__(rows, config, seed, train)
@@ -750,7 +710,7 @@ class HawkDataset(ClipDataset):
         else:
             ids, labels = self.tokenizer.encode_conversation(qa, clip.message, n_visual, self.max_tokens)
         if all(label == IGNORE for label in labels):
-            return self.bad(i, f"{row['video']}: its text leaves no room for an answer in {len(ids)} tokens")
+            raise VideoError(row["video"], f"its text leaves no room for an answer in {len(ids)} tokens")
         sample = {"index": i, "indices": clip.indices, "input_ids": ids, "labels": labels}
         if self.motion_targets:
             ids, labels = self.tokenizer.encode_caption(row["motion"], self.config.n_video_queries)
@@ -771,9 +731,8 @@ class HawkDataset(ClipDataset):
 
 
 def collate(samples, pad_id=0):
-    """Samples -> a batch of tensors, with "streams" {branch: (B, T, ...)}, and "errors", the bad samples. Ids
-    and labels are padded on the right. A clip of fewer frames repeats its last one: the towers know still
-    pictures, unlike black frames, and the model needs no mask over frames."""
+    """Samples -> a batch of tensors, with "streams" {branch: (B, T, ...)}, and "errors", the bad samples. A
+    clip of fewer frames repeats its last one: the towers know still pictures, and the model needs no mask."""
     good = [sample for sample in samples if "error" not in sample]
     batch = {"errors": [sample for sample in samples if "error" in sample]}
     for key in good[0] if good else ():
@@ -799,45 +758,26 @@ def stack(values):
 # FOLDER/meta.json says what was computed from what. Each clip has a file of its own, which appears when it is
 # whole. FOLDER/bad_videos.jsonl lists the rows whose videos could not be read.
 def cache_file(folder, row, choice=0):
-    """File of a clip: tensors {branch: (T, Q, C)}; metadata "message", "indices", "bytes" (of the video).
-    choice: 0 is the whole picture, others are random crops."""
+    """Holds {branch: (T, Q, C)} and texts "message", "indices", "bytes". choice: 0 is the whole picture."""
     return Path(folder) / (f"{row}-{choice}.safetensors" if choice else f"{row}.safetensors")
 
 
 def cache_meta(rows, config, fingerprint, choices=1, seed=0, dtype="float16", bfloat16=False):
     """What meta.json holds. Videos are known by name, so that their folder may move."""
-    names = "\n".join(os.path.basename(row["video"]) for row in rows)
-    videos = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    meta = {"weights": fingerprint, "videos": videos, "choices": choices, "seed": seed, "dtype": dtype}
-    settings = {name: getattr(config, name) for name in ("motion_mask", "n_frames", "image_size")}
-    return meta | settings | {"bfloat16": bfloat16}
+    names = json.dumps([os.path.basename(row["video"]) for row in rows])
+    meta = {"weights": fingerprint, "videos": hashlib.sha256(names.encode()).hexdigest()[:16]}
+    meta |= {name: getattr(config, name) for name in ("motion_mask", "n_frames", "image_size")}
+    return meta | {"choices": choices, "seed": seed, "dtype": dtype, "bfloat16": bfloat16}
 
 
 def frozen_fingerprint(model):
     """{branch: hash of the ViT and of the branch's frozen part}: other weights make other features."""
-    digests = {branch: hashlib.sha256() for branch in model.config.branches}
+    digests = {tower: hashlib.sha256() for tower in ("vit", *model.config.branches)}
     for name, tensor in sorted(model.state_dict().items()):
         if is_frame_level(name):
-            content = name.encode() + tensor.detach().cpu().float().numpy().tobytes()
-            tower = name.split(".")[0]
-            for digest in digests.values() if tower == "vit" else [digests[tower]]:
-                digest.update(content)
-    return {branch: digest.hexdigest()[:16] for branch, digest in digests.items()}
-
-
-def check_sizes(folder, rows, choices):
-    """The (row, choice) without a file. ValueError if a video has another size than its file says."""
-    missing = []
-    for place in product(range(len(rows)), range(choices)):
-        file = cache_file(folder, *place)
-        video = rows[place[0]]["video"]
-        if not file.exists():
-            missing.append(place)
-        elif os.path.exists(video):
-            with safe_open(file, "pt") as opened:
-                same = os.path.getsize(video) == int(opened.metadata()["bytes"])
-            require(same, f"{folder}: {video} is another video now; make the cache again, in another folder")
-    return missing
+            digests[name.split(".")[0]].update(name.encode() + tensor.cpu().float().numpy().tobytes())
+    vit = digests.pop("vit").hexdigest()[:8]
+    return {branch: vit + digest.hexdigest()[:8] for branch, digest in digests.items()}
 
 
 class CachedFeatures:
@@ -846,63 +786,58 @@ class CachedFeatures:
 
     def __init__(self, folder, rows, config, fingerprint):
         self.folder = Path(folder)
+        self.rows = rows
         self.branches = config.branches
         try:
             meta = json.loads((self.folder / "meta.json").read_text())
             bad = self.folder / "bad_videos.jsonl"
             entries = map(json.loads, bad.read_text().splitlines() if bad.exists() else [])
-            self.bad = {entry["row"]: entry for entry in entries}
+            self.bad = {entry["row"]: entry["error"] for entry in entries}
             self.choices = meta["choices"]
             meta["weights"] = {name: meta["weights"].get(name, "no such stream") for name in self.branches}
-            missing = check_sizes(folder, rows, self.choices)
-        except (
-            OSError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            SafetensorError,
-            json.JSONDecodeError,
-        ) as error:
+        except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder}: not a feature cache ({error}); run `prepare.py features`") from error
         expected = cache_meta(rows, config, {name: fingerprint[name] for name in self.branches})
         for key in ("weights", "videos", "motion_mask", "n_frames", "image_size"):
             both = f"{meta.get(key)!r}, this run has {expected[key]!r}"
             require(meta.get(key) == expected[key], f"{folder}: made with {key} {both}; make it again")
-        missing = [place for place in missing if place[0] not in self.bad]
+        clips = [(i, choice) for i in range(len(rows)) if i not in self.bad for choice in range(self.choices)]
+        missing = [clip for clip in clips if not cache_file(folder, *clip).exists()]
         require(not missing, f"{folder}: {len(missing)} clips are missing; run `prepare.py features` again")
 
     def load(self, i, choice):
-        """Clip whose streams are the features of row i. VideoError if its video could not be read."""
+        """Clip whose streams are features. VideoError if there are none of row i, or of another video."""
         file = cache_file(self.folder, i, choice)
+        video = self.rows[i]["video"]
         if not file.exists():
-            raise VideoError(self.bad[i]["video"], self.bad[i]["error"].split(": ", 1)[-1])
-        with safe_open(file, "pt") as opened:
-            about = opened.metadata()
-            streams = {name: opened.get_tensor(name).float() for name in self.branches}
+            raise VideoError(video, self.bad[i].split(": ", 1)[-1])
+        try:
+            with safe_open(file, "pt") as opened:
+                about = opened.metadata()
+                streams = {name: opened.get_tensor(name).float() for name in self.branches}
+        except SafetensorError as error:
+            raise VideoError(
+                video, f"has damaged features ({error}); remove {file} and make it again"
+            ) from error
+        if os.path.exists(video) and os.path.getsize(video) != int(about["bytes"]):
+            raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
 
 
 # ---- 5. Machine --------------------------------------------------------------------------------------------
 def settings(pairs):
-    """`--set KEY=VALUE ...` -> {key: number, truth or text}, which HawkConfig.from_dict judges."""
+    """`--set KEY=VALUE ...` -> {key: value as in config.json, or text}, which HawkConfig.from_dict judges."""
     values = dict(pair.partition("=")[::2] for pair in pairs)
     for key, text in values.items():
-        values[key] = {"true": True, "false": False}.get(text.lower(), text)
-        for number in (float, int):  # the last that fits stays
-            with suppress(ValueError):
-                values[key] = number(text)
+        with suppress(ValueError):
+            values[key] = json.loads(text.lower())  # lower: Python's True is JSON's true
     return values
-
-
-def best_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def usable_device(name=None):
     """The torch.device of this name, by default the best there is. ValueError where it cannot be used."""
-    name = name or best_device()
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(device for device in there if there[device])
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine

@@ -420,7 +420,6 @@ def features(args):
         for key, value in meta.items():
             old = there.get(key)
             require(old == value, f"{folder}: has {key} {old!r}, not {value!r}; choose another --out")
-        data.check_sizes(folder, rows, crops)
         variants = VariantDataset(rows, model.config, args.seed)
         todo = [(row, k) for k in range(crops) for row in range(len(rows))]
         todo = [sample for sample in todo if not data.cache_file(folder, *sample).exists()]

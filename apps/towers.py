@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import train
 from apps.toy import COLOURS, OBJECTS
-from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset, read_index
+from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset, VideoError, read_index
 from hawk import is_frame_level
 
 COLOUR_NAMES = tuple(COLOURS)
@@ -63,7 +63,7 @@ class FrameDataset(ClipDataset):
         streams, clip = self.read(i, "uniform", generator)
         last = max(clip.indices[-1], 1)
         if any(len(entry["x"]) <= last for entry in row["objects"]):
-            return self.bad(i, f'{row["video"]}: has more frames than positions in "objects"')
+            raise VideoError(row["video"], 'has more frames than positions in "objects"')
         targets, colours = frame_targets(row["objects"], clip.indices, self.image_size)
         drawn = generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False)
         drawn = torch.from_numpy(np.sort(drawn))

@@ -429,7 +429,7 @@ def test_settings_that_make_no_model(setting, words):
 
 
 def test_settings_that_do():
-    pairs = ["gradient_checkpointing=True", "dropout=.1", "lora_alpha=8", "motion_mask=soft", "n_frames=5"]
+    pairs = ["gradient_checkpointing=True", "dropout=0.1", "lora_alpha=8", "motion_mask=soft", "n_frames=5"]
     config = HawkConfig.from_dict(settings([*pairs, "branches=motion,appearance"]), "--set")
     expected = HawkConfig(gradient_checkpointing=True, dropout=0.1, lora_alpha=8.0, n_frames=5)
     expected.motion_mask = "soft"

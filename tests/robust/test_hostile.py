@@ -557,6 +557,8 @@ BAD_LINES = {
     "a byte that is no UTF-8": (GOOD.replace(b'"d"', b'"\xe9"'), "'utf-8' codec"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "'utf-8' codec"),
     "a second BOM": (b"\xef\xbb\xbf" + GOOD, "not JSON"),
+    "NaN": (b'{"video": "v", "description": "d", "score": NaN}', "NaN"),
+    "Infinity": (b'{"video": "v", "description": "d", "score": -Infinity}', "Infinity"),
     "a long number": (b'{"video": "v", "n": ' + b"9" * 5000 + b"}", "digits"),
     "a huge text": (b'{"video": "v", "description": "' + b"a" * 200_000 + b'"}', "100,000 characters"),
     "huge questions": (
