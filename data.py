@@ -38,7 +38,9 @@ from hawk import is_frame_level, require
 # ---- 1. Video: open ----------------------------------------------------------------------------------------
 # Formats that contain the video themselves: playlists, scripts and patterns open other files.
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
-CONTAINERS += ",mxf,dv,wtv"
+CONTAINERS += ",mxf,dv,wtv,dhav,yuv4mpegpipe,mjpeg,jpeg_pipe"
+SUPPORTED = "mp4, mkv, webm, avi, ts, wmv, dav, y4m, mjpeg and so on, and folders of numbered pictures"
+PICTURES = "-f concat -safe 0 -format_whitelist concat,image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe"
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
 SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
 HELD_BYTES = 96 << 20  # of frames, at most, that an open video holds
@@ -47,9 +49,11 @@ SEEK_MARGIN = 24  # a seek aims this many frames ahead: those right behind a key
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists packets without decoding
 
-# When each frame is shown (seconds since the first), and all frames if they are few. Where packets are to be
-# trusted: time stamps in ticks, a tick in seconds, numbers of the keyframes, the codec if seeks may be exact.
-Video = namedtuple("Video", "path seconds frames stamps tick keys codec", defaults=(None,) * 5)
+# When each frame is shown (seconds since the first); what ffmpeg said, a text for each run; notes for the user;
+# all frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks, a
+# tick in seconds, numbers of the keyframes, the codec if seeks may be exact.
+FIELDS = "path seconds log notes frames files stamps tick keys codec"
+Video = namedtuple("Video", FIELDS, defaults=(None,) * 7)
 
 
 class VideoError(ValueError):
@@ -74,9 +78,8 @@ def check_file(path):
 def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=None, patient=False):
     """Runs ffmpeg on one file, without shell or network, and yields what it writes: lines, or, given the size
     of frames, (time stamp in seconds, (size, size, 3) uint8 RGB). Raises VideoError, also after the last one.
-    output, before: options after and before the input. log: a list that gets all messages as one text. stdin:
-    an open file in place of `path`. patient: no time limit, as the caller takes time between items."""
-    log = [] if log is None else log
+    output, before: options after and before the input. log: a list to which all messages are added, as one text.
+    stdin: an open file in place of `path`. patient: no time limit, as the caller takes time between items."""
     seconds = 0 if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
@@ -104,8 +107,10 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
                 clock.cancel()
                 process.kill()
         messages.seek(0)
-        log.append(messages.read().decode(errors="replace"))
-    check_run(path, code, log[0], count)
+        text = messages.read().decode(errors="replace")
+    if log is not None:
+        log.append(text)
+    check_run(path, code, text, count)
 
 
 def read_frames(pipe, times, size):
@@ -127,13 +132,17 @@ def check_run(path, code, log, count):
     pictures = re.search(r"^\[info\]   Stream #0:\d+.*?: Video: (?!.*\(attached pic\))", log, re.M)
     if re.search(r"^\[info\] Input #0", log, re.M) and not pictures:
         raise VideoError(path, "has no video stream")
+    if "Format not on whitelist" in log or (count == 1 and "Input #0, jpeg_pipe" in log):
+        raise VideoError(path, f"cannot be read as a video; supported are {SUPPORTED}")
+    if count == 0 and (failed := re.search(r" 0 frames decoded; ([1-9]\d*) decode errors", log)):
+        raise VideoError(path, f"none of its {failed[1]} frames can be decoded; it is damaged or encrypted")
     if count == 0:
         error = re.search(r"^(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*?)(?: '.*)?$", log, re.M)
         hint = "; in a pipe, an mp4 needs its index in front: ffmpeg -movflags +faststart" * (path == "-")
         raise VideoError(path, f"cannot be read as a video ({error[1] if error else 'no frames'}){hint}")
 
 
-def pictures(size, terms=(), stop=False):
+def frame_options(size, terms=(), stop=False):
     """Options for size x size frames: all, or where a term holds. stop: end after as many as terms."""
     select = f"select='{'+'.join(terms)}'," if terms else ""
     count = ["-frames:v", str(len(terms))] if stop else []
@@ -142,9 +151,70 @@ def pictures(size, terms=(), stop=False):
     return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *count, *rest.split()]
 
 
-def open_video(path, size):
+def damage(video):
+    """Notes on the frames that were decoded. VideoError if most of them are damaged."""
+    text = "".join(video.log)
+    runs = re.findall(r"(\d+) packets read .*; (\d+) frames decoded; (\d+) decode errors", text)
+    packets, decoded, errors = np.array(runs, dtype=int).reshape(-1, 3).sum(0).tolist()
+    concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
+    concealed = sum(int(again or 0) + 1 for again in concealed)
+    total = decoded + errors
+    if len(runs) == 1 and errors + concealed:  # one run over the whole video; some frames are lost in silence
+        total = max(total, packets)
+    bad = total - decoded + concealed
+    if 2 * bad > total:
+        raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
+    notes = list(video.notes or ())
+    if bad:
+        notes.append(f"{bad} of {total} frames did not decode without errors: the video is damaged")
+    sizes = dict.fromkeys(re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
+    if video.files and len(sizes) > 1:
+        notes.append(f"pictures of different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}")
+    return notes
+
+
+def open_folder(path, fps):
+    """Video of a folder of numbered pictures, in the order of the last number in each name."""
+    numbered = {}
+    for entry in os.scandir(path):
+        found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
+        if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
+            twin = numbered.setdefault(int(found[1]), entry.path)
+            if twin != entry.path:
+                names = f"{entry.name} and {os.path.basename(twin)}"
+                raise VideoError(path, f"{names} have the same number; keep one series of pictures")
+    if not numbered:
+        raise VideoError(path, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
+    numbers = sorted(numbered)
+    gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
+    notes = [f"{len(gaps)} gaps in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
+    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n] for n in numbers])
+
+
+def read_files(video, size, numbers):
+    """Yields (number, frame) of these pictures of a folder, decoded one after the other by one ffmpeg."""
+    with tempfile.TemporaryFile() as listing:
+        for number in numbers:  # a picture counts as a second
+            quoted = os.fsencode(os.path.abspath(video.files[number])).replace(b"'", rb"'\''")
+            listing.write(b"file 'file:%s'\noption pattern_type none\nduration 1\n" % quoted)
+        listing.seek(0)
+        options = (frame_options(size), size, PICTURES.split(), video.log, listing)
+        count = 0
+        frames = ffmpeg(video.path, *options, patient=True)
+        for (stamp, frame), number in zip(frames, numbers, strict=False):
+            if stamp != count:
+                break
+            count += 1
+            yield number, frame
+    if count < len(numbers):
+        raise VideoError(video.files[numbers[count]], "cannot be decoded; remove it or replace it")
+
+
+def open_video(path, size, fps=25):
     """Video, from the table of its packets. Decodes small files, and those whose packets may not be one frame
-    each, with a time of its own. Raises VideoError."""
+    each, with a time of its own. fps: pictures a second of a folder. Raises VideoError."""
+    if os.path.isdir(path):
+        return open_folder(path, fps)
     if check_file(path) < SMALL_FILE:
         return decode_all(path, size)
     log = []
@@ -167,27 +237,37 @@ def open_video(path, size):
     tick = Fraction(header["#tb"])
     seconds = (stamps - stamps[0]) * float(tick.numerator) / tick.denominator
     seekable = re.search(r"^\[info\] Input #0, (mov|matroska),", log[0], re.M)
-    return Video(path, seconds, None, stamps, tick, keys, header["#codec_id"] if seekable else "")
+    codec = header["#codec_id"] if seekable else ""
+    return Video(path, seconds, [], stamps=stamps, tick=tick, keys=keys, codec=codec)
 
 
 def decode_all(path, size):
     """Video, from decoding all of it: the truth where packets do not tell it."""
     seconds = []
     frames = []
-    for second, frame in stream_frames(path, size, patient=False):
+    log = []
+    for second, frame in stream_frames(path, size, patient=False, log=log):
         seconds.append(second)
         if len(frames) < HELD_BYTES // frame.size:
             frames.append(frame)
-    return Video(path, np.array(seconds), frames if len(frames) == len(seconds) else None)
+    if len(frames) == len(seconds):
+        return Video(path, np.array(seconds), log, frames=frames)
+    return Video(path, np.array(seconds), [])
 
 
-def stream_frames(path, size, stdin=None, patient=True):
+def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
     """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) of all frames in order, as they are
-    decoded. stdin: an open file in place of `path`. Raises VideoError, after the last frame of a cut file."""
+    decoded. stdin: an open file in place of `path`. fps: pictures a second of a folder. log: a list to which
+    ffmpeg's messages are added. Raises VideoError, after the last frame of a cut file."""
+    if os.path.isdir(path):
+        video = open_folder(path, fps)._replace(log=log)
+        for number, frame in read_files(video, size, range(len(video.files))):
+            yield video.seconds[number].item(), frame
+        return
     before = None
     step = Fraction(1, 25)
     shown = Fraction(0)
-    for stamp, frame in ffmpeg(path, pictures(size), size, stdin=stdin, patient=patient or stdin):
+    for stamp, frame in ffmpeg(path, frame_options(size), size, (), log, stdin, patient=patient or stdin):
         if before is not None:  # a clock that steps back, as between two recordings, repeats its last step
             step = stamp - before if stamp > before else step
             shown += step
@@ -223,17 +303,18 @@ def decode(video, size, numbers):
     video. EOFError if the packets promised others."""
     if video.frames:
         yield from ((number, video.frames[number]) for number in numbers)
+    elif video.files:
+        yield from read_files(video, size, numbers)
     elif can_seek(video, numbers):
         yield from seek(video, size, numbers)
     else:
-        log = []
-        wanted = pictures(size, [f"eq(n,{number})" for number in numbers])
+        wanted = frame_options(size, [f"eq(n,{number})" for number in numbers])
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
-        frames = ffmpeg(video.path, wanted, size, log=log, threads=threads)
+        frames = ffmpeg(video.path, wanted, size, log=video.log, threads=threads)
         for (_, frame), number in zip(frames, numbers, strict=False):
             yield number, frame
-        decoded = re.findall(r"Input stream #0:\d+ \(video\): .*; (\d+) frames decoded", log[0])
+        decoded = re.findall(r"Input stream #0:\d+ \(video\): .*; (\d+) frames decoded", video.log[-1])
         if decoded != [str(len(video.seconds))]:
             raise EOFError
 
@@ -251,11 +332,14 @@ def seek(video, size, numbers):
     """As `decode`, but neighbours are decoded from a keyframe before them, by several runs at a time."""
 
     def decode_neighbours(wanted):
-        options = pictures(size, [f"eq(pts,{video.stamps[number]})" for number in wanted], stop=True)
+        options = frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted], stop=True)
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
         before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
         before = before if wanted[0] > SEEK_MARGIN else []
-        return list(ffmpeg(video.path, options, size, before, threads=1))
+        try:
+            return list(ffmpeg(video.path, options, size, before, video.log, threads=1))
+        except VideoError:
+            return []
 
     neighbours = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -439,16 +523,18 @@ class Clip:
     motion = property(lambda self: self.streams["motion"])
 
 
-def read_clip(
-    path, n_frames=32, image_size=224, branches=("appearance", "motion"), motion_mask="hard", **sampling
-):
-    """Video file -> Clip of min(n_frames, total) frames. Raises VideoError. branches: names in MASKS; without
-    a masked one no flow is computed. sampling: see `sample_frames`."""
-    for how in (open_video, decode_all):  # the second if the packets promised other frames
-        video = how(path, image_size)
+def read_clip(path, n_frames=32, image_size=224, branches=("appearance", "motion"), motion_mask="hard",
+              fps=25, device="cpu", **sampling):  # fmt: skip
+    """Video file, or folder of numbered pictures -> Clip of min(n_frames, total) frames. Raises VideoError.
+    branches: names in MASKS; without a masked one no flow is computed. fps: pictures a second of a folder.
+    device: where the flow is computed. sampling: see `sample_frames`."""
+    video = open_video(path, image_size, fps)
+    for _ in range(2):
         indices = sample_frames(len(video.seconds), n_frames, **sampling)
-        with suppress(EOFError, VideoError):
-            return clip_of(video, image_size, indices, branches, motion_mask)
+        try:
+            return clip_of(video, image_size, indices, branches, motion_mask, device)
+        except EOFError:  # the packets promised other frames
+            video = decode_all(path, image_size)
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
@@ -459,10 +545,10 @@ def clip_options(config):
 
 def make_clip(frames, seconds, indices, branches=("appearance", "motion"), motion_mask="hard"):
     """Clip of the numbered ones of all frames of a video (or of a part of it), given with their times."""
-    return clip_of(Video("", np.array(seconds), frames), None, indices, branches, motion_mask)
+    return clip_of(Video("", np.array(seconds), [], frames=frames), None, indices, branches, motion_mask)
 
 
-def clip_of(video, size, indices, branches, motion_mask):
+def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
     """Threads compute the flow of a block of pairs as soon as its last frame is here, during decoding."""
     for name in branches:
         require(name in MASKS, f"no stream is called {name!r}, only {', '.join(MASKS)} (data.MASKS)")
@@ -477,7 +563,7 @@ def clip_of(video, size, indices, branches, motion_mask):
 
     def mask(block):
         pairs = [np.stack([frames[i] for i in numbers[block]]) for numbers in (previous, current)]
-        before, after = map(torch.from_numpy, pairs)  # (B, H, W, 3)
+        before, after = (torch.from_numpy(x).to(device) for x in pairs)  # (B, H, W, 3)
         flow = farneback(rgb_to_gray(before), rgb_to_gray(after))
         speed = torch.hypot(flow[..., :1], flow[..., 1:]) * (last > 0)  # a lone frame does not move
         return {name: (after * of(speed, motion_mask)).round().to(torch.uint8) for name, of in masks.items()}
@@ -490,10 +576,10 @@ def clip_of(video, size, indices, branches, motion_mask):
         masked = [future.result() for future in masked]
     streams = {name: np.stack([frames[i] for i in indices]) for name in branches}
     for name in masks:
-        streams[name] = np.concatenate([block[name].numpy() for block in masked])
+        streams[name] = np.concatenate([block[name].cpu().numpy() for block in masked])
     shown = [round(second, 1) for second in even_times(video.seconds)[indices].tolist()]
     message = f"The video contains {len(shown)} frames sampled at {', '.join(map(str, shown))} seconds. "
-    return Clip(streams, shown, message, indices)
+    return Clip(streams, shown, message, indices, damage(video))
 
 
 # ---- 2. Text: tokenizer and prompts ------------------------------------------------------------------------
@@ -612,6 +698,8 @@ def check_row(row):
         require(isinstance(row.get(name), str | None), f'"{name}" must be a text')
     for name in ("qa", "flags"):
         require(isinstance(row.get(name), list | None), f'"{name}" must be a list')
+    fps = row.get("fps", 25)
+    require(type(fps) in (int, float) and fps > 0, '"fps" must be a positive number')
     texts = [row.get("description") or "", row.get("motion") or ""]
     for turn in row.get("qa") or []:
         known = isinstance(turn, dict) and isinstance(turn.get("q"), str) and isinstance(turn.get("a"), str)
@@ -669,7 +757,8 @@ class ClipDataset(torch.utils.data.Dataset):
     def read(self, i, sampling, generator):
         """-> ({branch: uint8 tensor (T, 3, H, W)}, Clip)"""
         options = clip_options(self.config)
-        clip = read_clip(self.rows[i]["video"], **options, sampling=sampling, generator=generator)
+        options |= {"fps": self.rows[i].get("fps", 25), "sampling": sampling, "generator": generator}
+        clip = read_clip(self.rows[i]["video"], **options)
         streams = {name: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for name, x in clip.streams.items()}
         return streams, clip
 

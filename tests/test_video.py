@@ -154,8 +154,8 @@ def test_packets_that_promise_other_frames(tmp_path, monkeypatch, lost):
     path = make(tmp_path / "long.mp4", *X264, seconds=400 if lost == "sought" else 8)
     real = data.open_video
 
-    def one_too_many(path, size):
-        video = real(path, size)
+    def one_too_many(path, size, fps):
+        video = real(path, size, fps)
         stamps = np.append(video.stamps, 2 * video.stamps[-1] - video.stamps[-2])
         return video._replace(seconds=np.append(video.seconds, 1e3), stamps=stamps)
 

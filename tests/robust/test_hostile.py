@@ -288,8 +288,8 @@ def test_a_video_that_disappears_while_it_is_read(tmp_path, clips, tried, monkey
     path.write_bytes(clips["mp4"])
     real = data.open_video
 
-    def open_and_remove(path, size):
-        video = real(path, size)
+    def open_and_remove(path, size, fps):
+        video = real(path, size, fps)
         path.unlink()
         return video
 

@@ -1,0 +1,210 @@
+"""Videos as people have them: folders of numbered pictures, recorders' formats, and damaged files, which are
+said to be damaged."""
+
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+from test_video import FFMPEG, SIZE, X264, decode, make, motion_of
+
+import data
+from data import VideoError, read_clip
+from hawk import HawkConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- Folders of pictures -----------------------------------------------------------------------------------
+def pictures(folder, ending, count=12, name="frame_%03d", start=0):
+    folder.mkdir()
+    options = ["-frames:v", str(count), "-start_number", str(start)]
+    make(folder / f"{name}.{ending}", *options, pixels="yuvj420p" if ending == "jpg" else "rgb24")
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "bmp"])
+def test_a_folder_of_numbered_pictures_is_a_video(tmp_path, ending):
+    folder = pictures(tmp_path / "it's 01_0014", ending)
+    (folder / "Thumbs.db").write_text("no picture")
+    frames = np.concatenate([decode(file) for file in sorted(folder.glob("frame*"))])
+    clip = read_clip(folder, 5, SIZE)
+    assert clip.indices.tolist() == [0, 2, 4, 7, 9] and clip.notes == []
+    assert clip.seconds == [0.0, 0.1, 0.2, 0.3, 0.4]  # 25 a second
+    np.testing.assert_array_equal(clip.appearance, frames[clip.indices])
+    current = np.maximum(clip.indices, 1)
+    np.testing.assert_array_equal(clip.motion, motion_of(frames[current - 1], frames[current]))
+    assert read_clip(folder, 5, SIZE, fps=2).seconds == [0.0, 1.0, 2.0, 3.5, 4.5]
+    seconds, shown = zip(*data.stream_frames(folder, SIZE, fps=2), strict=True)
+    assert list(seconds) == [i / 2 for i in range(12)]
+    np.testing.assert_array_equal(np.stack(shown), frames)
+
+
+def test_pictures_are_in_the_order_of_their_last_number(tmp_path):
+    folder = pictures(tmp_path / "frames", "png", name="cam2 (%d)", start=8)  # 8, 9, 10 …
+    frames = np.concatenate([decode(folder / f"cam2 ({n}).png") for n in range(8, 20)])
+    np.testing.assert_array_equal(read_clip(folder, 12, SIZE).appearance, frames)
+
+
+def test_gaps_and_other_sizes_are_named(tmp_path):
+    folder = pictures(tmp_path / "frames", "png")
+    (folder / "frame_004.png").unlink()
+    (folder / "frame_005.png").unlink()
+    make(folder / "frame_007.png", "-frames:v", "1", source="testsrc2=s=40x30", pixels="rgb24")
+    clip = read_clip(folder, 32, SIZE)
+    assert len(clip.indices) == 10 and len(clip.notes) == 2
+    assert "1 gap" in clip.notes[0] and "4 to 5" in clip.notes[0]
+    assert "96x72" in clip.notes[1] and "40x30" in clip.notes[1]
+
+
+def test_folders_that_are_no_video(tmp_path):
+    def refused(words):
+        with pytest.raises(VideoError, match=words):
+            read_clip(tmp_path / "a", image_size=SIZE)
+
+    (tmp_path / "a").mkdir()
+    refused("without numbered pictures")
+    (tmp_path / "secret_1.png").write_bytes(b"outside")
+    (tmp_path / "a" / "1.png").symlink_to(tmp_path / "secret_1.png")  # links may lead out of the folder
+    refused("without numbered pictures")
+    (tmp_path / "a" / "1.png").unlink()
+    (tmp_path / "a").rmdir()
+    pictures(tmp_path / "a", "png")
+    (tmp_path / "a" / "mask 3.png").write_bytes((tmp_path / "a" / "frame_003.png").read_bytes())
+    refused("the same number")
+    (tmp_path / "a" / "mask 3.png").unlink()
+    (tmp_path / "a" / "frame_005.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    refused("frame_005.png.*cannot be decoded")
+
+
+def test_names_of_pictures_are_no_patterns(tmp_path):
+    for name, colour in {"x%d_1": "red", "x*_2": "blue", "x7_3": "lime"}.items():
+        make(tmp_path / "a.png", "-frames:v", "1", source=f"color={colour}:s=32x32", pixels="rgb24")
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        (tmp_path / "a.png").rename(tmp_path / "frames" / f"{name}.png")
+    clip = read_clip(tmp_path / "frames", 3, SIZE)
+    assert clip.appearance.mean((1, 2)).argmax(-1).tolist() == [0, 2, 1]  # red, blue, green
+
+
+def test_an_index_line_says_how_many_pictures_a_second(tmp_path):
+    pictures(tmp_path / "frames", "jpg")
+    line = '{"video": "frames", "description": "Nothing.", "fps": %s}\n'
+    (tmp_path / "a.jsonl").write_text(line % "4")
+    dataset = data.ClipDataset(data.read_index(tmp_path / "a.jsonl"), HawkConfig.preset("tiny"))
+    _, clip = dataset.read(0, "uniform", None)
+    assert clip.seconds == [0.0, 0.2, 0.8, 1.0, 1.5, 1.8, 2.2, 2.5]
+    for wrong in ("0", '"4"', "true", "-1"):
+        (tmp_path / "a.jsonl").write_text(line % wrong)
+        with pytest.raises(ValueError, match='line 1: "fps"'):
+            data.read_index(tmp_path / "a.jsonl")
+
+
+# ---- Formats that hold the video in themselves -------------------------------------------------------------
+def as_dav(path, frames, fps):
+    """Dahua's container around H.264 pictures: a header, an extension with the rate, the picture, the size."""
+    with open(path, "wb") as file:
+        for number, payload in enumerate(frames):
+            extension = bytes([0x81, 0, 8, fps, 0x82, 0, 0, 0]) + struct.pack("<HH", 96, 72)
+            size = 24 + len(extension) + len(payload) + 8
+            kind = 0xFD if number == 0 else 0xFC
+            milliseconds = number * 1000 // fps
+            date = (24 << 26) | (5 << 22) | (7 << 17) | (milliseconds // 1000)
+            header = struct.pack("<4sBBBBIIIHBB", b"DHAV", kind, 0, 0, 0, number, size, date,
+                                 milliseconds % 65536, len(extension), 0)  # fmt: skip
+            file.write(header + extension + payload + b"dhav" + struct.pack("<I", size))
+
+
+def test_raw_formats(tmp_path, monkeypatch):
+    for small in (1 << 18, 0):
+        monkeypatch.setattr(data, "SMALL_FILE", small)
+        for name, options in {
+            "a.y4m": [], "a.mjpeg": ["-c:v", "mjpeg", "-pix_fmt", "yuvj420p"], "a.h264": ["-c:v", "libx264"]
+        }.items():  # fmt: skip
+            path = make(tmp_path / name, *options)
+            clip = read_clip(path, 6, SIZE)
+            np.testing.assert_array_equal(clip.appearance, decode(path)[clip.indices])
+            assert clip.notes == []
+    raw = open(make(tmp_path / "b.h264", "-c:v", "libx264", "-bf", "0", "-x264-params", "aud=1"), "rb").read()
+    units = raw.split(b"\0\0\0\1\x09")[1:]  # each begins with an access unit delimiter
+    as_dav(tmp_path / "a.dav", [b"\0\0\0\1\x09" + unit for unit in units], 10)
+    clip = read_clip(tmp_path / "a.dav", 4, SIZE)
+    np.testing.assert_array_equal(clip.appearance, decode(tmp_path / "b.h264")[clip.indices])
+    assert clip.seconds == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_single_picture_is_no_video(tmp_path):
+    for ending in ("jpg", "png"):
+        make(tmp_path / f"a.{ending}", "-frames:v", "1", pixels="yuvj420p" if ending == "jpg" else "rgb24")
+        with pytest.raises(VideoError, match="supported are mp4.*folders of numbered pictures"):
+            read_clip(tmp_path / f"a.{ending}", image_size=SIZE)
+
+
+# ---- Damage ------------------------------------------------------------------------------------------------
+CODECS = {
+    "h264": [*X264, "-bf", "0"], "bframes": ["-c:v", "libx264", "-bf", "3", "-g", "12"],
+    "mpeg4": ["-c:v", "mpeg4", "-g", "12"], "vp9": ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"],
+}  # fmt: skip
+
+
+def damage(path, first, last):
+    """Noise in place of what the packets from number `first` to before `last` hold, less their first bytes."""
+    listing = subprocess.run([*FFMPEG, "-i", path, "-c", "copy", "-f", "framecrc", "-"], capture_output=True)
+    lines = listing.stdout.decode().splitlines()
+    sizes = [int(line.split(",")[4]) for line in lines if not line.startswith("#")]
+    content = bytearray(open(path, "rb").read())
+    position = content.index(b"mdat") + 4  # where the packets are, one behind the other
+    for number, size in enumerate(sizes):
+        if first <= number < last:
+            noise = np.random.default_rng(number).bytes(max(size - 8, 0))
+            content[position + size - len(noise) : position + size] = noise
+        position += size
+    open(path, "wb").write(content)
+
+
+@pytest.mark.parametrize("small", [1 << 18, 0])
+@pytest.mark.parametrize("codec", CODECS)
+def test_damage_is_said(tmp_path, monkeypatch, codec, small):
+    monkeypatch.setattr(data, "SMALL_FILE", small)
+    path = make(tmp_path / "a.mp4", *CODECS[codec], source="testsrc2=s=96x72:r=10,noise=alls=9", seconds=5)
+    assert read_clip(path, 8, SIZE).notes == []
+    damage(path, 20, 23)
+    (note,) = read_clip(path, 8, SIZE).notes
+    assert int(note.split()[0]) in range(1, 16)
+    assert "did not decode without errors" in note
+    damage(path, 8, 50)  # as if encrypted, after a clear start
+    with pytest.raises(VideoError, match="frames are damaged or encrypted|none of its"):
+        read_clip(path, 8, SIZE)
+
+
+def test_damage_in_a_long_video_that_is_sought(tmp_path, monkeypatch):
+    path = make(
+        tmp_path / "long.mp4", *X264, "-bf", "0", source="testsrc2=s=96x72:r=10,noise=alls=9", seconds=400
+    )
+    ran = []
+    real = data.seek
+    monkeypatch.setattr(data, "seek", lambda *arguments: ran.append(1) or real(*arguments))
+    assert read_clip(path, 8, SIZE).notes == [] and ran
+    damage(path, 1500, 4000)
+    with pytest.raises(VideoError, match="frames are damaged or encrypted"):
+        read_clip(path, 8, SIZE)
+
+
+def test_a_video_whose_frames_are_all_encrypted(tmp_path):
+    path = make(tmp_path / "a.mp4", *CODECS["vp9"])
+    damage(path, 0, 50)
+    with pytest.raises(VideoError, match="none of its 40 frames can be decoded; it is damaged or encrypted"):
+        read_clip(path, 8, SIZE)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+def test_open_groups_and_cover_art_are_no_damage(tmp_path, ending):
+    whole = make(
+        tmp_path / f"whole.{ending}", "-c:v", "libx264", "-x264-params", "open-gop=1:keyint=10:bframes=3"
+    )
+    cover = make(tmp_path / "cover.png", "-frames:v", "1", pixels="rgb24")
+    path = str(tmp_path / f"part.{ending}")
+    options = ["-c", "copy"]
+    if ending == "mp4":
+        options = ["-i", cover, "-map", "0", "-map", "1", *options, "-disposition:v:1", "attached_pic"]
+    subprocess.run([*FFMPEG, "-ss", "1", "-i", whole, *options, path], check=True)
+    assert read_clip(path, 8, SIZE).notes == []
