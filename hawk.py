@@ -3,12 +3,12 @@
     frames -+         +- appearance: Q-Former, + frame position, video Q-Former, projection -+  2 x 32
             +-- ViT --+                                                                      +-- soft -- LLaMA
     motion -+         +- motion:     Q-Former, + frame position, video Q-Former, projection -+  tokens
-
     model = Hawk.from_pretrained("weights/tiny")
     encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
     ids = model.generate(encoding, input_ids)  # lists of new token ids
 Letters: B batch, T frames, S tokens, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads."""
 
+import hashlib
 import json
 import math
 from collections import namedtuple
@@ -79,12 +79,13 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
             least = 1 if type(value) is int and name != "lora_rank" else 0
             require(type(value) not in (int, float) or least <= value < 2**31, f"{name} is {value}")
         depth = max(self.vit_depth, self.qformer_layers, self.video_layers, self.llama_layers)
-        require(depth <= 200, f"{depth} layers; at most 200 are possible")
+        require(
+            depth <= 200 and self.image_size >= self.patch_size, f"{depth} layers, {self.image_size} pixels"
+        )
         for tower, even in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary positions turn pairs
             dim = getattr(self, f"{tower}_dim")
             heads = getattr(self, f"{tower}_heads")
             require(dim % (heads * even) == 0, f"{heads} {tower}_heads do not divide {tower}_dim {dim}")
-        require(self.image_size >= self.patch_size, f"image_size {self.image_size} is below one patch")
         known = self.motion_mask in ("hard", "soft") and self.consistency in ("cosine", "debiased")
         known = known and {"q_proj", "k_proj", "v_proj", "o_proj"}.issuperset(self.lora_targets)
         require(known, f"motion_mask {self.motion_mask}, consistency {self.consistency}, {self.lora_targets}")
@@ -234,8 +235,7 @@ class Branch(nn.Module):
         super().__init__()
         dim = config.qformer_dim
         D = config.llama_dim
-        # frozen in the published training: BLIP-2's
-        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)
+        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # as all that is FROZEN, BLIP-2's
         self.queries = nn.Parameter(0.02 * torch.randn(1, config.n_queries, dim))
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
         # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
@@ -265,9 +265,8 @@ class Branch(nn.Module):
 # ---- LLaMA-2, its cache, and one decoding step -------------------------------------------------------------
 def rotate(x, cos, sin):
     """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF."""
-    x32 = x.float()
-    a, b = x32.chunk(2, dim=-1)
-    return (x32 * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)  # in float32, as cos and sin are
 
 
 class KVCache:
@@ -290,11 +289,6 @@ class KVCache:
         mask = mask | (self.slots == slots[:, None])  # padding sees itself: its softmax must not be 0 / 0
         return (slots - self.padding[..., 0]).clamp_min(0), (self, slots, mask)
 
-    def write(self, layer, slots, k, v):  # k, v (B, h, S, d) into their slots -> all of them (B, h, size, d)
-        self.k[layer].index_copy_(2, slots, k.to(self.k[layer].dtype))
-        self.v[layer].index_copy_(2, slots, v.to(self.v[layer].dtype))
-        return self.k[layer], self.v[layer]
-
 
 class LlamaBlock(nn.Module):
     def __init__(self, config, layer):
@@ -308,19 +302,18 @@ class LlamaBlock(nn.Module):
         up = (D, config.llama_mlp, False)
         self.mlp = linears(gate_proj=up, up_proj=up, down_proj=(config.llama_mlp, D, False))
 
-    def forward(self, x, *attention):
-        x = x + self.attention(self.input_layernorm(x), *attention)
+    def forward(self, x, cos, sin, cache=None, slots=None, mask=None):
+        y = self.input_layernorm(x)
+        q = rotate(split_heads(self.self_attn.q_proj(y), self.heads), cos, sin)  # (B, h, S, d)
+        k = rotate(split_heads(self.self_attn.k_proj(y), self.heads), cos, sin)
+        v = split_heads(self.self_attn.v_proj(y), self.heads)
+        if cache is not None:  # into their slots, beside those of earlier tokens: (B, h, size, d)
+            k = cache.k[self.layer].index_copy_(2, slots, k.to(x.dtype))
+            v = cache.v[self.layer].index_copy_(2, slots, v.to(x.dtype))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))  # SwiGLU
-
-    def attention(self, x, cos, sin, cache=None, slots=None, mask=None):
-        q = rotate(split_heads(self.self_attn.q_proj(x), self.heads), cos, sin)  # (B, h, S, d)
-        k = rotate(split_heads(self.self_attn.k_proj(x), self.heads), cos, sin)
-        v = split_heads(self.self_attn.v_proj(x), self.heads)
-        if cache is not None:
-            k, v = cache.write(self.layer, slots, k, v)  # (B, h, size, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausalLM` (names too), head not tied
@@ -363,15 +356,10 @@ class DecodingStep:
             tuning = {"coordinate_descent_tuning": True}
             self.run = torch.compile(self.step, fullgraph=True, dynamic=False, options=tuning)
 
-    def start(self, prompt, padding):  # reads a prompt (B, S, D); what was read before is forgotten
-        self.cache.length.zero_()
-        self.cache.padding.copy_(padding.view(-1, 1, 1, 1))
-        self.read(prompt)
-
     def step(self):
         self.read(self.llama.embed_tokens(self.token[:, None]))
 
-    def read(self, x):
+    def read(self, x):  # a prompt (B, S, D), or the last token
         self.logits.copy_(self.llama.lm_head(self.llama(x, self.cache)[:, -1]))
         self.token.copy_(self.logits.argmax(-1))
 
@@ -379,7 +367,6 @@ class DecodingStep:
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             self.run()  # a first run allocates workspaces, which a recording must not do
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.run()
@@ -407,8 +394,8 @@ class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half the m
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype)  # (out,)
-        weight = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
-        self.register_buffer("weight", weight.to(torch.int8))
+        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
 
     def forward(self, x):
@@ -421,8 +408,7 @@ class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half the m
 
 
 # ---- Hawk --------------------------------------------------------------------------------------------------
-# What the branches make of B clips: soft tokens (B, 32 for each branch, D), in the order of config.branches,
-# and {branch: tight features (B, 32, tight_dim)} of the branches that the consistency loss compares.
+# Of B clips: soft tokens (B, 32 for each branch, D); {branch: tight features (B, 32, tight_dim)} if compared.
 Encoding = namedtuple("Encoding", "tokens tight")
 
 
@@ -496,8 +482,8 @@ class Hawk(nn.Module):
         that vision enters the sentence. Raises ValueError when the slots of a row are not N."""
         slots = input_ids == self.config.image_id
         counts = slots.sum(1).tolist()
-        N = soft.shape[1]
-        require(counts == [N] * len(soft), f"rows with {counts} placeholders for clips of {N} soft tokens")
+        fits = counts == [soft.shape[1]] * len(soft)
+        require(fits, f"rows with {counts} placeholders for clips of {soft.shape[1]} soft tokens")
         x = self.llama.embed_tokens(input_ids.masked_fill(slots, 0))  # (B, S, D)
         return x.masked_scatter(slots[..., None], soft.to(x.dtype))
 
@@ -533,8 +519,8 @@ class Hawk(nn.Module):
         consistency = self.consistency_loss(clips)
         total = c.video_language_weight * video_language  # paper, Eq. 9
         total = total + c.motion_language_weight * motion_language + c.consistency_weight * consistency
-        losses = {"video_language": video_language, "motion_language": motion_language}
-        return losses | {"consistency": consistency, "total": total}
+        named = {"motion_language": motion_language, "consistency": consistency, "total": total}
+        return {"video_language": video_language} | named
 
     def forward(self, streams, input_ids, labels, **targets):
         return self.losses(self.encode(streams), input_ids, labels, **targets)
@@ -548,10 +534,12 @@ class Hawk(nn.Module):
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         padding = torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device)
         x = self.embed(ids, encoding.tokens)  # (B, S, D)
-        step = self.decoding_step(x, max_new_tokens)
+        new = ids[:, :0]
         generator = torch.Generator(self.device).manual_seed(seed)
-        new = torch.empty(len(x), 0, dtype=torch.long, device=x.device)
-        step.start(x, padding)
+        step = self.decoding_step(x, max_new_tokens)
+        step.cache.length.zero_()
+        step.cache.padding.copy_(padding.view(-1, 1, 1, 1))
+        step.read(x)
         for _ in range(max_new_tokens):
             if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
                 token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
@@ -580,16 +568,17 @@ class Hawk(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         kept = [(name, p) for name, p in self.named_parameters() if base is None or p.requires_grad]
         save_tensors({name: p.detach().to("cpu", dtype) for name, p in kept}, folder / "model.safetensors")
-        config = asdict(self.config) | ({} if base is None else {"base": str(Path(base).resolve())})
+        source = base and {"base": str(Path(base).resolve()), "base_fingerprint": fingerprint(base)}
+        config = asdict(self.config) | (source or {})
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if tokenizer is not None:
             (folder / "tokenizer.model").write_bytes(Path(tokenizer).read_bytes())
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, config=None):
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, config=None, base=None):
         """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode. It is built
-        without memory and filled tensor by tensor; `config` replaces the folder's. ValueError names it."""
-        stored, folders = read_chain(folder)
+        without memory and filled tensor by tensor; `config` replaces the folder's, `base` see `read_chain`."""
+        stored, folders = read_chain(folder, base=base)
         with torch.device("meta"):
             model = cls(config or stored)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -618,19 +607,30 @@ def choose(logits, new, temperature, top_p, penalty, generator):
     return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def read_chain(folder, above=()):
-    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win."""
+def read_chain(folder, above=(), base=None):
+    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win. `base`: where
+    it is now. ValueError if it is not there, or holds other weights than those that training started from."""
     folders = [Path(folder), *above]
     file = folders[0] / "config.json"
     try:
         values = {**json.loads(file.read_text())}
-        base = Path(values.pop("base")) if "base" in values else None
+        stored = values.pop("base", None)
+        base = stored and Path(base or stored)
+        mark = values.pop("base_fingerprint", None)
         config = HawkConfig.from_dict(values)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
     if base is None or base in folders:
         return config, folders
+    require(base.is_dir(), f"{file}: its base {base} is not there; say where: prepare.py merge --base DIR")
+    require(mark in (None, fingerprint(base)), f"{base}: is not what {folder} was trained on, or has changed")
     return config, read_chain(base, folders)[1]
+
+
+def fingerprint(folder):
+    """A hash of up to 64 numbers of each tensor in a folder: reading all of them would take long."""
+    numbers = [x.flatten()[:: x.numel() // 64 + 1].tolist() for _, _, x in read_tensors([Path(folder)])]
+    return hashlib.sha256(str(numbers).encode()).hexdigest()
 
 
 def read_tensors(folders):

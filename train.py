@@ -71,7 +71,8 @@ def parse_args(argv, task):
     add("--weights", help="start from this folder of weights")
     add = p.add_argument
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a field of the config")
-    add("--data", required=True, help="folder with train.jsonl and, for the held-out loss, test.jsonl")
+    told = "folder with train.jsonl and, for the held-out loss, test.jsonl"
+    add("--data", required=True, type=os.path.abspath, help=told)
     add("--out", required=True, help="folder of the run: log.jsonl, bad_videos.jsonl, weights in last/")
     add("--resume", action="store_true", help="continue from OUT/last")
     add("--device", help="default: cuda, else mps, else cpu")
@@ -111,7 +112,8 @@ def build(args, folder, device):
     """(model, file of its tokenizer), from a folder of weights or, if None, random weights of the preset."""
     torch.manual_seed(args.seed)
     tokenizer = Path(folder or args.data) / "tokenizer.model"
-    stored = read_chain(folder)[0] if folder else HawkConfig.preset(args.preset)
+    base = args.weights if args.resume else None  # which may have moved since
+    stored = read_chain(folder, base=base)[0] if folder else HawkConfig.preset(args.preset)
     if not folder:
         stored.vocab_size = data.Tokenizer(tokenizer).vocab_size
     config = HawkConfig.from_dict(vars(stored) | data.settings(args.set), "--set")
@@ -121,7 +123,8 @@ def build(args, folder, device):
     lora_rank = 0 if args.train == "lora" and not stored.lora_rank else config.lora_rank
     # on a GPU, under autocast, frozen weights keep the type they are stored in
     dtype = None if device.type == "cuda" and args.dtype != "float32" else torch.float32
-    model = Hawk.from_pretrained(folder, dtype=dtype, config=replace(config, lora_rank=lora_rank))
+    config_there = replace(config, lora_rank=lora_rank)
+    model = Hawk.from_pretrained(folder, dtype=dtype, config=config_there, base=base)
     model.config = config
     return model, tokenizer
 
@@ -257,22 +260,11 @@ def main(argv=None, task=None):
     args.resume = last.exists()
     if args.resume:  # with the options that decide what is trained
         begun = json.loads((last / "args.json").read_text())
-        for name in (
-            "stage",
-            "train",
-            "batch_size",
-            "lr",
-            "min_lr",
-            "warmup",
-            "weight_decay",
-            "clip",
-            "seed",
-        ):
+        decisive = ["stage", "train", "batch_size", "seed", "lr", "min_lr", "warmup", "weight_decay", "clip"]
+        for name in [*decisive, "data"]:
             now = getattr(args, name)
             then = begun.get(name, now)
             require(now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
-    for base in read_chain(last)[1][-2:-1] if args.resume and args.weights else ():
-        require(base.samefile(args.weights), f"--weights {args.weights}: this run began with {base}")
 
     # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)

@@ -582,6 +582,24 @@ def test_only_what_trains_is_saved_beside_a_base(tmp_path, mode):
     assert same(again, Hawk.from_pretrained(tmp_path / "second"))
 
 
+def test_a_base_that_moved_or_changed(tmp_path):
+    """Trained tensors on top of another base would make garbage of every word."""
+    build().save_pretrained(tmp_path / "base")
+    tuned = Hawk.from_pretrained(tmp_path / "base")
+    tuned.set_trainable("paper")
+    tuned.save_pretrained(tmp_path / "tuned", base=tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"tuned/config.json: its base {tmp_path}/base is not there.*--base"):
+        Hawk.from_pretrained(tmp_path / "tuned")
+    assert same(Hawk.from_pretrained(tmp_path / "tuned", base=tmp_path / "elsewhere"), tuned)
+    build(seed=1).save_pretrained(tmp_path / "base")  # another model of the same shapes
+    with pytest.raises(ValueError, match="base: is not what .*tuned was trained on"):
+        Hawk.from_pretrained(tmp_path / "tuned")
+    edit(tmp_path / "elsewhere", lambda t: t.update({NAME: t[NAME] + 1}))
+    with pytest.raises(ValueError, match="elsewhere: is not what .*tuned was trained on"):
+        Hawk.from_pretrained(tmp_path / "tuned", base=tmp_path / "elsewhere")
+
+
 def edit(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -623,7 +641,7 @@ BAD = {
     "cut file": (lambda d: cut(d / "model.safetensors", -100), ["model.safetensors", "cannot be read"]),
     "empty file": (lambda d: cut(d / "model.safetensors", 0), ["model.safetensors", "cannot be read"]),
     "no file": (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors", "cannot be read"]),
-    "no base": (lambda d: configure(d, base="nowhere"), ["nowhere/"]),
+    "no base": (lambda d: configure(d, base="nowhere"), ["its base nowhere is not there", "--base"]),
 }
 
 
