@@ -91,7 +91,9 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
     command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
     with open(times) as times, tempfile.TemporaryFile() as messages:
         pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": messages}
-        with subprocess.Popen(command, **pipes, pass_fds=[times_end], pipesize=1 << 20) as process:
+        with subprocess.Popen(
+            command, **pipes, pass_fds=[times_end], pipesize=1 << 20, process_group=0
+        ) as process:
             os.close(times_end)
             with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))

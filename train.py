@@ -64,6 +64,9 @@ class HawkTask:
         return model
 
 
+SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}
+
+
 def parse_args(argv, task):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_mutually_exclusive_group(required=True).add_argument
@@ -77,15 +80,33 @@ def parse_args(argv, task):
     add("--resume", action="store_true", help="continue from OUT/last")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")
-    numbers = {"steps": 400_000, "batch-size": 4, "accumulate": 1, "workers": 2, "seed": 42}
-    numbers |= {"lr": 1e-5, "min-lr": 1e-6, "warmup": 1000, "weight-decay": 0.05, "clip": 0.0}
-    numbers |= {"save-every": 500, "eval-every": 500, "eval-samples": 64}
-    for name, default in numbers.items():
+    add("--steps", type=int, help="optimizer steps, of one batch each")
+    add("--recipe", choices=["released"], help="released: 400,000 steps; the other defaults are as released")
+    numbers = {"batch-size": 4, "accumulate": 1, "workers": 2, "seed": 42, "lr": 1e-5, "min-lr": 1e-6}
+    for name, default in (numbers | {"weight-decay": 0.05, "clip": 0.0, "eval-samples": 64}).items():
         add(f"--{name}", type=type(default), default=default, help=f"default {default}")
+    for name, most in SCALED.items():
+        told = f"steps; default: a tenth of --steps, at most {most}"
+        add("--" + name.replace("_", "-"), type=int, help=told)
     task.add_options(p)
     args = p.parse_args(argv)
+    if not (args.steps or args.recipe):
+        p.error("how long? --steps N, or --recipe released for the published 400,000")
+    args.steps = args.steps or 400_000
     args.train = args.train or ("all" if args.preset else "paper")
+    return args if args.resume else scale(args, {})
+
+
+def scale(args, begun):
+    """Fills in the options that follow from --steps, or, in a run that is resumed, from how it was begun."""
+    for name, most in SCALED.items():
+        if getattr(args, name) is None:
+            setattr(args, name, begun.get(name, min(most, math.ceil(args.steps / 10))))
     return args
+
+
+def note(text):
+    print("note:", text, file=sys.stderr, flush=True)
 
 
 # ---- Setting up --------------------------------------------------------------------------------------------
@@ -167,7 +188,7 @@ def load(dataset, order, args, device):
     """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
     readable, the batch holds the first clip that is, as 0 clips: in DDP others wait for its backward pass."""
     listed = Path(args.out) / "bad_videos.jsonl"
-    options = {"num_workers": args.workers, "worker_init_fn": block_sigterm, "collate_fn": data.collate}
+    options = {"num_workers": args.workers, "worker_init_fn": block_signals, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
     loader = iter(DataLoader(dataset, batch_sampler=order, **options))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
@@ -191,9 +212,9 @@ def load(dataset, order, args, device):
         yield inputs, clips, unread
 
 
-def block_sigterm(_):
+def block_signals(_):
     """A scheduler signals all processes, but workers and their ffmpeg must outlast the loop's last step."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
 
 
 # ---- Held-out loss, one step, and the loop -----------------------------------------------------------------
@@ -258,13 +279,14 @@ def main(argv=None, task=None):
         dist.barrier()
     require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
     args.resume = last.exists()
-    if args.resume:  # with the options that decide what is trained
-        begun = json.loads((last / "args.json").read_text())
-        decisive = ["stage", "train", "batch_size", "seed", "lr", "min_lr", "warmup", "weight_decay", "clip"]
-        for name in [*decisive, "data"]:
-            now = getattr(args, name)
-            then = begun.get(name, now)
-            require(now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
+    begun = json.loads((last / "args.json").read_text()) if args.resume else {}
+    scale(args, begun)
+    for name in "stage train batch_size seed lr min_lr warmup weight_decay clip data".split():
+        now = getattr(args, name)  # these decide what is learned
+        then = begun.get(name, now)
+        require(now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
+    if args.warmup >= args.steps and rank == 0:
+        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
 
     # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)
@@ -288,15 +310,19 @@ def main(argv=None, task=None):
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     batches = load(train_set, micro_batches(len(train_set), args, start, rank, world), args, device)
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # finish the step, save, end
+    stop = []  # signals: the step is finished, saved, and the run ends
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
     if rank == 0:  # a resumed run repeats the steps after the last checkpoint, and logs each once
         log_file = last.with_name("log.jsonl")
         lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
         data.replace_file(log_file, "".join(lines[:start]))
         log = log_file.open("a", buffering=1)
+        losses = [json.loads(line).get("held_out_total", math.inf) for line in lines[:start]]
+        best = min(losses, default=math.inf)
+    base = None if args.train == "all" else args.weights  # what does not train is left there
     skipped = 0
-    unread = 0
+    bad = set()
     began = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
@@ -314,27 +340,32 @@ def main(argv=None, task=None):
 
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped < 5, f"step {step}: not finite for 5 steps in a row; lower --lr or set --clip 1")
-        unread += missing
-        seen = (step - start) * args.batch_size
-        require(unread <= max(20, 0.05 * seen / world), "over 5% of clips unreadable; see bad_videos.jsonl")
+        if missing:
+            bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
+            told = f"{len(bad)} unreadable videos for {len(train_set)} rows; see bad_videos.jsonl"
+            require(len(bad) <= max(1, 0.05 * len(train_set)), told)
 
         if rank == 0:
             values |= {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
+            seen = (step - start) * args.batch_size
             values["samples_per_s"] = round(seen / (time.perf_counter() - began), 2)
             if set(COMPARED) <= set(model.config.branches):  # near 1, biases alone meet the consistency loss
                 biases = [model.branch(name).encoder_1.bias for name in COMPARED]
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
                 values |= evaluate(objective, test_set, autocast, args, device)
+                if values["held_out_total"] < best:
+                    best = values["held_out_total"]
+                    with data.replaced_folder(last.with_name("best")) as new:
+                        model.save_pretrained(new, tokenizer=tokenizer_file, base=base)
             finite = {name: x for name, x in values.items() if math.isfinite(x)}  # JSON knows no others
             log.write(json.dumps({"step": step} | finite) + "\n")
             bar.set_postfix(loss=values["total"], samples_s=values["samples_per_s"])
             if step % args.save_every == 0 or step == args.steps or told_to_stop > 0:
                 state = {"step": step, "optimizer": optimizer.state_dict()}
                 state["objective"] = {} if objective is model else objective.state_dict()  # a task's heads
-                with data.replaced_folder(last) as new:  # only the weights that train, unless all do
-                    base = None if args.train == "all" else args.weights
+                with data.replaced_folder(last) as new:
                     model.save_pretrained(new, tokenizer=tokenizer_file, base=base)
                     torch.save(state, new / "state.pt")
                     (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
@@ -342,6 +373,12 @@ def main(argv=None, task=None):
             break
     if world > 1:
         dist.destroy_process_group()
+    if rank == 0 and bad:
+        note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
+    if rank == 0 and stop:
+        note(f"stopped and saved at step {step}; the same command with --resume continues")
+    if signal.SIGINT in stop:
+        raise KeyboardInterrupt
 
 
 def run(argv=None, task=None):
@@ -357,6 +394,8 @@ def run(argv=None, task=None):
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

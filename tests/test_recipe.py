@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 def parse(*flags):
-    return train.parse_args([*map(str, flags)], train.HawkTask())
+    return train.parse_args([*map(str, flags), "--recipe", "released"], train.HawkTask())
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def samples(recipe, world, monkeypatch):
     show the same."""
     reads = []
 
-    def read_clip(path, n_frames, image_size, branches, motion_mask, sampling, generator):
+    def read_clip(path, n_frames, image_size, branches, motion_mask, fps, sampling, generator):
         reads.append((sampling, motion_mask))
         indices = data.sample_frames(40, n_frames, sampling, generator)
         shape = (40, image_size, image_size, 3)
@@ -377,16 +378,61 @@ def test_a_run_is_not_lost_by_starting_it_again(world, tmp_path, main):
         main(*options(world, tmp_path, 2))
     with pytest.raises(ValueError, match="there is a run"):
         main(*options(world, tmp_path, 2, "--weights", tmp_path / "run/last"))
-    Hawk.from_pretrained(world / "weights").save_pretrained(
-        tmp_path / "b", tokenizer=world / "tokenizer.model"
-    )
-    with pytest.raises(ValueError, match="began with .*weights"):
+    other = Hawk.from_pretrained(world / "weights")
+    shutil.copytree(world / "weights", tmp_path / "moved")
+    other.llama.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "b", tokenizer=world / "tokenizer.model")
+    with pytest.raises(ValueError, match="b: is not what .*last was trained on"):
         main(*options(world, tmp_path, 2, "--resume", "--weights", tmp_path / "b"))
+    with pytest.raises(ValueError, match="--data .*: this run began with"):
+        main(*options(world, tmp_path, 2, "--resume", "--data", tmp_path / "b"))
     assert (tmp_path / "run/log.jsonl").read_text() == before
     with (tmp_path / "run/log.jsonl").open("a") as file:
         file.write('{"step": 2, "total"')  # as a kill would leave it
-    main(*options(world, tmp_path, 2, "--resume"))
+    main(*options(world, tmp_path, 2, "--resume", "--weights", tmp_path / "moved"))
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2]
+
+
+def test_what_is_not_given_scales_with_the_run(world, tmp_path, main, capsys):
+    index(tmp_path, world / "a b.mp4")
+    begun = ["--weights", world / "weights", "--data", tmp_path, "--out", tmp_path / "run", "--workers", 0]
+    main(*begun, "--steps", 4)
+    args = json.loads((tmp_path / "run/last/args.json").read_text())
+    assert [args[name] for name in ("warmup", "save_every", "eval_every")] == [1, 1, 1]
+    main(*begun, "--steps", 30, "--resume")  # longer: the warm-up stays as it was
+    assert json.loads((tmp_path / "run/last/args.json").read_text())["warmup"] == 1
+    assert "never reaches" not in capsys.readouterr().err
+    main(*options(world, tmp_path, 4, "--out", tmp_path / "slow", "--warmup", 4))
+    assert "never reaches --lr: --warmup is 4 of 4 steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.parse_args(["--weights", "w", "--data", "d", "--out", "o"], train.HawkTask())
+    assert "--steps N, or --recipe released" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(world, tmp_path, main):
+    index(tmp_path, world / "a b.mp4")
+    main(*options(world, tmp_path, 3, "--eval-every", 1, "--lr", 1e-3))
+    best = Hawk.from_pretrained(tmp_path / "run/best").state_dict()
+    last = Hawk.from_pretrained(tmp_path / "run/last").state_dict()
+    losses = [line["held_out_total"] for line in log_of(tmp_path)]
+    assert min(losses) == losses[2] and all(torch.equal(best[name], last[name]) for name in best)
+    rising = ["--out", tmp_path / "up", "--lr", 10, "--warmup", 3, "--eval-every", 1]
+    main(*options(world, tmp_path, 2, *rising))
+    losses = [line["held_out_total"] for line in map(json.loads, (tmp_path / "up/log.jsonl").open())]
+    assert min(losses) < losses[-1]
+    best = Hawk.from_pretrained(tmp_path / "up/best").state_dict()
+    last = Hawk.from_pretrained(tmp_path / "up/last").state_dict()
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_many_unreadable_videos_end_even_a_short_run(world, tmp_path, main, capsys):
+    good = world / "a b.mp4"
+    index(tmp_path, good, good, good, "one.mp4", good, good, "two.mp4", good)
+    with pytest.raises(ValueError, match="2 unreadable videos for 8 rows; see bad_videos.jsonl"):
+        main(*options(world, tmp_path, 8))
+    index(tmp_path, good, good, good, "one.mp4", good, good, good, good)
+    main(*options(world, tmp_path, 8, "--out", tmp_path / "b"))
+    assert "note: 1 videos could not be read (of 8 rows)" in capsys.readouterr().err
 
 
 def test_losses_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, main):

@@ -89,7 +89,8 @@ def kill_and_resume(command, out, signals, steps):
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.1))
         os.killpg(process.pid, number)
-        assert process.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        status = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0, signal.SIGINT: 130}
+        assert process.wait() == status[number]
     run(*command[1:])
 
 
@@ -98,7 +99,7 @@ def weights_of(folder):
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, tmp_path):
-    """Four SIGKILLs and one SIGTERM, with a loader worker, dropout and LoRA."""
+    """Three SIGKILLs, a SIGTERM and a ctrl-C, with a loader worker, dropout and LoRA."""
     more = ["--stage", 2, "--save-every", 2, "--resume", "--workers", 1, "--train", "lora"]
     more += ["--set", "lora_rank=2", "--set", "dropout=0.1"]
     commands = []
@@ -107,7 +108,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, t
     whole = subprocess.Popen(
         commands[0], cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )  # side by side
-    signals = [signal.SIGKILL] * 2 + [signal.SIGTERM] + [signal.SIGKILL] * 2
+    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
     kill_and_resume(commands[1], tmp_path / "stopped", signals, 36)
     assert whole.wait() == 0
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "stopped")
