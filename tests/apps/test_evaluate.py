@@ -95,7 +95,8 @@ def test_evaluate_resumes_to_the_same_file(world, tmp_path, run):
     described = [("a b.mp4", "describe"), ("c.mp4", "describe")]
     answered = [("c.mp4", "answer")] * 2 + [("a b.mp4", "answer")] * 2
     assert [(p["video"], p["task"]) for p in predictions] == described + answered
-    assert list(predictions[0]) == ["video", "task", "question", "answer", "reference", "source", "kind"]
+    fields = ["video", "task", "question", "answer", "reference", "source", "kind", "tokens"]
+    assert list(predictions[0]) == fields and 1 <= predictions[0]["tokens"] <= 8
     assert predictions[2]["reference"] == "A dog." and "kind" not in predictions[2]
     found = json.loads((tmp_path / "whole.jsonl.scores.json").read_text())
     assert found["unreadable"] == ["broken.mp4"] and found["kinds"]["kinds"]["turn"][1] == 1
@@ -623,7 +624,7 @@ def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch)
     assert "OPENAI_API_KEY" in judged("--judge-url", "https://api.openai.com/v1")[1].err
     plan.clear()
     status, printed = judged()
-    assert status == 0 and "0.500    0.500    0.500            8" in printed.out
+    assert status == 0 and "0.500    0.500    0.500    0.000     4.0       –            8" in printed.out
     assert "judge: m, 0 marks failed" in printed.out
     assert json.loads((tmp_path / "p.scores.json").read_text())["judge"]["model"] == "m"
 
@@ -638,10 +639,10 @@ def test_comparison_of_known_cases(tmp_path, capfd):
     a = written(tmp_path / "a", right)
     b = written(tmp_path / "b", wrong)
     lines, alone = compare.compare([a, a])
-    assert alone == 0 and {line["source"] for line in lines} == {"a", "b", "all"} and len(lines) == 12
+    assert alone == 0 and {line["source"] for line in lines} == {"a", "b", "all"} and len(lines) == 18
     assert all(line["difference"] == line["low"] == line["high"] == 0 for line in lines)
     lines, _ = compare.compare([b, a])
-    for line in lines[:2] + lines[4:6] + lines[8:10]:
+    for line in lines[:2] + lines[6:8] + lines[12:14]:
         assert line["low"] > 0 and line["low"] <= line["difference"] <= line["high"]
         of = [i for i, p in enumerate(right) if line["source"] in ("all", p["source"])]
         for predictions, score in ((wrong, line["a"]), (right, line["b"])):
@@ -666,13 +667,15 @@ def test_interval_of_a_mean():
     together."""
     x = np.random.default_rng(1).normal(size=400)
     counts = np.stack([x, np.ones(400)], axis=1)
-    a, b, low, high = compare.intervals(counts * [0, 1], counts, np.arange(400), compare.ratio, 2000)
+    (a, b), low, high = compare.intervals([counts * [0, 1], counts], np.arange(400), compare.ratio, 2000)
     error = x.std() / 20
     assert (a, b) == (0, pytest.approx(x.mean())) and low == pytest.approx(b - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(b + 1.96 * error, abs=0.2 * error)
     four = np.repeat(counts, 4, 0)
-    tied = compare.intervals(four * [0, 1], four, np.repeat(np.arange(400), 4), compare.ratio, 2000)
-    assert tied[2] == pytest.approx(low) and tied[3] == pytest.approx(high)
+    tied = compare.intervals([four * [0, 1], four], np.repeat(np.arange(400), 4), compare.ratio, 2000)
+    assert tied[1] == pytest.approx(low) and tied[2] == pytest.approx(high)
+    alone = compare.intervals([counts], np.arange(400), compare.ratio, 2000)  # the other one is always 0
+    assert alone[0] == [b] and alone[1] == pytest.approx(low) and alone[2] == pytest.approx(high)
 
 
 def test_judges_and_kinds_are_compared(tmp_path):
