@@ -238,8 +238,9 @@ def measure(scores, abnormal, weights=None):
         auc = (positive * (below + negative / 2)).sum(-1) / (P * N)
         precision = np.nan_to_num(hits / (hits + alarms))  # 0 / 0 where the weights are 0
         ap = (positive * precision).sum(-1) / P
+        accuracy = right / (P + N)
         f1 = 2 * found / (P + (weights * called).sum(-1))
-    return np.stack([auc, np.where(N > 0, ap, np.nan), right / (P + N), f1], axis=-1)
+    return np.stack([auc, np.where(N > 0, ap, np.nan), accuracy, f1], axis=-1)
 
 
 def numbers(scores, abnormal):
