@@ -195,7 +195,8 @@ def test_an_unreadable_video_is_listed_and_does_not_stop_the_run(world, tmp_path
 
 def test_rows_that_are_cut_are_counted(world, tmp_path, capsys):
     """A text loses its end where prompt, message and answer are longer than --max-tokens."""
-    rows = [{"video": f"{n}.mp4", "description": "A red car turns back. " * n} for n in (1, 20, 30)]
+    rows = [{"description": "A red car turns back. " * n, "motion": "car turns"} for n in (1, 20, 30)]
+    rows = [row | {"video": f"{i}.mp4"} for i, row in enumerate(rows)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = Tokenizer(world / "tokenizer.model")
