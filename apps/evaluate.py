@@ -535,7 +535,7 @@ def parse_args(argv=None):
     return args
 
 
-def dry_run(args):
+def dry_run(args, prompts):
     """Prints the cost of --judge; an answer that is still to be made is taken to be as long as its
     reference."""
     predictions = read_lines(args.out)
@@ -546,17 +546,15 @@ def dry_run(args):
             for prediction, have in zip(made, done, strict=True):
                 predictions.append(have or prediction | {"answer": prediction["reference"]})
     texts = [p for p in predictions if p["task"] != "detect"]
-    prompts = Prompts(args.judge_prompts)
     print(cost(texts, args.judge, f"{args.out}.judge.jsonl", args.judge_rate, prompts))
 
 
 def score(args):
     if not args.annotations and int(os.environ.get("RANK", 0)):
         return  # one process is enough to score
-    if args.judge:
-        Prompts(args.judge_prompts)  # a wrong file ends the run before its hours
+    prompts = Prompts(args.judge_prompts)  # a wrong file ends the run before its hours
     if args.dry_run:
-        return dry_run(args)
+        return dry_run(args, prompts)
     out = Path(f"{args.out}.scores.json")
     if args.annotations:
         found = predict_index(args)
@@ -577,7 +575,6 @@ def score(args):
     write_json(out, scores)  # before the judge, which may take hours
     if args.judge:
         record = f"{args.out}.judge.jsonl"
-        prompts = Prompts(args.judge_prompts)
         scores["judge"] = judge(texts, args.judge, record, args.judge_url, args.judge_rate, prompts)
         write_json(out, scores)
     print_scores(scores)

@@ -219,9 +219,15 @@ def open_annotated(video, size):
         video.times = open_video(video.path, size).seconds
         check_intervals(video)
     except PROBLEMS as error:
-        print_error(error)
+        print_above(error)
         return False
     return True
+
+
+def print_above(error):
+    """Prints an error above the progress bar."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        print_error(error)
 
 
 def frame_scores(seen, times):
@@ -576,8 +582,7 @@ def score_videos(videos, args, rank):
                     bar.update(window.end - bar.n)
             video.windows = windows
         except PROBLEMS as error:
-            with tqdm.external_write_mode(file=sys.stderr):  # takes the bar away for a moment
-                print_error(error)
+            print_above(error)
             continue
         if video.file:
             save_scores(video)
@@ -594,7 +599,8 @@ def score_annotated(annotated, args, rank, world):
             video.file = os.path.join(args.scores, name)
             video.options = options
     mine = list(enumerate(annotated))[rank::world]
-    readable = [video for _, video in mine if open_annotated(video, config.image_size)]
+    bar = tqdm(mine, desc="opening", unit="video", leave=False, disable=rank > 0, file=sys.stderr)
+    readable = [video for _, video in bar if open_annotated(video, config.image_size)]
     for video in readable:
         video.windows = read_record(video)
     score_videos(readable, args, rank)

@@ -585,6 +585,22 @@ def test_annotations(world, cli, tmp_path):
     assert cli("--annotations", write_index(tmp_path))[2] == [f"error: {index}: no rows"]
 
 
+def test_all_intervals_are_checked_before_the_model_runs(world, cli, tmp_path, monkeypatch):
+    rows = [{"video": str(world / "a b.mkv"), "abnormal": [2, 5]}]
+    for name in ("b.mkv", "c.mkv"):
+        shutil.copy(world / "a b.mkv", tmp_path / name)
+        rows.append({"video": name, "abnormal": [120, 180]})
+
+    def no_model(_):
+        raise ValueError("the model is loaded")
+
+    monkeypatch.setattr(timeline, "load_from_options", no_model)
+    status, out, err = cli("--annotations", write_index(tmp_path, *rows))
+    errors = [line for line in err if line.startswith("error: ")]
+    assert status == 2 and out == "" and ["[120, 180]" in line for line in errors] == [True, True, False]
+    assert "give seconds" in errors[0] and errors[2] == "error: the model is loaded"
+
+
 def test_a_killed_run_resumes(world, cli, tmp_path, monkeypatch):
     rows = []
     for name in ("a.mkv", "b.mkv", "c.mkv"):
@@ -623,15 +639,15 @@ def test_a_killed_run_resumes(world, cli, tmp_path, monkeypatch):
     assert cli(*options, "--scores", scores)[1] == out  # all is done
     status, _, err = cli(*options, "--scores", scores, "--window", 3)
     message = "made with other options (window was 4.0, is 3.0); give another --scores"
-    assert status == 2 and err == [f"error: {scores / 'a.json'}: {message}"]
+    assert status == 2 and err[-1] == f"error: {scores / 'a.json'}: {message}"
     (scores / "a.json").write_text("{}")
     status, _, err = cli(*options, "--scores", scores)
-    assert err == [f"error: {scores / 'a.json'}: not what this program writes; give another --scores"]
+    assert err[-1] == f"error: {scores / 'a.json'}: not what this program writes; give another --scores"
     (scores / "a.json").unlink()
     with open(tmp_path / "b.mkv", "ab") as file:
         file.write(b"longer")
     status, _, err = cli(*options, "--scores", scores)
-    assert status == 2 and err[0].startswith(
+    assert status == 2 and err[-1].startswith(
         f"error: {scores / 'b.json'}: made with other options (video_bytes"
     )
 
