@@ -44,16 +44,27 @@ class HawkTask:
         add("--features", help="folder that `prepare.py features` wrote: no video is read and no ViT runs")
         add("--augment", action="store_true", help="random crops, as released")
         add("--motion-targets", action="store_true", help="stage 2: motion captions as targets (paper)")
+        add("--max-tokens", type=int, default=512, help="stage 2: where a text is cut (default 512)")
 
     def dataset(self, args, model, tokenizer, split):
         """The samples of the "train" split, or of the "test" split, which are held out."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
-        options = {"augment": args.augment and train, "motion_targets": args.motion_targets}
+        options = {"augment": args.augment and train, "max_tokens": args.max_tokens}
+        options["motion_targets"] = args.motion_targets
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
             options["features"] = data.CachedFeatures(*cache)
-        return data.HawkDataset(rows, tokenizer, model.config, args.stage, args.seed, train, **options)
+        samples = data.HawkDataset(rows, tokenizer, model.config, args.stage, args.seed, train, **options)
+        if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
+            generator = data.clip_generator(args.seed, 0, 0)
+            texts = [samples.conversation(row, generator) for row in rows]
+            message = "60.0, " * model.config.n_frames  # about that of a video of two minutes
+            ids = [tokenizer.encode_conversation(qa, message, model.config.n_visual, None)[0] for qa in texts]
+            lost = sum(len(text) > args.max_tokens for text in ids)  # they do not teach when to stop
+            if lost:
+                note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(ids)} rows")
+        return samples
 
     def objective(self, args, model, train_set):
         """Sets what trains -> the module whose forward(**inputs) gives losses by name, among them "total"."""
@@ -281,8 +292,8 @@ def main(argv=None, task=None):
     args.resume = last.exists()
     begun = json.loads((last / "args.json").read_text()) if args.resume else {}
     scale(args, begun)
-    for name in "stage train batch_size seed lr min_lr warmup weight_decay clip data".split():
-        now = getattr(args, name)  # these decide what is learned
+    for name in "stage train max_tokens batch_size seed lr min_lr warmup weight_decay clip data".split():
+        now = getattr(args, name, None)  # these decide what is learned
         then = begun.get(name, now)
         require(now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
     if args.warmup >= args.steps and rank == 0:

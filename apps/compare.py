@@ -1,22 +1,26 @@
 """Which of two files of predictions is better, and is the difference more than the luck of these clips?
 
     python -m apps.compare before.jsonl after.jsonl
+    python -m apps.compare after.jsonl               # how far is a score from luck? its own interval
     python -m apps.compare before.jsonl after.jsonl --kinds data/toy/kinds.json --json
 
 Compares what both files answer: the same question about the same clip. For each task, source and metric it
 prints both scores, the difference B − A, and the interval that holds it in 95% of 1000 bootstrap resamples of
 the clips (a clip is drawn with all its questions, and in both files alike). A star marks an interval without
-0. Metrics: BLEU-1…4; the marks of each judge that marked both files (FILE.judge.jsonl); with --kinds, toy
-descriptions that name the right kind.
+0. Metrics: BLEU-1…4, ROUGE-L and the words of an answer; the marks of each judge that marked both files with
+the same prompts (FILE.judge.jsonl); with --kinds, toy descriptions that name the right kind; for detect, ROC
+AUC, average precision, accuracy and F1.
 """
 
 import json
+import math
 import os
 import sys
 from collections import Counter
 
 import numpy as np
 
+from apps.detect import METRICS, measure
 from apps.judge import key_of, read_marks
 from apps.scores import (
     CRITERIA,
@@ -27,11 +31,12 @@ from apps.scores import (
     per_source,
     read_kinds,
     read_lines,
+    rouge_l,
 )
 from sample import PROBLEMS, Parser, note, number, print_error
 
 # ------------------------------------------------------------------------------------------------------------
-# Metrics: a row of counts for each prediction, and a function from summed counts to scores
+# Metrics: a row of numbers for each prediction, and a function from rows and their weights to scores
 
 
 def by_question(predictions):
@@ -54,37 +59,56 @@ def pair_up(a, b):
     return [a[key] for key in common], [b[key] for key in common], alone
 
 
+def summed(function):
+    """A metric of weighted rows from a `function` of their sum, (…, counts) -> (…, names)."""
+    return lambda rows, weights: function(weights @ rows)
+
+
+@summed
 def ratio(counts):
     """Counts (…, 2) -> (…, 1): the first divided by the second, NaN where that is 0."""
     unknown = np.full_like(counts[..., :1], np.nan)
     return np.divide(counts[..., :1], counts[..., 1:], out=unknown, where=counts[..., 1:] > 0)
 
 
-def metrics(pair, paths, kinds=None):
-    """Yields (names, counts of A, counts of B, function): counts have a row for each prediction, and the
-    function turns their sum over predictions (…, counts) into the named scores (…, names)."""
-    bleu = [bleu_counts([p["answer"] for p in ps], [p["reference"] for p in ps]) for ps in pair]
-    yield [f"BLEU-{n}" for n in range(1, 5)], *bleu, bleu_from_counts
-    records = [f"{path}.judge.jsonl" for path in paths]
-    judges = [
-        {line["model"] for line in read_lines(record, lambda line: line["model"])} for record in records
-    ]
-    marks = [read_marks(record) for record in records]
-    for model in sorted(judges[0] & judges[1]):
+def detection(rows, weights):
+    """Rows (score, label) -> (…, names of METRICS)"""
+    return measure(rows[:, 0], rows[:, 1] > 0, weights)
+
+
+def text_metrics(files, paths, kinds=None):
+    """Yields (names, rows of each file, function): rows have numbers for each prediction, and the function
+    turns them and weights (…, N), how often each prediction counts, into the named scores (…, names)."""
+    bleu = [bleu_counts([p["answer"] for p in ps], [p["reference"] for p in ps]) for ps in files]
+    yield [f"BLEU-{n}" for n in range(1, 5)], bleu, summed(bleu_from_counts)
+    rouge = [[(rouge_l(p["answer"], p["reference"]), 1) for p in ps] for ps in files]
+    yield ["ROUGE-L"], rouge, ratio
+    yield ["words"], [[(len(p["answer"].split()), 1) for p in ps] for ps in files], ratio
+    marks = []
+    judges = []
+    for path in paths:
+        lines = read_lines(f"{path}.judge.jsonl", lambda line: line["model"])
+        judges.append({(line["model"], line.get("prompts") or "") for line in lines})
+        marks.append(read_marks(f"{path}.judge.jsonl"))
+    for model, digest in sorted(set.intersection(*judges)):
+        about = f"{model}, prompts {digest[:8]}" if digest else model
         for criterion in CRITERIA:
-            yield [f"{criterion} ({model})"], *mark_counts(pair, marks, model, criterion), ratio
+            yield [f"{criterion} ({about})"], mark_counts(files, marks, model, criterion, digest), ratio
     if kinds:
-        yield ["kind named"], *(kind_counts(predictions, kinds) for predictions in pair), ratio
+        yield ["kind named"], [kind_counts(predictions, kinds) for predictions in files], ratio
 
 
-def mark_counts(pair, marks, model, criterion):
-    """[counts of A, counts of B], rows of (mark, 1), or (0, 0) for a prediction that is not marked in both
-    files."""
-    a, b = (
-        [found.get(key_of(model, criterion, p)) for p in ps] for found, ps in zip(marks, pair, strict=True)
-    )
-    rows = [[(x, 1), (y, 1)] if None not in (x, y) else [(0, 0), (0, 0)] for x, y in zip(a, b, strict=True)]
-    return np.array(rows, float).transpose(1, 0, 2)
+def mark_counts(files, marks, model, criterion, digest=None):
+    """For each file, rows of (mark, 1), or (0, 0) for a prediction that is not marked in all files."""
+    found = [
+        [of_file.get(key_of(model, criterion, p, digest)) for p in ps]
+        for of_file, ps in zip(marks, files, strict=True)
+    ]
+    everywhere = [None not in row for row in zip(*found, strict=True)]
+    return [
+        [(mark, 1) if whole else (0, 0) for mark, whole in zip(of_file, everywhere, strict=True)]
+        for of_file in found
+    ]
 
 
 def kind_counts(predictions, kinds):
@@ -102,51 +126,61 @@ def kind_counts(predictions, kinds):
 # Comparison
 
 
-def intervals(a, b, clips, score, resamples=1000, seed=0, level=0.95):
-    """Scores of the counts a and b (a row for each prediction), and the bootstrap interval of their
-    difference over clips (the number of each row's clip): (A, B, low, high), each an array over the metric's
-    names."""
+def intervals(rows, clips, score, resamples=1000, seed=0, level=0.95):
+    """Bootstrap over clips -> (list of the scores of all files, low, high), arrays over the metric's names.
+
+    rows: one or two arrays, with a row for each prediction; clips: the number of each row's clip. low and
+    high enclose the score of the one file, or the second one's difference from the first."""
+    rows = [np.asarray(of_file, float) for of_file in rows]
     n = clips.max() + 1
-    a_of = np.zeros((n, a.shape[1]))  # counts of each clip
-    b_of = np.zeros((n, b.shape[1]))
-    np.add.at(a_of, clips, a)
-    np.add.at(b_of, clips, b)
     # How often each clip is drawn when n are drawn with replacement: (resamples, n)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(float)
-    differences = score(drawn @ b_of) - score(drawn @ a_of)
-    differences = differences[~np.isnan(differences).any(1)]  # NaN: no judged prediction was drawn
-    if len(differences):
-        low, high = np.percentile(differences, [50 * (1 - level), 50 * (1 + level)], axis=0)
-    else:
-        low = np.full(differences.shape[1], np.nan)
-        high = low
-    return score(a.sum(0)), score(b.sum(0)), low, high
+    found = []
+    for some in np.array_split(drawn, math.ceil(resamples / 100)):  # less memory than all at once
+        scores = [score(of_file, some[:, clips]) for of_file in rows]
+        found.append(scores[-1] - (scores[0] if len(rows) > 1 else 0))
+    low = []
+    high = []
+    for values in np.concatenate(found).T:  # (resamples,) of each name
+        values = values[~np.isnan(values)]  # NaN: no marked prediction was drawn, or only normal videos
+        ends = np.percentile(values, [50 * (1 - level), 50 * (1 + level)]) if len(values) else [np.nan] * 2
+        low.append(ends[0])
+        high.append(ends[1])
+    everything = np.ones(len(clips))
+    return [score(of_file, everything) for of_file in rows], np.array(low), np.array(high)
 
 
 def compare(paths, kinds=None, resamples=1000, seed=0):
-    """-> (lines, predictions in only one file); a line: task, source, metric, clips, a, b, difference, low,
-    high."""
+    """One or two files -> (lines, predictions in only one file). A line: task, source, metric, clips, a, low,
+    high; of two files also b and difference, which low and high are then about."""
     files = [read_lines(path) for path in paths]
+    alone = 0
     for path, predictions in zip(paths, files, strict=True):
         if not predictions:
             raise ValueError(f"{path}: no predictions")
-    *pair, alone = pair_up(*files)
-    if not pair[0]:
-        raise ValueError(f"{paths[0]} and {paths[1]} answer no question in common")
+    if len(files) > 1:
+        *files, alone = pair_up(*files)
+        if not files[0]:
+            raise ValueError(f"{paths[0]} and {paths[1]} answer no question in common")
+    measured = list(text_metrics(files, paths, kinds))
+    labelled = [[(p.get("score", 0), p.get("label", 0)) for p in ps] for ps in files]
+    detected = [(list(METRICS.values()), labelled, detection)]
     lines = []
-    measured = list(metrics(pair, paths, kinds))
-    for task, source, chosen in per_source(pair[0]):
-        videos = [pair[0][i]["video"] for i in chosen]
+    for task, source, chosen in per_source(files[0]):
+        videos = [files[0][i]["video"] for i in chosen]
         clips = np.unique(videos, return_inverse=True)[1]
         about = {"task": task, "source": source, "clips": len(set(videos))}
-        for names, a, b, score in measured:
-            found = intervals(a[chosen], b[chosen], clips, score, resamples, seed)
-            for name, x, y, low, high in zip(names, *found, strict=True):
-                if not np.isnan(x):
-                    numbers = {"a": x, "b": y, "difference": y - x, "low": low, "high": high}
-                    lines.append(
-                        about | {"metric": name} | {key: float(value) for key, value in numbers.items()}
-                    )
+        for names, rows, score in detected if task == "detect" else measured:
+            some = [np.asarray(of_file, float)[chosen] for of_file in rows]
+            scores, low, high = intervals(some, clips, score, resamples, seed)
+            for i, name in enumerate(names):
+                if not np.isnan(scores[0][i]):
+                    numbers = {"a": scores[0][i]}
+                    if len(files) > 1:
+                        numbers |= {"b": scores[1][i], "difference": scores[1][i] - scores[0][i]}
+                    numbers |= {"low": low[i], "high": high[i]}
+                    numbers = {key: float(value) for key, value in numbers.items()}
+                    lines.append(about | {"metric": name} | numbers)
     return lines, alone
 
 
@@ -161,19 +195,26 @@ def print_table(lines):
         if group != before:
             print(f"{line['task']}, {line['source'] or '(no source)'}, {line['clips']} clips")
             before = group
-        star = " *" if line["low"] > 0 or line["high"] < 0 else ""
-        row = "  {metric:32}{a:7.3f}{b:8.3f}{difference:+9.3f}  [{low:+.3f}, {high:+.3f}]".format(**line)
-        print(row + star)
+        row = "  {metric:32}{a:7.3f}"
+        if "b" in line:
+            row += "{b:8.3f}{difference:+9.3f}  [{low:+.3f}, {high:+.3f}]"
+            row += " *" if line["low"] > 0 or line["high"] < 0 else ""
+        else:
+            row += "  [{low:.3f}, {high:.3f}]"
+        print(row.format(**line))
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("files", nargs=2, metavar="FILE", help="A and B, written by apps.evaluate")
+    p.add_argument("files", nargs="+", metavar="FILE", help="A, or A and B, written by apps.evaluate")
     p.add_argument("--kinds", metavar="FILE", help="kinds.json of the toy world, to compare the kinds named")
     p.add_argument("--resamples", type=number(int, 1), default=1000, help="of the bootstrap (default: 1000)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: 0)")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if len(args.files) > 2:
+        p.error("give one or two files")
+    return args
 
 
 def main(argv=None):

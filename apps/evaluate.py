@@ -3,20 +3,25 @@
     python -m apps.evaluate --annotations data/toy/test.jsonl --out predictions.jsonl
     python -m apps.evaluate --annotations data/hawk/test.jsonl --out hawk.jsonl --task describe
     torchrun --standalone --nproc_per_node=4 -m apps.evaluate --annotations INDEX --out hawk.jsonl
+    python -m apps.evaluate --annotations INDEX --out out.jsonl --task detect    # normal or abnormal?
     python -m apps.evaluate --out hawk.jsonl --judge gpt-4o-mini --dry-run   # GPT scores, see apps/judge.py
     python -m apps.compare hawk.jsonl other.jsonl                            # which of two models is better?
 
-Each line of the output is one prediction: video, task (describe or answer), question, answer, reference,
-source, and the kind for toy clips. Decoding is greedy, or a search with --beams; never random. What decides
-the answers (SHA-256 of the weights and of the index, options) is written to OUT.options.json before the first
-clip. Start a run that was killed again and it resumes, to the same file; with other weights or options it
-refuses. Under torchrun each process takes every n-th batch into OUT.rank0, OUT.rank1, …, and the first
-process merges them in the order of the index.
+Each line of the output is one prediction: video, task (describe, answer or detect), question, answer,
+reference, source, the kind for toy clips, and the answer's tokens. Decoding is greedy, or a search with
+--beams; never random. What decides the answers (SHA-256 of the weights and of the index, options) is written
+to OUT.options.json before the first clip. Start a run that was killed again and it resumes, to the same file;
+with other weights or options it refuses. Under torchrun each process takes every n-th batch into OUT.rank0,
+OUT.rank1, …, and the first process merges them in the order of the index.
+
+With --task detect the model says how likely it is that the video is abnormal, by P(yes) against P(no) or as
+apps/timeline.py does (--detect contrast). The line then has a score and a label, 1 for abnormal, which each
+row of the index must say: "label": 0 or 1, "abnormal": [] or intervals, or "kind": "normal" or another.
 
 In the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source in the layout of the paper's
-Table 1, what was left out, and for a toy world (a kinds.json beside the index) how often the right kind of
-event is named, what is confused, and how often the colour, object and place of the main actor are in the
-description.
+Table 1, ROUGE-L and the length of the answers; for detect ROC AUC, average precision, accuracy and F1; what
+was left out, and for a toy world (a kinds.json beside the index) how often the right kind of event is named,
+what is confused, and how often the colour, object and place of the main actor are in the description.
 
 In this file: the questions, the files that survive a kill, the predictions, the command line.
 """
@@ -37,8 +42,20 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from apps.detect import (
+    THRESHOLD,
+    YES_QUESTION,
+    choose_score,
+    detection_per_source,
+    phrases_of,
+    print_detection,
+    read_labels,
+    score_clips,
+)
+from apps.judge import Prompts, cost, judge
 from apps.scores import (
     PAPER,
+    ROUGE_TOKENISATION,
     TOKENISATION,
     appendable,
     as_line,
@@ -46,9 +63,11 @@ from apps.scores import (
     fact_scores,
     identity,
     kind_scores,
+    lengths_per_source,
     print_scores,
     read_kinds,
     read_lines,
+    rouge_per_source,
 )
 from apps.scores import bleu as bleu  # others import it from here
 from data import (
@@ -87,9 +106,12 @@ def refused(row):
 def questions(row, name, args):
     """The predictions that a row of an index asks for, with empty answers. name: what they call the video."""
     asked = []
-    if args.task != "answer" and row.get("description") and (args.keep_refusals or not refused(row)):
+    if args.task == "detect":
+        asked.append(("detect", YES_QUESTION, "yes" if row["label"] else "no"))
+    describes = args.task in ("describe", "both") and row.get("description")
+    if describes and (args.keep_refusals or not refused(row)):
         asked.append(("describe", DESCRIBE_QUESTIONS[0], row["description"]))
-    if args.task != "describe":
+    if args.task in ("answer", "both"):
         asked += [("answer", turn["q"], turn["a"]) for turn in row.get("qa") or [] if turn["a"]]
     predictions = []
     for task, question, reference in asked:
@@ -97,6 +119,8 @@ def questions(row, name, args):
         prediction["source"] = row.get("source") or ""
         if "kind" in row:
             prediction["kind"] = row["kind"]
+        if task == "detect":
+            prediction |= {"score": None, "label": row["label"]}
         predictions.append(prediction)
     return predictions
 
@@ -108,10 +132,12 @@ def load_index(args):
     rows = []
     asked = []
     counts = {"clips": 0, "skipped": 0, "refused": 0}
-    for row in read_index(args.annotations)[: args.limit]:
+    read = read_labels if args.task == "detect" else read_index
+    for row in read(args.annotations)[: args.limit]:
         counts["clips"] += 1
         predictions = questions(row, row["video"].removeprefix(folder), args)
-        if refused(row) and row.get("description") and args.task != "answer" and not args.keep_refusals:
+        describes = args.task in ("describe", "both") and row.get("description")
+        if describes and refused(row) and not args.keep_refusals:
             counts["refused"] += 1
         if predictions:
             rows.append(row)
@@ -140,8 +166,8 @@ def sha256(*files):
     return digest.hexdigest()
 
 
-def decisive_options(args):
-    """Everything that decides the answers, and for the reader the two paths that they came from."""
+def weights_options(args):
+    """What decides what a model says, whatever it is asked: the weights, and the arithmetic."""
     folder = weights_folder(args)
     config, folders = read_chain(folder)
     files = []
@@ -152,26 +178,28 @@ def decisive_options(args):
         "weights": str(folder.resolve()),
         "weights_sha256": sha256(*files, folder / "tokenizer.model"),
         "config": asdict(config),
-        "annotations": os.path.abspath(args.annotations),
-        "annotations_sha256": sha256(args.annotations),
         "device": device,
         "dtype": args.dtype or ("bfloat16" if device == "cuda" else "float32"),
-        "temperature": 0.0,
     }
     for name in ("int8", "compile"):
         if getattr(args, name):
             options[name] = True
-    for name in (
-        "task",
-        "limit",
-        "keep_refusals",
-        "batch_size",
-        "max_new_tokens",
-        "beams",
-        "repetition_penalty",
-    ):
-        options[name] = getattr(args, name)
     return json.loads(json.dumps(options))  # as it will be when it is read again
+
+
+def decisive_options(args):
+    """Everything that decides the answers, and for the reader the two paths that they came from."""
+    options = weights_options(args) | {
+        "annotations": os.path.abspath(args.annotations),
+        "annotations_sha256": sha256(args.annotations),
+        "temperature": 0.0,
+    }
+    names = ["task", "limit", "keep_refusals", "batch_size", "max_new_tokens", "beams", "repetition_penalty"]
+    if args.task == "detect":
+        names = ["task", "limit", "batch_size"]
+        config = read_chain(weights_folder(args))[0]
+        options["phrases"] = phrases_of(choose_score(args.detect, args.kinds, config))
+    return options | {name: getattr(args, name) for name in names}
 
 
 def differences(old, new):
@@ -295,6 +323,7 @@ def answer_batch(model, tokenizer, clips, asked, args):
         )
         for (_, prediction), ids in zip(chunk, answers, strict=True):
             prediction["answer"] = tokenizer.decode(ids)
+            prediction["tokens"] = len(ids) - ids.count(tokenizer.eos)
 
 
 def predict(rows, asked, args, rank=0, world=1):
@@ -311,6 +340,8 @@ def predict(rows, asked, args, rank=0, world=1):
     if not todo:
         return []
     model, tokenizer = load_from_options(args)
+    detects = args.task == "detect"
+    score = choose_score(args.detect, args.kinds, model.config) if detects else None
     loader = DataLoader(
         Clips(rows, model.config), batch_sampler=todo, num_workers=args.workers, collate_fn=list
     )
@@ -329,9 +360,12 @@ def predict(rows, asked, args, rank=0, world=1):
                 else:
                     readable.append((i, clip))
             if any(None in done[i] for i, _ in readable):  # else only what cannot be read was missing
-                answer_batch(
-                    model, tokenizer, [clip for _, clip in readable], [asked[i] for i, _ in readable], args
-                )
+                read = [clip for _, clip in readable]
+                wanted = [asked[i] for i, _ in readable]
+                if detects:
+                    score_clips(model, tokenizer, read, wanted, score)
+                else:
+                    answer_batch(model, tokenizer, read, wanted, args)
             for i, _ in readable:
                 write_answers(file, i, asked[i], done[i], world)
             file.flush()
@@ -380,49 +414,51 @@ def prepare_run(args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     options = record_options(args)
     path = Path(args.annotations).parent / "kinds.json"
-    kinds = read_kinds(path) if path.exists() else None
+    kinds = read_kinds(path) if path.exists() and args.task != "detect" else None
     return options, kinds
 
 
-def prepare_together(args, rank, world):
-    """`prepare_run` in the first process, (None, None) in the others. An error there ends all of them."""
-    prepared = (None, None)
+def first_alone(prepare, rank, world):
+    """What prepare() returns in the first process, None in the others, which wait for it. An error there ends
+    all of them, and only the first one names it."""
+    result = None
     message = [None]
     if rank == 0:
         try:
-            prepared = prepare_run(args)
+            result = prepare()
         except PROBLEMS as error:
             message = [error]
     if world > 1:
         dist.broadcast_object_list(message)
     if message[0]:
         raise message[0] if rank == 0 else SystemExit(2)
-    return prepared
+    return result
 
 
-def gather(unreadable, world):
-    """The unreadable videos of all processes, in the order of the index. Waits for all processes."""
+def gather(numbered, world):
+    """The (number, …) pairs of all processes, by number. Waits for all processes."""
     if world == 1:
-        return sorted(unreadable)
+        return sorted(numbered, key=lambda pair: pair[0])
     gathered = [None] * world
     try:
-        dist.all_gather_object(gathered, unreadable)
+        dist.all_gather_object(gathered, numbered)
     except RuntimeError as error:
         message = "another process ended early; what is done is kept: start the same command again"
         raise ValueError(message) from error
     dist.destroy_process_group()
-    return sorted(pair for pairs in gathered for pair in pairs)
+    return sorted((pair for pairs in gathered for pair in pairs), key=lambda pair: pair[0])
 
 
 def predict_index(args):
     """All that --annotations asks for: (predictions, scores so far), or None in all processes but the
     first."""
     rank, world = start_processes(args)
-    options, kinds = prepare_together(args, rank, world)
+    prepared = first_alone(lambda: prepare_run(args), rank, world)
     rows, asked, counts = load_index(args)
     unreadable = gather(predict(rows, asked, args, rank, world), world)
     if rank > 0:
         return None
+    options, kinds = prepared
     predictions = merge(args.out, asked)
     scores = {"counts": counts, "unreadable": [name for _, name in unreadable], "options": options}
     if kinds:
@@ -441,7 +477,12 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--annotations", metavar="INDEX", help="index file (JSON lines); without it, score what --out holds")
     add("--out", required=True, metavar="FILE", help="predictions; resumed if it exists")
-    add("--task", choices=["describe", "answer", "both"], default="both")
+    add(
+        "--task",
+        choices=["describe", "answer", "both", "detect"],
+        default="both",
+        help="default: both, describe and answer",
+    )
     add("--limit", type=number(int, 1), help="only the first clips of the index")
     add(
         "--keep-refusals",
@@ -457,12 +498,16 @@ def parse_args(argv=None):
         "--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side (default: 1)"
     )
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
+    add = p.add_argument_group("--task detect").add_argument
+    add("--detect", choices=["yes", "contrast"], help="default: contrast if there are phrases, else yes")
+    add("--kinds", metavar="FILE", help="phrases for contrast (default for toy weights: examples/kinds.json)")
     about = (
         "The paper's GPT-guided scores from any OpenAI-compatible endpoint. Every reply is kept in "
         "OUT.judge.jsonl, and none is paid for twice. The key is read from OPENAI_API_KEY."
     )
     add = p.add_argument_group("judge", about).add_argument
     add("--judge", metavar="MODEL", help="the endpoint's name of the model that marks the answers")
+    add("--judge-prompts", metavar="FILE", help="other prompts than ours: JSON {criterion: text}")
     add("--judge-url", metavar="URL", help="default: OPENAI_BASE_URL, else https://api.openai.com/v1")
     add(
         "--judge-rate",
@@ -479,16 +524,20 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not args.annotations and not os.path.exists(args.out):
         p.error("--annotations is missing, and --out does not exist, so there is nothing to score")
-    if args.dry_run and not args.judge:
-        p.error("--dry-run needs --judge MODEL")
+    if (args.dry_run or args.judge_prompts) and not args.judge:
+        p.error("--dry-run and --judge-prompts need --judge MODEL")
+    if args.task == "detect" and args.judge:
+        p.error("--judge marks texts; --task detect writes none")
+    if args.task != "detect" and (args.detect or args.kinds):
+        p.error("--detect and --kinds are for --task detect")
+    if args.kinds and args.detect == "yes":
+        p.error("--kinds is for --detect contrast")
     return args
 
 
-def dry_run(args):
+def dry_run(args, prompts):
     """Prints the cost of --judge; an answer that is still to be made is taken to be as long as its
     reference."""
-    from apps.judge import cost
-
     predictions = read_lines(args.out)
     if args.annotations:
         asked = load_index(args)[1]
@@ -496,14 +545,16 @@ def dry_run(args):
         for made, done in zip(asked, read_done(args.out, asked), strict=True):
             for prediction, have in zip(made, done, strict=True):
                 predictions.append(have or prediction | {"answer": prediction["reference"]})
-    print(cost(predictions, args.judge, f"{args.out}.judge.jsonl", args.judge_rate))
+    texts = [p for p in predictions if p["task"] != "detect"]
+    print(cost(texts, args.judge, f"{args.out}.judge.jsonl", args.judge_rate, prompts))
 
 
 def score(args):
     if not args.annotations and int(os.environ.get("RANK", 0)):
         return  # one process is enough to score
+    prompts = Prompts(args.judge_prompts)  # a wrong file ends the run before its hours
     if args.dry_run:
-        return dry_run(args)
+        return dry_run(args, prompts)
     out = Path(f"{args.out}.scores.json")
     if args.annotations:
         found = predict_index(args)
@@ -515,16 +566,20 @@ def score(args):
         scores = json.loads(out.read_text()) if out.exists() else {}
     if not predictions:
         raise ValueError(f"{args.out}: no predictions to score")
-    scores |= {"bleu": bleu_per_source(predictions), "tokenisation": TOKENISATION, "paper": PAPER}
+    texts = [p for p in predictions if p["task"] != "detect"]
+    scores |= {"bleu": bleu_per_source(texts), "tokenisation": TOKENISATION, "paper": PAPER}
+    scores |= {"rouge_l": rouge_per_source(texts), "rouge_tokenisation": ROUGE_TOKENISATION}
+    scores["lengths"] = lengths_per_source(texts)
+    if len(texts) < len(predictions):
+        scores |= {"detection": detection_per_source(predictions), "threshold": THRESHOLD}
     write_json(out, scores)  # before the judge, which may take hours
     if args.judge:
-        from apps.judge import judge
-
-        scores["judge"] = judge(
-            predictions, args.judge, f"{args.out}.judge.jsonl", args.judge_url, args.judge_rate
-        )
+        record = f"{args.out}.judge.jsonl"
+        scores["judge"] = judge(texts, args.judge, record, args.judge_url, args.judge_rate, prompts)
         write_json(out, scores)
     print_scores(scores)
+    if "detection" in scores:
+        print_detection(scores["detection"])
     note(f"written: {args.out}, {out}")
 
 

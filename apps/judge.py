@@ -7,11 +7,15 @@ to 1.
     python -m apps.evaluate --out predictions.jsonl --judge llama3 --judge-url http://127.0.0.1:11434/v1
 
 One request for each answer and criterion. The form is the paper's (a reply such as {'score': 0.675}); the
-wording of the prompts is our own, so marks compare with each other, but only roughly with the paper's. Every
-reply is added to PREDICTIONS.judge.jsonl as it arrives: a run that was stopped resumes there, and nothing
-that has its mark is asked again. Passing failures (429, 5xx, time-outs, broken replies) are retried after
-longer and longer waits. A reply without a clear number in 0…1 is asked for again. What still has no mark
-counts as failed, and the next run asks for it anew.
+wording of the prompts is our own, so marks compare with each other, but only roughly with the paper's.
+--judge-prompts FILE takes other ones: JSON {"reasonability": text, "detail": text, "consistency": text} in
+which {question}, {reference} and {answer} stand for these.
+
+Every reply is added to PREDICTIONS.judge.jsonl as it arrives, with the SHA-256 of that file of prompts: a run
+that was stopped resumes there, nothing that has its mark is asked again, and marks from different prompts do
+not mix. Passing failures (429, 5xx, time-outs, broken replies) are retried after longer and longer waits. A
+reply without a clear number in 0…1 is asked for again. What still has no mark counts as failed, and the next
+run asks for it anew.
 
 In this order: prompt and reply, the endpoint, all marks of a file of predictions.
 """
@@ -29,6 +33,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -41,6 +46,8 @@ LONGEST_WAIT = 600.0
 TIMEOUT = 60.0  # seconds that one request may take
 REPLIES = 3  # requests until one reply has a mark
 THREADS = 8  # requests in flight at once
+TAGS = ("question", "reference", "answer")
+PLACEHOLDER = r"\{(question|reference|answer)\}"
 MOST_FAILURES = 10  # in a row: then something is wrong with all of them
 
 MEANING = {
@@ -64,19 +71,50 @@ SYSTEM = (
 
 
 def prompt(criterion, prediction):
-    """The messages of one request."""
-    tags = ("question", "reference", "answer")
-    texts = "\n".join(f"<{tag}>\n{prediction[tag]}\n</{tag}>" for tag in tags)
+    """The messages of one request, in our words."""
+    texts = "\n".join(f"<{tag}>\n{prediction[tag]}\n</{tag}>" for tag in TAGS)
     return [
         {"role": "system", "content": SYSTEM.format(criterion, MEANING[criterion])},
         {"role": "user", "content": f"{texts}\nThe mark for {criterion}, as {{'score': number}}:"},
     ]
 
 
-def key_of(model, criterion, prediction):
-    """Identifies a request: the model and every word of the prompt."""
-    content = json.dumps([model, prompt(criterion, prediction)])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+class Prompts:
+    """The prompts of a file, or ours without one. digest: the SHA-256 of the file, None for ours."""
+
+    def __init__(self, path=None):
+        """Raises ValueError that says what is wrong with the file."""
+        self.digest = None
+        if path is None:
+            return
+        content = Path(path).read_bytes()
+        self.digest = hashlib.sha256(content).hexdigest()
+        try:
+            self.texts = json.loads(content)
+            named = {name: set(re.findall(PLACEHOLDER, text)) for name, text in self.texts.items()}
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            named = {}
+        if named.keys() != set(CRITERIA):
+            raise ValueError(f"{path}: must be JSON with one text for each of {', '.join(CRITERIA)}")
+        for name, placeholders in named.items():
+            if not {"reference", "answer"} <= placeholders:
+                raise ValueError(f"{path}: the prompt for {name} lacks {{reference}} or {{answer}}")
+
+    def messages(self, criterion, prediction):
+        """The messages of one request."""
+        if self.digest is None:
+            return prompt(criterion, prediction)
+        # in one pass: a placeholder inside an answer is only text, and so are other braces
+        text = re.sub(PLACEHOLDER, lambda found: prediction[found[1]], self.texts[criterion])
+        return [{"role": "user", "content": text}]
+
+
+def key_of(model, criterion, prediction, digest=None):
+    """Identifies a request: the model and every word of the prompt. digest: see Prompts."""
+    words = prompt(criterion, prediction)
+    if digest:
+        words = [digest, criterion, *(prediction[tag] for tag in TAGS)]
+    return hashlib.sha256(json.dumps([model, words]).encode()).hexdigest()[:32]
 
 
 # A number that is not the beginning of something else: 7/10, 70%, 0,7, 0.6-0.8, 1 out of 10, 0.5.2, 3rd
@@ -243,18 +281,19 @@ def read_marks(record):
     return {line["key"]: line["mark"] for line in lines if line["mark"] is not None}
 
 
-def missing(predictions, model, marks):
+def missing(predictions, model, marks, digest=None):
     """{key: (criterion, prediction)} of the marks that are still missing; the same words are asked about
     once."""
-    jobs = {key_of(model, criterion, p): (criterion, p) for p in predictions for criterion in CRITERIA}
+    jobs = {key_of(model, name, p, digest): (name, p) for p in predictions for name in CRITERIA}
     return {key: job for key, job in jobs.items() if key not in marks}
 
 
-def cost(predictions, model, record, rate):
+def cost(predictions, model, record, rate, prompts=None):
     """One line that says what `judge` would do, counting 4 characters a token and 10 tokens a reply."""
-    jobs = missing(predictions, model, read_marks(record))
-    done = len(missing(predictions, model, {})) - len(jobs)
-    messages = [message for job in jobs.values() for message in prompt(*job)]
+    prompts = prompts or Prompts()
+    jobs = missing(predictions, model, read_marks(record), prompts.digest)
+    done = len(missing(predictions, model, {}, prompts.digest)) - len(jobs)
+    messages = [message for job in jobs.values() for message in prompts.messages(*job)]
     tokens = sum(len(message["content"]) / 4 + 4 for message in messages)
     return (
         f"{len(jobs)} requests to {model} ({done} already answered), about {tokens:,.0f} tokens to it and "
@@ -266,13 +305,14 @@ def cost(predictions, model, record, rate):
 class Record:
     """The file of all replies. Several threads write to it."""
 
-    def __init__(self, file, model):
+    def __init__(self, file, model, prompts):
         self.file = file
         self.model = model
+        self.prompts = prompts
         self.lock = threading.Lock()
 
     def add(self, key, criterion, prediction, reply, mark, error):
-        line = {"key": key, "model": self.model, "criterion": criterion}
+        line = {"key": key, "model": self.model, "prompts": self.prompts.digest, "criterion": criterion}
         line |= {name: prediction[name] for name in ("video", "task", "question")}
         line |= {"mark": mark, "reply": reply, "error": error}
         with self.lock:
@@ -287,7 +327,7 @@ def request_mark(endpoint, record, key, criterion, prediction):
         mark = None
         problem = None
         try:
-            reply = endpoint.ask(prompt(criterion, prediction))
+            reply = endpoint.ask(record.prompts.messages(criterion, prediction))
             mark = read_mark(reply)
         except Hopeless:
             raise
@@ -299,13 +339,15 @@ def request_mark(endpoint, record, key, criterion, prediction):
     return problem
 
 
-def judge(predictions, model, record, url=None, rate=60.0):
-    """Asks for the marks that the record lacks -> {"model", "scores", "failed"}, see `summary`."""
+def judge(predictions, model, record, url=None, rate=60.0, prompts=None):
+    """Asks for the marks that the record lacks -> {"model", "prompts", "scores", "failed"}, see `summary`.
+    prompts: Prompts, whose digest is kept; marks for other prompts stay in the record and do not count."""
+    prompts = prompts or Prompts()
     endpoint = Endpoint(model, url, rate)
-    jobs = missing(predictions, model, read_marks(record))
+    jobs = missing(predictions, model, read_marks(record), prompts.digest)
     failures = 0  # in a row
     with appendable(record) as file, ThreadPoolExecutor(THREADS) as pool:
-        written = Record(file, model)
+        written = Record(file, model, prompts)
         futures = [pool.submit(request_mark, endpoint, written, key, *job) for key, job in jobs.items()]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), unit="mark", file=sys.stderr):
@@ -318,21 +360,21 @@ def judge(predictions, model, record, url=None, rate=60.0):
             endpoint.pace.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    scores = summary(predictions, model, read_marks(record))
+    scores = summary(predictions, model, read_marks(record), prompts.digest)
     failed = 0
     for sources in scores.values():
         failed += len(CRITERIA) * sources["all"]["n"] - sources["all"]["marks"]
-    return {"model": model, "scores": scores, "failed": failed}
+    return {"model": model, "prompts": prompts.digest, "scores": scores, "failed": failed}
 
 
-def summary(predictions, model, marks):
+def summary(predictions, model, marks, digest=None):
     """{task: {source or "all": {criterion: mean mark or None, "n": predictions, "marks": how many marks there
     are}}}"""
     table = {}
     for task, name, chosen in per_source(predictions):
         line = {"n": len(chosen), "marks": 0}
         for criterion in CRITERIA:
-            keys = [key_of(model, criterion, predictions[i]) for i in chosen]
+            keys = [key_of(model, criterion, predictions[i], digest) for i in chosen]
             got = [marks[key] for key in keys if key in marks]
             line[criterion] = sum(got) / len(got) if got else None
             line["marks"] += len(got)

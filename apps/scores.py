@@ -1,8 +1,8 @@
 """From predictions to numbers: what apps/evaluate.py, apps/judge.py and apps/compare.py share. It has no
 command.
 
-In this order: files of JSON lines that survive a kill, BLEU, groups of predictions by source, the toy world's
-kinds and facts, and the printed table.
+In this order: files of JSON lines that survive a kill, BLEU, ROUGE-L, groups of predictions by source, the
+toy world's kinds and facts, and the printed table.
 """
 
 import json
@@ -20,6 +20,7 @@ PAPER = {  # Hawk's row of Table 1 in arXiv 2405.16886: BLEU-1…4, then the thr
     "answer": [0.319, 0.179, 0.112, 0.073, 0.840, 0.794, 0.753],
 }
 TOKENISATION = "lower-cased, mteval-v13a"
+ROUGE_TOKENISATION = "lower-cased, runs of a-z and 0-9, not stemmed, as rouge-score"
 
 # ------------------------------------------------------------------------------------------------------------
 # Files of JSON lines that survive a kill
@@ -34,6 +35,8 @@ def check_prediction(line):
     """Raises one of the errors that read_lines catches if `line` is not a prediction."""
     hash(identity(line))
     line["answer"].lower()
+    if line["task"] == "detect" and not (0 <= line["score"] <= 1 and line["label"] in (0, 1)):
+        raise ValueError("not a score and a label")
     hash(line.get("source", ""))
 
 
@@ -138,6 +141,22 @@ def bleu(hypotheses, references):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# ROUGE-L
+
+
+def rouge_l(hypothesis, reference):
+    """Longest common subsequence of two texts, as an F-measure: the harmonic mean of its shares of both
+    lengths. 0 to 1; 0 if a text has no words. Without stemming, `rouge-score` gives the same."""
+    made = re.findall("[a-z0-9]+", hypothesis.lower())
+    wanted = re.findall("[a-z0-9]+", reference.lower())
+    longest = np.zeros(len(wanted) + 1)  # [j]: with the words so far and the first j of the reference
+    for word in made:
+        same = np.array([word == other for other in wanted], float)
+        longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], longest[:-1] + same))
+    return float(2 * longest[-1] / max(len(made) + len(wanted), 1))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Scores
 
 
@@ -159,6 +178,34 @@ def bleu_per_source(predictions):
         scores = bleu_from_counts(counts[chosen].sum(0)).tolist()
         table.setdefault(task, {})[name] = {"n": len(chosen), "bleu": scores}
     return table
+
+
+def rouge_per_source(predictions):
+    """{task: {source or "all": mean ROUGE-L of its answers}}"""
+    scores = [rouge_l(p["answer"], p["reference"]) for p in predictions]
+    table = {}
+    for task, name, chosen in per_source(predictions):
+        table.setdefault(task, {})[name] = mean([scores[i] for i in chosen])
+    return table
+
+
+def lengths_per_source(predictions):
+    """{task: {source or "all": {"words", "tokens", "reference_words"}}}: means.
+
+    Words are what stands between spaces, tokens what the model made, without the end; None if no line has
+    them."""
+    table = {}
+    for task, name, chosen in per_source(predictions):
+        of = [predictions[i] for i in chosen]
+        line = {"words": mean([len(p["answer"].split()) for p in of])}
+        line["tokens"] = mean([p["tokens"] for p in of if "tokens" in p])
+        line["reference_words"] = mean([len(p["reference"].split()) for p in of])
+        table.setdefault(task, {})[name] = line
+    return table
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
 
 
 def read_kinds(path):
@@ -221,16 +268,20 @@ def fact_scores(predictions, rows, names):
 
 
 def print_scores(scores):
-    """The layout of the paper's Table 1, one task after the other, then what was left out and what only toys
-    have."""
+    """The layout of the paper's Table 1 and, behind it, ROUGE-L and the length of the answers, one task after
+    the other; then what was left out and what only toys have."""
     for task, sources in scores["bleu"].items():
         judged = scores.get("judge", {}).get("scores", {}).get(task, {})
-        print_task(task, sources, judged)
-    print(
-        f"BLEU: corpus level, {TOKENISATION} tokens, no smoothing; the paper may have split words differently"
-    )
+        print_task(task, sources, judged, scores["rouge_l"][task], scores["lengths"][task])
+    if scores["bleu"]:
+        print(
+            f"BLEU: corpus level, {TOKENISATION} tokens, no smoothing; the paper may have split words "
+            f"differently\nROUGE-L: mean F-measure of the answers; {ROUGE_TOKENISATION}"
+        )
     if "judge" in scores:
-        print(f"judge: {scores['judge']['model']}, {scores['judge']['failed']} marks failed")
+        judge = scores["judge"]
+        prompts = f", prompts {judge['prompts'][:12]}" if judge.get("prompts") else ""
+        print(f"judge: {judge['model']}{prompts}, {judge['failed']} marks failed")
     if "kinds" in scores:
         print_kinds(scores["kinds"], scores["facts"])
     if "counts" in scores:
@@ -242,18 +293,21 @@ def print_scores(scores):
         )
 
 
-def print_task(task, sources, judged):
-    columns = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "Reason.", "Detail", "Consist."]
-    print(f"{task:26}" + "".join(f"{column:>9}" for column in columns) + "  predictions")
+def print_task(task, sources, judged, rouge, lengths):
+    columns = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "Reason.", "Detail", "Consist.", "ROUGE-L"]
+    header = f"{task:26}" + "".join(f"{column:>9}" for column in columns)
+    print(header + "".join(f"{column:>8}" for column in ("words", "tokens")) + "  predictions")
     for source, score in sources.items():
         marks = [judged.get(source, {}).get(name) for name in CRITERIA]
-        print_row(source or "(no source)", score["bleu"] + marks, score["n"])
+        length = [lengths[source][name] for name in ("words", "tokens")]
+        print_row(source or "(no source)", [*score["bleu"], *marks, rouge[source]], length, score["n"])
     if task in PAPER:
-        print_row("Hawk, paper, its data", PAPER[task], "")
+        print_row("Hawk, paper, its data", [*PAPER[task], None], [None, None], "")
 
 
-def print_row(name, numbers, n):
+def print_row(name, numbers, lengths, n):
     cells = "".join("        –" if x is None else f"{x:9.3f}" for x in numbers)
+    cells += "".join("       –" if x is None else f"{x:8.1f}" for x in lengths)
     print(f"  {name:24}{cells}  {n:>11}")
 
 

@@ -5,6 +5,7 @@
     python -m apps.timeline --video long.mp4 --plot curve.png --out-video with_curve.mp4
     tail -c +1 -f growing.ts | python -m apps.timeline --video - --json    # a stream, or a growing file
     python -m apps.timeline --annotations data/toy/long.jsonl  # how well it finds what was annotated
+    torchrun --standalone --nproc_per_node=4 -m apps.timeline --annotations INDEX --scores DIR
 
 The video is decoded once, from front to back, and only the frames of the open window are held. The frames of
 a window are sampled as read_clip samples those of a clip, so the model sees what it was trained on. The score
@@ -18,8 +19,12 @@ says how likely the model is to say something abnormal, in one of two ways:
 Windows that share frames are seldom wrong together, so each score is averaged with those of the earlier
 windows that it overlaps. Times are those of the frames themselves, also where the frame rate varies.
 
-In this file: windows, scores, agreement with annotations, pictures, the command line. Exit status: 0, or 2 if
-anything failed.
+With --annotations it prints how often the highest window is on an event, the AUC of the windows, and the
+field's frame-level AUC and average precision. --scores DIR writes the scores of each video's frames to
+DIR/NAME.npy; a run that was killed and is started again with the same DIR scores only what is missing.
+
+In this file: windows, scores, agreement with annotations, files of scores, pictures, the command line. The
+model's score of a window is in apps/detect.py. Exit status: 0, or 2 if anything failed.
 """
 
 import io
@@ -30,36 +35,33 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from data import (
-    CONTAINERS,
-    DESCRIBE_QUESTIONS,
-    VideoError,
-    make_clip,
-    open_video,
-    replace_file,
-    sample_frames,
-    stream_frames,
+from apps.detect import choose_score, describe, numbers, phrases_of, read_intervals, read_rows
+from apps.evaluate import differences, first_alone, gather, start_processes, weights_options
+from data import CONTAINERS, VideoError, make_clip, open_video, replace_file, sample_frames, stream_frames
+from hawk import read_chain
+from sample import (
+    PROBLEMS,
+    Parser,
+    add_model_options,
+    encode_clips,
+    load_from_options,
+    note,
+    number,
+    print_error,
+    weights_folder,
 )
-from hawk import KVCache
-from sample import PROBLEMS, Parser, add_model_options, encode_clips, load_from_options, number, print_error
 
-TOY_KINDS = Path(__file__).parent.parent / "examples" / "kinds.json"
-YES_QUESTION = "Does anything unusual or dangerous happen in this video? Answer yes or no."
-SUBJECT_WORDS = 5  # a phrase is tried after each of the answer's first words: "A red car" is three
 MAX_BYTES = 1 << 30  # of the frames that are held
-PHRASES_PER_BATCH = 16
 PICTURE = (640, 360)  # pixels of --out-video
 STRIP = 96  # height of the curve below it
 EPSILON = 1e-6  # seconds that do not matter
@@ -128,71 +130,6 @@ def read_windows(path, config, length, stride):
 # ---- Scores ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def log_likelihoods(model, encoding, prompt, answers, starts):
-    """log P(answers[j][starts[j]:] | clip, prompt, answers[j][:starts[j]]) -> (J,). Prompt and answers are
-    lists of ids; the prompt is read once for all answers."""
-    x = model.embed(torch.tensor([prompt], device=model.device), encoding.tokens)  # (1, S, D)
-    cache = KVCache(model.config, 1, len(prompt), x)
-    last = model.llama(x, cache)[:, -1:]  # (1, 1, D): predicts the first token of every answer
-    results = []
-    for i in range(0, len(answers), PHRASES_PER_BATCH):
-        batch = answers[i : i + PHRASES_PER_BATCH]
-        L = max(len(ids) for ids in batch)
-        padded = [ids + [0] * (L - len(ids)) for ids in batch]
-        target = torch.tensor(padded, device=model.device)  # (J, L)
-        counted = torch.zeros(target.shape, device=model.device)
-        for j, ids in enumerate(batch):
-            counted[j, starts[i + j] : len(ids)] = 1
-        # a cache with the prompt in every row, and room for the answers behind it
-        longer = KVCache(model.config, len(batch), len(prompt) + L, x)
-        for layer in range(model.config.llama_layers):
-            longer.k[layer][:, :, : len(prompt)] = cache.k[layer]
-            longer.v[layer][:, :, : len(prompt)] = cache.v[layer]
-        longer.length.fill_(len(prompt))
-        hidden = model.llama(model.llama.embed_tokens(target), longer)[:, :-1]
-        hidden = torch.cat([last.expand(len(batch), -1, -1), hidden], dim=1)  # (J, L, D): predicts each token
-        log_p = model.llama.lm_head(hidden).float().log_softmax(-1)  # (J, L, vocabulary)
-        log_p = log_p.gather(-1, target[..., None])[..., 0]  # (J, L)
-        results.append((log_p * counted).sum(1))
-    return torch.cat(results)
-
-
-def describe(model, tokenizer, clip, encoding, max_new_tokens=300):
-    """-> (prompt that asks for a description, the answer's beginning)"""
-    prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
-    room = min(max_new_tokens, model.config.context_length - len(prompt))
-    (new,) = model.generate(encoding, [prompt], room, eos_id=tokenizer.eos)
-    return prompt, tokenizer.decode(new)
-
-
-def contrast_score(model, tokenizer, clip, encoding, phrases):
-    """How likely an answer that begins as the model's own continues with one of the phrases.
-
-    Each phrase excludes the others, so their probabilities add up. Which word they fit behind is not known,
-    so they are tried behind each of the first words, and the highest sum counts."""
-    prompt, said = describe(model, tokenizer, clip, encoding, 2 * SUBJECT_WORDS)
-    words = said.split()[:SUBJECT_WORDS]
-    answers = []
-    starts = []
-    for n in range(len(words) + 1):
-        beginning = tokenizer.sp.encode(" ".join(words[:n]))
-        for phrase in phrases:
-            ids = tokenizer.sp.encode(" ".join([*words[:n], phrase]))
-            answers.append(ids)
-            starts.append(len(os.path.commonprefix([beginning, ids])))
-    p = log_likelihoods(model, encoding, prompt, answers, starts).exp()
-    return p.view(-1, len(phrases)).sum(1).max().clamp(max=1).item()
-
-
-def yes_score(model, tokenizer, clip, encoding):
-    """P(yes) / (P(yes) + P(no))"""
-    prompt = tokenizer.encode_prompt(YES_QUESTION, clip.message, model.config.n_visual)
-    answers = [tokenizer.sp.encode(word) for word in ("Yes", "yes", "No", "no")]
-    yes, no = log_likelihoods(model, encoding, prompt, answers, [0] * 4).view(2, 2).logsumexp(1)
-    return (yes - no).sigmoid().item()
-
-
 def watch(model, tokenizer, path, score, length=4.0, stride=2.0, threshold=0.5):
     """Yields a Window as each closes. score(model, tokenizer, clip, encoding) -> 0 to 1; from `threshold` on
     the window is described. Raises VideoError."""
@@ -221,30 +158,93 @@ def shared_score(overlapping):
     return total / weights
 
 
-def read_phrases(path):
-    """The phrases of the abnormal kinds in a file {kind: phrase}; the kind "normal" is left out."""
-    try:
-        kinds = json.loads(Path(path).read_text(encoding="utf-8"))
-        phrases = [phrase for kind, phrase in kinds.items() if kind != "normal"]
-        if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
-            raise ValueError("no phrases")
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f'{path}: must be JSON like {{"kind": "phrase", ...}} ({error})') from None
-    return phrases
-
-
 # ---- Agreement with annotations ----------------------------------------------------------------------------
 
 
-def auc(positive, negative):
-    """The probability that a score of the first list is above one of the second, where equal ones count half.
-    None if a list is empty."""
-    if not len(positive) or not len(negative):
-        return None
-    ordered = np.sort(negative)
-    below = np.searchsorted(ordered, positive, side="left")
-    up_to = np.searchsorted(ordered, positive, side="right")
-    return float((below + up_to).mean() / (2 * len(negative)))
+@dataclass
+class Annotated:
+    """An annotated video, and what is said of it."""
+
+    path: str
+    intervals: list  # abnormal [(start, end), …] in seconds; none in a normal video
+    times: np.ndarray | None = None  # of the frames (N,), in seconds; None until it is opened
+    windows: list | None = None  # None until it is scored
+    file: str | None = None  # of its scores, without the ending
+    options: dict | None = None  # that decide them
+
+
+def read_annotations(path):
+    """An index with rows {"video", "abnormal"} -> an Annotated for each video, of all rows about it. Raises
+    ValueError that names the line."""
+    found = {}
+    folder = os.path.dirname(path)
+    for row in read_rows(path, annotated_row):
+        video = os.path.join(folder, row["video"])
+        found[video] = united(found.get(video, []) + row["abnormal"])
+    return [Annotated(video, intervals) for video, intervals in found.items()]
+
+
+def annotated_row(row):
+    """The row with a list of (start, end) as "abnormal". {"kind": "normal"} is as good as []."""
+    normal = "abnormal" not in row and row.get("kind") == "normal"
+    return row | {"abnormal": read_intervals([] if normal else row.get("abnormal"))}
+
+
+def united(intervals):
+    """The same times in ascending order, as intervals that do not overlap, so that none counts twice."""
+    result = []
+    for start, end in sorted(intervals):
+        if result and start <= result[-1][1]:
+            start, before = result.pop()
+            end = max(end, before)
+        result.append((start, end))
+    return result
+
+
+def check_intervals(video):
+    """Raises ValueError for an interval beyond the end of the video: frame numbers, perhaps, for seconds."""
+    times = video.times
+    last = times[-1] - times[-2] if len(times) > 1 else 0.04  # how long the last frame is shown
+    length = times[-1] + last
+    for start, end in video.intervals:
+        if start >= length or end > length + 1:
+            reason = f"is beyond the end of the video at {length:.2f} s; give seconds, not frame numbers"
+            raise ValueError(f"{video.path}: [{start}, {end}] {reason}")
+
+
+def open_annotated(video, size):
+    """Sets the times of the frames and checks the intervals, before the model runs. Prints what is wrong, and
+    returns whether nothing is."""
+    try:
+        video.times = open_video(video.path, size).seconds
+        check_intervals(video)
+    except PROBLEMS as error:
+        print_above(error)
+        return False
+    return True
+
+
+def print_above(error):
+    """Prints an error above the progress bar."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        print_error(error)
+
+
+def frame_scores(seen, times):
+    """The score of each frame (N,) float32: the mean of the windows that are open at its time.
+
+    times: (N,) ascending. A window is open from its start until before its end, the last one to the end of
+    the video. No array of windows x frames is made: for hours of video it would not fit into memory."""
+    times = np.array([round(float(seconds), 3) for seconds in times])  # as read_windows rounds
+    total = np.zeros(len(times))
+    count = np.zeros(len(times))
+    for window in seen:
+        first, end = np.searchsorted(times, [window.start, window.end])
+        if window is seen[-1]:
+            end = len(times)
+        total[first:end] += window.score
+        count[first:end] += 1
+    return (total / np.maximum(count, 1)).astype(np.float32)
 
 
 def overlap(window, interval):
@@ -252,126 +252,139 @@ def overlap(window, interval):
     return max(0.0, min(window.end, interval[1]) - max(window.start, interval[0]))
 
 
-def read_annotations(path):
-    """An index with rows {"video", "abnormal"} -> [(path of the video, [(start, end), …])] in seconds.
-
-    "abnormal" is [start, end], a list of such intervals, or [] for a normal video. Raises ValueError that
-    names the line."""
-    rows = []
-    folder = os.path.dirname(path)
-    with open(path, "rb") as file:  # as bytes, a line ends with a line feed only, not with U+2028 in a text
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    row = json.loads(text)
-                    rows.append((os.path.join(folder, row["video"]), read_intervals(row["abnormal"])))
-            except (ValueError, TypeError, KeyError, RecursionError):
-                wanted = '"video" and "abnormal": [start, end], a list of such, or []'
-                raise ValueError(f"{path}, line {number}: needs {wanted}") from None
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return rows
-
-
-def read_intervals(abnormal):
-    """[start, end], a list of such, or [] -> [(start, end), …]. Raises ValueError or TypeError for others."""
-    if abnormal and not isinstance(abnormal[0], list):
-        abnormal = [abnormal]
-    intervals = [(float(start), float(end)) for start, end in abnormal]
-    if not all(0 <= start < end < math.inf for start, end in intervals):
-        raise ValueError("not an interval")
-    return intervals
-
-
-def check_intervals(path, intervals, seen):
-    """Raises ValueError for an interval behind the end of the video: frame numbers, perhaps, for seconds."""
-    length = seen[-1].end
-    for start, end in intervals:
-        if end > length + 1:
-            raise ValueError(f"{path}: [{start:g}, {end:g}] is beyond its end at {length:g} s; give seconds")
-
-
-def agreement(found):
-    """found: [(windows of a video, its intervals)] -> {videos, abnormal, hits, chance, windows, auc}.
+def window_agreement(found):
+    """found: the Annotated videos -> {videos, abnormal, normal, hits, chance, windows, auc}.
 
     abnormal: videos with an interval; hits: how many of them have their highest window on one; chance: the
-    share of hits that a random window would have. For the AUC a window is abnormal if at least half of it is
-    inside an interval, normal if nothing of it is, and left out otherwise."""
+    share of hits that a random window would have. Normal videos can have no hit and are left out of both. For
+    the AUC a window is abnormal if at least half of it is inside an interval, normal if nothing of it is, and
+    left out otherwise."""
     hits = 0
     chances = []
-    positive = []
-    negative = []
-    for seen, intervals in found:
-        inside = [sum(overlap(window, interval) for interval in intervals) for window in seen]
-        if intervals:
-            highest = max(range(len(seen)), key=lambda i: seen[i].score)
+    scores = []
+    labels = []
+    for video in found:
+        inside = [sum(overlap(window, pair) for pair in video.intervals) for window in video.windows]
+        if video.intervals:
+            highest = max(range(len(inside)), key=lambda i: video.windows[i].score)
             hits += inside[highest] > 0
-            chances.append(sum(seconds > 0 for seconds in inside) / len(seen))
-        for window, seconds in zip(seen, inside, strict=True):
-            if seconds >= (window.end - window.start) / 2:
-                positive.append(window.score)
-            elif seconds == 0:
-                negative.append(window.score)
-    result = {"videos": len(found), "abnormal": len(chances), "hits": hits}
-    result["chance"] = sum(chances) / max(len(chances), 1)
-    return result | {"windows": len(positive) + len(negative), "auc": auc(positive, negative)}
+            chances.append(sum(seconds > 0 for seconds in inside) / len(inside))
+        for window, seconds in zip(video.windows, inside, strict=True):
+            half = seconds >= (window.end - window.start) / 2
+            if half or seconds == 0:
+                scores.append(window.score)
+                labels.append(half)
+    result = {"videos": len(found), "abnormal": len(chances), "normal": len(found) - len(chances)}
+    result |= {"hits": hits, "chance": sum(chances) / len(chances) if chances else None}
+    return result | {"windows": len(scores), "auc": numbers(scores, labels)["auc"]}
 
 
-def frame_scores(seen, times):
-    """The score of each frame (N,): the mean of the windows that are open at its time in `times` (N,)."""
-    is_open = np.array([(w.start - EPSILON <= times) & (times < w.end + EPSILON) for w in seen])
-    scores = np.array([w.score for w in seen])
-    return scores @ is_open / np.maximum(is_open.sum(0), 1)
+def frame_agreement(found):
+    """found: the Annotated videos -> {frames, abnormal_frames, frame_auc, frame_ap}.
+
+    Over all frames of all videos together, as the field reports both ("micro"). None without abnormal, or
+    without normal, frames. A frame is abnormal from the start of an interval until before its end."""
+    labels = []
+    for video in found:
+        abnormal = np.zeros(len(video.times), bool)
+        for start, end in video.intervals:
+            abnormal |= (start <= video.times) & (video.times < end)
+        labels.append(abnormal)
+    labels = np.concatenate(labels)
+    scores = np.concatenate([frame_scores(video.windows, video.times) for video in found])
+    found = numbers(scores, labels)
+    areas = {"frame_auc": found["auc"], "frame_ap": found["ap"]}
+    return {"frames": len(labels), "abnormal_frames": int(labels.sum())} | areas
 
 
-def frame_auc(found):
-    """found: [(scores of a video's frames (N,), their times (N,), intervals)] -> AUC over all frames of all
-    videos together, as the field reports it ("micro"); None without abnormal, or without normal, frames."""
-    positive = []
-    negative = []
-    for scores, times, intervals in found:
-        abnormal = np.zeros(len(times), bool)
-        for start, end in intervals:
-            abnormal |= (start <= times) & (times < end)
-        positive.append(scores[abnormal])
-        negative.append(scores[~abnormal])
-    return auc(np.concatenate(positive), np.concatenate(negative))
-
-
-def save_scores(folder, path, scores, taken):
-    """Writes FOLDER/<name of the video>.npy; with its folder's name in front if that is taken."""
-    name = Path(path).stem
-    if name in taken:
-        name = f"{Path(path).resolve().parent.name}_{name}"
-    taken.add(name)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.save(content, scores.astype(np.float32))
-    replace_file(Path(folder) / f"{name}.npy", content.getvalue())
-
-
-def report(result):
+def print_agreement(result):
+    """The table of what window_agreement and frame_agreement found, and of how many videos failed."""
     n = result["abnormal"]
-    areas = [result[name] for name in ("auc", "frame_auc")]
-    windows, frames = ("undefined" if area is None else f"{area:.3f}" for area in areas)
-    hits = f"{result['hits'] / n:.0%} of {n} videos (by chance {result['chance']:.0%})" if n else "no event"
-    normal = f"; {result['videos'] - n} normal" if result["videos"] > n else ""
-    return (
-        f"highest window on the event: {hits}{normal}\nAUC of window scores: {windows} "
-        f"({result['windows']} windows)\nAUC of frame scores: {frames} ({result['frames']} frames)"
-    )
+    hits = f"videos with an event: {n}"
+    if n:
+        hits += f" (by chance {result['chance']:.0%})"
+    if result["normal"]:
+        hits += f"; normal, left out: {result['normal']}"
+    frames = f"{result['frames']} frames, {result['abnormal_frames']} of them abnormal"
+    lines = [("highest window on an event", f"{result['hits'] / n:.0%}" if n else "-", hits)]
+    for name, key, about in (
+        ("AUC of the windows", "auc", f"{result['windows']} windows"),
+        ("frame-level AUC", "frame_auc", frames),
+        ("frame-level average precision", "frame_ap", "the same frames"),
+    ):
+        value = result[key]
+        lines.append((name, "-" if value is None else f"{value:.3f}", about))
+    for name, value, about in lines:
+        print(f"{name:<30} {value:>6}   {about}")
+    if result["failed"]:
+        print(f"{result['failed']} of {result['videos'] + result['failed']} videos failed and count nowhere")
+
+
+# ---- Files of scores ---------------------------------------------------------------------------------------
+
+
+def score_names(paths):
+    """The names of the videos' files of scores: each video's own without its ending. Videos that share it get
+    their path below the folder common to all, with _ for /."""
+    shared = Counter(Path(path).stem.casefold() for path in paths)
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    names = []
+    taken = set()
+    for path in paths:
+        name = Path(path).stem
+        if shared[name.casefold()] > 1:
+            name = os.path.relpath(path, top).replace(os.sep, "_")
+        while name.casefold() in taken:
+            name += "_"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def decisive_options(args, config):
+    """What decides the scores of a video, but for the video."""
+    phrases = phrases_of(choose_score(args.score, args.kinds, config))
+    return weights_options(args) | {"phrases": phrases, "window": args.window, "stride": args.stride}
+
+
+def read_record(video):
+    """The windows of a video that an earlier run scored, None if none did. Raises ValueError if it had other
+    options, or scored another video."""
+    record = Path(f"{video.file}.json")
+    if not video.file or not record.exists():
+        return None
+    try:
+        made = json.loads(record.read_text())
+        windows = [Window(**window) for window in made["windows"]]
+        found = differences(made["options"], options_of(video))
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{record}: not what this program writes; give another --scores") from None
+    if found:
+        raise ValueError(f"{record}: made with other options ({'; '.join(found)}); give another --scores")
+    return windows
+
+
+def options_of(video):
+    """Everything that decides the scores of a video."""
+    about = {"video": os.path.abspath(video.path), "video_bytes": os.path.getsize(video.path)}
+    return video.options | about
+
+
+def save_scores(video):
+    """Writes FILE.npy, the scores of the frames, and then FILE.json, from which another run resumes."""
+    content = io.BytesIO()
+    np.save(content, frame_scores(video.windows, video.times))
+    replace_file(f"{video.file}.npy", content.getvalue())
+    record = {"options": options_of(video), "windows": [asdict(window) for window in video.windows]}
+    replace_file(f"{video.file}.json", json.dumps(record) + "\n")
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def curve(seen, n):
-    """n scores at equal distances over the video: the mean of the windows that are open at each time."""
-    t = (np.arange(n) + 0.5) * seen[-1].end / n
-    is_open = np.array([(w.start <= t) & (t < w.end) for w in seen])  # (windows, n)
-    scores = np.array([w.score for w in seen])
-    return scores @ is_open / np.maximum(is_open.sum(0), 1)
+    """n scores at equal distances over the video, each as of a frame there."""
+    return frame_scores(seen, (np.arange(n) + 0.5) * seen[-1].end / n)
 
 
 def events(seen, threshold):
@@ -469,7 +482,7 @@ def parse_args(argv=None):
     add(
         "--annotations",
         metavar="INDEX",
-        help='instead: rows {"video", "abnormal": [start, end], a list of such, or []} to agree with',
+        help='instead: rows {"video", "abnormal": [start, end] in seconds, a list of such, or []}',
     )
     add("--window", type=number(float, 0.05), default=4.0, metavar="S", help="seconds (default: 4)")
     add(
@@ -485,9 +498,9 @@ def parse_args(argv=None):
     add(
         "--scores",
         metavar="DIR",
-        help="with --annotations: write each video's scores per frame to DIR/NAME.npy",
+        help="with --annotations: scores per frame, DIR/NAME.npy; resumed if it exists",
     )
-    add("--json", action="store_true", help="one JSON object a window; results of --annotations on stderr")
+    add("--json", action="store_true", help="one JSON object a window; that of --annotations on stderr")
     add("--plot", metavar="FILE.png", help="also draw the curve (needs matplotlib)")
     add("--out-video", metavar="FILE.mp4", help="also write the video with the curve below the picture")
     add_model_options(p)
@@ -518,22 +531,10 @@ def parse_args(argv=None):
     return args
 
 
-def choose_score(args, config):
-    """The function that scores a clip, as `watch` takes it."""
-    kinds = args.kinds
-    if kinds is None and config.vocab_size < 32000:  # a small vocabulary is that of the toy world
-        kinds = TOY_KINDS
-    if args.score == "yes" or (args.score is None and kinds is None):
-        return yes_score
-    if kinds is None:
-        raise ValueError("--score contrast needs --kinds FILE with these weights")
-    return partial(contrast_score, phrases=read_phrases(kinds))
-
-
 def show_video(path, found, args):
     """Shows the windows of one video, an iterator, as the options say -> those that are needed later."""
     seen = []
-    keep = not args.json or args.annotations or args.plot or args.out_video  # a stream has no end
+    keep = not args.json or args.plot or args.out_video  # a stream has no end
     bar = tqdm(desc=path, unit="s of video", leave=False, disable=args.json, file=sys.stderr)
     try:
         for window in found:
@@ -541,13 +542,13 @@ def show_video(path, found, args):
             if keep:
                 seen.append(window)
             if args.json:
-                print(json.dumps(asdict(window)), flush=True)
+                print_window(window)
     except KeyboardInterrupt:  # the way to end a stream, of which what was seen is shown
         if path != "-" or not seen:
             raise
     finally:
         bar.close()
-    if args.video and not args.json:
+    if not args.json:
         print_timeline(seen, args.threshold)
     if args.plot:
         write_plot(seen, args.threshold, args.plot)
@@ -556,41 +557,101 @@ def show_video(path, found, args):
     return seen
 
 
+def print_window(window):
+    print(json.dumps(asdict(window)), flush=True)
+
+
+def score_videos(videos, args, rank):
+    """Scores those of the videos that no earlier run has scored. Prints the faults of those that fail; they
+    keep None as their windows."""
+    if all(video.windows for video in videos):
+        return
+    model, tokenizer = load_from_options(args)
+    score = choose_score(args.score, args.kinds, model.config)
+    options = {"disable": rank > 0, "file": sys.stderr}
+    for video in tqdm(videos, unit="video", **options):
+        if video.windows:
+            continue
+        # an infinite threshold: only scores count here, no window is described
+        found = watch(model, tokenizer, video.path, score, args.window, args.stride, math.inf)
+        windows = []
+        try:
+            with tqdm(desc=video.path, unit="s of video", leave=False, **options) as bar:
+                for window in found:
+                    windows.append(window)
+                    bar.update(window.end - bar.n)
+            video.windows = windows
+        except PROBLEMS as error:
+            print_above(error)
+            continue
+        if video.file:
+            save_scores(video)
+
+
+def score_annotated(annotated, args, rank, world):
+    """Scores every world-th of the annotated videos from number `rank` on -> [(number, Annotated)]. What
+    failed has no windows."""
+    config = read_chain(weights_folder(args))[0]
+    if args.scores:
+        Path(args.scores).mkdir(parents=True, exist_ok=True)
+        options = decisive_options(args, config)
+        for video, name in zip(annotated, score_names([video.path for video in annotated]), strict=True):
+            video.file = os.path.join(args.scores, name)
+            video.options = options
+    mine = list(enumerate(annotated))[rank::world]
+    bar = tqdm(mine, desc="opening", unit="video", leave=False, disable=rank > 0, file=sys.stderr)
+    readable = [video for _, video in bar if open_annotated(video, config.image_size)]
+    for video in readable:
+        video.windows = read_record(video)
+    score_videos(readable, args, rank)
+    return mine
+
+
+def check_run(args):
+    """Raises what is wrong with the index or the phrases."""
+    read_annotations(args.annotations)
+    choose_score(args.score, args.kinds, read_chain(weights_folder(args))[0])
+
+
+def measure_agreement(args):
+    """All of --annotations -> exit status. Under torchrun the processes share the videos."""
+    rank, world = start_processes(args)
+    first_alone(lambda: check_run(args), rank, world)
+    results = gather(score_annotated(read_annotations(args.annotations), args, rank, world), world)
+    if rank > 0:
+        return 0
+    found = [video for _, video in results if video.windows]
+    failed = len(results) - len(found)
+    if args.json:
+        for video in found:
+            for window in video.windows:
+                print_window(window)
+    if found:
+        result = window_agreement(found) | frame_agreement(found) | {"failed": failed}
+        if args.json:
+            note(json.dumps(result))
+        else:
+            print_agreement(result)
+    return 2 if failed else 0
+
+
 def main(argv=None):
     args = parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        jobs = [(path, None) for path in args.video]
         if args.annotations:
-            jobs = read_annotations(args.annotations)
+            return measure_agreement(args)
         model, tokenizer = load_from_options(args)
-        score = choose_score(args, model.config)
+        score = choose_score(args.score, args.kinds, model.config)
     except PROBLEMS as error:
         return print_error(error)
-    threshold = math.inf if args.annotations else args.threshold  # there only scores count, no descriptions
     status = 0
-    scored = []
-    frames = []
-    names = set()
-    for path, intervals in jobs:
-        found = watch(model, tokenizer, path, score, args.window, args.stride, threshold)
+    for path in args.video:
+        seen = watch(model, tokenizer, path, score, args.window, args.stride, args.threshold)
         try:
-            seen = show_video(path, found, args)
-            if args.annotations:
-                check_intervals(path, intervals, seen)
-                times = open_video(path, model.config.image_size).seconds
-                scores = frame_scores(seen, times)
-                if args.scores:
-                    save_scores(args.scores, path, scores, names)
-                scored.append((seen, intervals))
-                frames.append((scores, times, intervals))
+            show_video(path, seen, args)
         except PROBLEMS as error:
             status = print_error(error)
-    if scored:
-        result = agreement(scored)
-        result |= {"frames": sum(len(times) for _, times, _ in frames), "frame_auc": frame_auc(frames)}
-        text = json.dumps(result) if args.json else report(result)
-        print(text, file=sys.stderr if args.json else sys.stdout)
     return status
 
 

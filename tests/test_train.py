@@ -129,7 +129,7 @@ def test_a_killed_run_of_two_processes_ends_in_the_same_weights(world, tmp_path)
 def test_resume_refuses_other_options(world, tmp_path):
     """A run of stage 2 must not continue as one of stage 1 and overwrite its weights."""
     run("train.py", *options(world, tmp_path, 1, "--stage", 2))
-    for option, value in (("--stage", 1), ("--batch-size", 2), ("--seed", 5)):
+    for option, value in (("--stage", 1), ("--batch-size", 2), ("--seed", 5), ("--max-tokens", 99)):
         done = run("train.py", *options(world, tmp_path, 2, "--resume", option, value), check=False)
         assert done.returncode == 2 and f"error: {option} {value}: this run began with" in done.stderr
 
@@ -192,6 +192,35 @@ def test_an_unreadable_video_is_listed_and_does_not_stop_the_run(world, tmp_path
 
 # ------------------------------------------------------------------------------------------------------------
 # Starting
+
+
+def test_rows_that_are_cut_are_counted(world, tmp_path, capsys):
+    """A text loses its end where prompt, message and answer are longer than --max-tokens."""
+    rows = [{"description": "A red car turns back. " * n, "motion": "car turns"} for n in (1, 20, 30)]
+    rows = [row | {"video": f"{i}.mp4"} for i, row in enumerate(rows)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer(world / "tokenizer.model")
+    model = Hawk.from_pretrained(world / "weights")
+
+    def said(*more, split="train"):
+        flags = ["--weights", str(world / "weights"), "--data", str(tmp_path), "--out", "x", *map(str, more)]
+        task = train.HawkTask()
+        args = train.parse_args(flags, task)
+        samples = task.dataset(args, model, tokenizer, split)
+        assert samples.max_tokens == args.max_tokens
+        return capsys.readouterr().err
+
+    answers = [len(tokenizer.sp.encode(row["description"])) for row in rows]
+    assert answers[0] < 20 < 100 < answers[1] < answers[2] - 50
+    between = (answers[1] + answers[2]) // 2
+    prompt = len(tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0])) + 4 * 6  # and the times of 4 frames
+    assert said() == said("--max-tokens", 4096) == ""
+    assert (
+        said("--max-tokens", prompt + between) == f"note: --max-tokens {prompt + between} cuts 1 of 3 rows\n"
+    )
+    assert said("--max-tokens", prompt + 60) == f"note: --max-tokens {prompt + 60} cuts 2 of 3 rows\n"
+    assert said("--max-tokens", 64, split="test") == said("--max-tokens", 64, "--stage", 1) == ""
 
 
 def test_settings_reach_what_starts_from_weights():

@@ -2,9 +2,11 @@
 comparison."""
 
 import functools
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from apps import compare, evaluate, judge, scores
 
@@ -50,6 +53,12 @@ def world(world):
     ]
     written(world / "index.jsonl", rows)
     (world / "kinds.json").write_text(json.dumps({"turn": "turns back", "fire": "catches fire"}))
+    labelled = [{"video": "a b.mp4", "label": 0, "source": "web"}, {"video": "broken.mp4", "label": 1}]
+    labelled += [{"video": "c.mp4", "abnormal": [0, 0.4], "source": "web"}]
+    for number in range(4):
+        shutil.copy(world / "c.mp4", world / f"c{number}.mp4")
+        labelled.append({"video": f"c{number}.mp4", "kind": "normal" if number % 2 else "fire"})
+    written(world / "labels.jsonl", labelled)
     return world
 
 
@@ -95,7 +104,8 @@ def test_evaluate_resumes_to_the_same_file(world, tmp_path, run):
     described = [("a b.mp4", "describe"), ("c.mp4", "describe")]
     answered = [("c.mp4", "answer")] * 2 + [("a b.mp4", "answer")] * 2
     assert [(p["video"], p["task"]) for p in predictions] == described + answered
-    assert list(predictions[0]) == ["video", "task", "question", "answer", "reference", "source", "kind"]
+    fields = ["video", "task", "question", "answer", "reference", "source", "kind", "tokens"]
+    assert list(predictions[0]) == fields and 1 <= predictions[0]["tokens"] <= 8
     assert predictions[2]["reference"] == "A dog." and "kind" not in predictions[2]
     found = json.loads((tmp_path / "whole.jsonl.scores.json").read_text())
     assert found["unreadable"] == ["broken.mp4"] and found["kinds"]["kinds"]["turn"][1] == 1
@@ -298,6 +308,92 @@ def test_kills_and_processes_change_nothing(world, tmp_path):
     assert len(refusals) == 1 and "limit was None, is 1" in refusals[0] and "Traceback" not in done.stderr
 
 
+def detection(world):
+    """Further options for --task detect."""
+    return ["--annotations", str(world / "labels.jsonl"), "--task", "detect", "--detect", "yes"]
+
+
+def test_detection(world, tmp_path, run):
+    out = tmp_path / "out.jsonl"
+    status, printed = run(out, *detection(world))
+    assert status == 0 and "broken.mp4" in printed.err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    fields = ["video", "task", "question", "answer", "reference", "source", "score", "label"]
+    assert list(lines[0]) == fields and [line["video"] for line in lines] == [
+        "a b.mp4", "c.mp4", "c0.mp4", "c1.mp4", "c2.mp4", "c3.mp4"
+    ]  # fmt: skip
+    assert [line["label"] for line in lines] == [0, 1, 1, 0, 1, 0]
+    assert [line["reference"] for line in lines] == ["no", "yes", "yes", "no", "yes", "no"]
+    assert all(0 < line["score"] < 1 and line["answer"] in ("yes", "no") for line in lines)
+    assert all(line["score"] == pytest.approx(lines[1]["score"]) for line in lines[2:])  # the same clip
+    found = json.loads(Path(f"{out}.scores.json").read_text())
+    assert found["counts"] == {"clips": 7, "skipped": 0, "refused": 0} and found["bleu"] == {}
+    assert found["unreadable"] == ["broken.mp4"] and found["threshold"] == 0.5
+    assert found["detection"]["all"]["n"] == 6 and list(found["detection"]) == ["", "web", "all"]
+    of_web = [line["score"] for line in lines[:2]]
+    assert found["detection"]["web"]["auc"] == metrics.roc_auc_score([0, 1], of_web)
+    assert "phrases" in found["options"] and "beams" not in found["options"]
+    assert "BLEU" not in printed.out and "ROC AUC" in printed.out and "3 of 6" in printed.out
+
+    # scored again without the index; resumed after a kill; refused with another question
+    assert evaluate.main(["--out", str(out)]) == 0
+    assert json.loads(Path(f"{out}.scores.json").read_text())["detection"] == found["detection"]
+    whole = out.read_bytes()
+    for cut in (0, whole.index(b"\n") + 1, len(whole) - 30):
+        out.write_bytes(whole[:cut])
+        assert run(out, *detection(world))[0] == 0 and out.read_bytes() == whole
+    kinds = ["--detect", "contrast", "--kinds", str(world / "kinds.json")]
+    assert "phrases was None" in run(out, *detection(world), *kinds)[1].err
+    contrast = tmp_path / "contrast.jsonl"
+    assert run(contrast, *detection(world), *kinds)[0] == 0
+    assert all(0 <= json.loads(line)["score"] <= 1 for line in contrast.read_text().splitlines())
+
+
+def test_wrong_options_of_detection(world, tmp_path, run):
+    out = tmp_path / "out.jsonl"
+    for wrong in (["--judge", "m"], ["--kinds", "x"], ["--task", "both"]):
+        status, printed = run(out, *detection(world), *wrong)
+        assert status == 2 and printed.err.count("\n") == 1 and not out.exists()
+    status, printed = run(out, "--task", "detect")  # the index of texts
+    assert status == 2 and "index.jsonl, line 2: does not say whether the video is normal" in printed.err
+    line = {"video": "a", "task": "detect", "question": "", "reference": "no", "answer": "no", "source": ""}
+    for wrong in ({}, {"score": 2, "label": 0}, {"score": 0.5, "label": 3}, {"score": "1", "label": 0}):
+        written(out, [line | wrong])
+        status, printed = run(out, *detection(world))
+        assert status == 2 and "line 1: not what this program writes" in printed.err
+
+
+def test_kills_and_processes_change_no_detection(world, tmp_path):
+    """As above: SIGKILL amid and between clips, and two processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    both |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
+
+    def alone(name, kill=None):
+        return [[options(world, tmp_path / name, *detection(world)), {}, kill]]
+
+    def ranks(name, kill=None):
+        flags = options(world, tmp_path / name, *detection(world))
+        return [[flags, both | {"RANK": "0"}, None], [flags, both | {"RANK": "1"}, kill]]
+
+    jobs = [alone("killed", ("score_clips", 2)), alone("killed")]
+    jobs += [ranks("two"), ranks("one dies", ("score_clips", 1)), ranks("one dies")]
+    lines = [options(world, tmp_path / "whole", *detection(world)), *jobs]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], input="".join(json.dumps(line) + "\n" for line in lines), text=True,
+        cwd=ROOT, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert codes == [[-signal.SIGKILL], [0], [0, 0], [2, -signal.SIGKILL], [0, 0]], done.stderr
+    whole = (tmp_path / "whole").read_bytes()
+    assert whole.count(b"\n") == 6
+    for name in ("killed", "two", "one dies"):
+        assert (tmp_path / name).read_bytes() == whole, name
+        scores_of = [json.loads((tmp_path / f"{n}.scores.json").read_text()) for n in (name, "whole")]
+        assert scores_of[0]["detection"] == scores_of[1]["detection"]
+
+
 def test_ranks_that_were_killed_leave_their_answers(world, tmp_path, run, monkeypatch):
     """One process resumes where several were killed, also between the merge and the removal of their
     files."""
@@ -359,6 +455,51 @@ def test_bleu_by_hand():
     )  # half is not answered
     with pytest.raises(ValueError):
         evaluate.bleu(["a"], [])
+
+
+def test_rouge_by_hand():
+    assert scores.rouge_l("The cat sat on the mat.", "the cat is on the mat") == pytest.approx(10 / 12)
+    assert scores.rouge_l("a b c d", "d c b a") == pytest.approx(2 / 8)
+    assert scores.rouge_l("a x b", "a b") == pytest.approx(4 / 5)  # words may stand between
+    assert scores.rouge_l("It's 1.5 m", "it s 1 5 m") == 1  # split at all that is no letter and no digit
+    assert scores.rouge_l("", "a") == scores.rouge_l("a", "") == scores.rouge_l("", "") == 0
+    assert scores.rouge_l("é", "é") == 0  # as in rouge-score, which knows a to z only
+
+
+letters = st.lists(st.sampled_from("abc"), max_size=9)
+
+
+@settings(deadline=None)
+@given(letters, letters)
+def test_rouge_finds_the_longest_common_subsequence(made, wanted):
+    @functools.cache
+    def longest(i, j):
+        if not (i and j):
+            return 0
+        if made[i - 1] == wanted[j - 1]:
+            return 1 + longest(i - 1, j - 1)
+        return max(longest(i - 1, j), longest(i, j - 1))
+
+    expected = 2 * longest(len(made), len(wanted)) / max(len(made) + len(wanted), 1)
+    assert scores.rouge_l(" ".join(made), " ".join(wanted)) == pytest.approx(expected)
+
+
+def test_rouge_and_lengths_per_source(capsys):
+    lines = [("a", "one two", "one two three", 5), ("a", "x", "y", 2), ("b", "one, two", "one two", None)]
+    made = []
+    for source, answer, reference, tokens in lines:
+        line = {"task": "describe", "source": source, "answer": answer, "reference": reference}
+        made.append(line | ({"tokens": tokens} if tokens else {}))
+    rouge = scores.rouge_per_source(made)
+    assert rouge == {"describe": {"a": pytest.approx(0.4), "b": 1.0, "all": pytest.approx(0.6)}}
+    lengths = scores.lengths_per_source(made)["describe"]
+    assert lengths["a"] == {"words": 1.5, "tokens": 3.5, "reference_words": 2}
+    assert lengths["b"]["tokens"] is None and lengths["all"]["tokens"] == 3.5
+    found = {"bleu": scores.bleu_per_source(made), "rouge_l": rouge, "lengths": {"describe": lengths}}
+    scores.print_scores(found)
+    header, a, b, *_ = capsys.readouterr().out.splitlines()
+    assert header.split()[-4:] == ["ROUGE-L", "words", "tokens", "predictions"]
+    assert a.split()[-4:] == ["0.400", "1.5", "3.5", "2"] and b.split()[-4:] == ["1.000", "2.0", "–", "1"]
 
 
 def test_kinds_and_facts():
@@ -583,6 +724,67 @@ def test_judge_resumes(tmp_path, server):
     assert len(got) == 20  # what has changed is marked anew
 
 
+WORDING = {
+    name: f"Mark {name}. {{odd}} {{{{question}}}} R: {{reference}} A: {{answer}} as {{'score': 0.5}}"
+    for name in scores.CRITERIA
+}
+
+
+def test_other_prompts(tmp_path, server):
+    plan, got = server
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(WORDING))
+    prompts = judge.Prompts(file)
+    assert prompts.digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    odd = prediction(0, answer="It says {reference}, \\1 and {question}.")
+    messages = prompts.messages("detail", odd)
+    said = (
+        "Mark detail. {odd} {What?} R: Fire 0. A: It says {reference}, \\1 and {question}. as {'score': 0.5}"
+    )
+    assert messages == [{"role": "user", "content": said}]
+
+    # a record of marks for our prompts: nothing of it counts, and nothing of it is lost
+    ours = marked(tmp_path)
+    assert ours["prompts"] is None and len(got) == 3
+    plan += ["{'score': 0.9}"] * 3
+    theirs = marked(tmp_path, prompts=prompts)
+    assert theirs["prompts"] == prompts.digest and len(got) == 6
+    assert got[-1][3]["messages"][0]["content"].startswith("Mark ")
+    means = [found["scores"]["describe"]["all"]["detail"] for found in (ours, theirs)]
+    assert means == [0.5, 0.9]
+    record = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    assert [line["prompts"] for line in record] == [None] * 3 + [prompts.digest] * 3
+    assert marked(tmp_path) == ours and marked(tmp_path, prompts=prompts) == theirs and len(got) == 6
+    cost = judge.cost([prediction(0)], "m", tmp_path / "r", 60, prompts)
+    assert cost.startswith("0 requests to m (3 already")
+    file.write_text(json.dumps(WORDING | {"detail": "{reference} {answer}"}))
+    assert (
+        marked(tmp_path, prompts=judge.Prompts(file)) != theirs and len(got) == 9
+    )  # one word is another file
+
+
+def test_wrong_prompts_are_one_line(world, tmp_path, run):
+    file = tmp_path / "prompts.json"
+    flags = ["--judge", "m", "--judge-prompts", str(file)]
+    lacking = WORDING | {"detail": "Mark {answer}."}
+    for text in (
+        "no",
+        "[]",
+        "{}",
+        "3",
+        json.dumps(WORDING | {"more": ""}),
+        '{"detail": 3}',
+        json.dumps(lacking),
+    ):
+        file.write_text(text)
+        status, printed = run(tmp_path / "p", *flags)
+        assert status == 2 and printed.err.startswith(f"error: {file}: "), text
+        assert printed.err.count("\n") == 1 and not (tmp_path / "p").exists()
+    file.unlink()
+    assert run(tmp_path / "p", *flags)[0] == 2
+    assert run(tmp_path / "p", "--judge-prompts", str(file))[0] == 2  # without --judge
+
+
 def test_judge_keeps_its_rate_and_waits_as_told(tmp_path, server):
     plan, got = server
     marked(tmp_path, 2, rate=1200)
@@ -623,7 +825,7 @@ def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch)
     assert "OPENAI_API_KEY" in judged("--judge-url", "https://api.openai.com/v1")[1].err
     plan.clear()
     status, printed = judged()
-    assert status == 0 and "0.500    0.500    0.500            8" in printed.out
+    assert status == 0 and "0.500    0.500    0.500    0.000     4.0       –            8" in printed.out
     assert "judge: m, 0 marks failed" in printed.out
     assert json.loads((tmp_path / "p.scores.json").read_text())["judge"]["model"] == "m"
 
@@ -638,10 +840,10 @@ def test_comparison_of_known_cases(tmp_path, capfd):
     a = written(tmp_path / "a", right)
     b = written(tmp_path / "b", wrong)
     lines, alone = compare.compare([a, a])
-    assert alone == 0 and {line["source"] for line in lines} == {"a", "b", "all"} and len(lines) == 12
+    assert alone == 0 and {line["source"] for line in lines} == {"a", "b", "all"} and len(lines) == 18
     assert all(line["difference"] == line["low"] == line["high"] == 0 for line in lines)
     lines, _ = compare.compare([b, a])
-    for line in lines[:2] + lines[4:6] + lines[8:10]:
+    for line in lines[:2] + lines[6:8] + lines[12:14]:
         assert line["low"] > 0 and line["low"] <= line["difference"] <= line["high"]
         of = [i for i, p in enumerate(right) if line["source"] in ("all", p["source"])]
         for predictions, score in ((wrong, line["a"]), (right, line["b"])):
@@ -666,13 +868,15 @@ def test_interval_of_a_mean():
     together."""
     x = np.random.default_rng(1).normal(size=400)
     counts = np.stack([x, np.ones(400)], axis=1)
-    a, b, low, high = compare.intervals(counts * [0, 1], counts, np.arange(400), compare.ratio, 2000)
+    (a, b), low, high = compare.intervals([counts * [0, 1], counts], np.arange(400), compare.ratio, 2000)
     error = x.std() / 20
     assert (a, b) == (0, pytest.approx(x.mean())) and low == pytest.approx(b - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(b + 1.96 * error, abs=0.2 * error)
     four = np.repeat(counts, 4, 0)
-    tied = compare.intervals(four * [0, 1], four, np.repeat(np.arange(400), 4), compare.ratio, 2000)
-    assert tied[2] == pytest.approx(low) and tied[3] == pytest.approx(high)
+    tied = compare.intervals([four * [0, 1], four], np.repeat(np.arange(400), 4), compare.ratio, 2000)
+    assert tied[1] == pytest.approx(low) and tied[2] == pytest.approx(high)
+    alone = compare.intervals([counts], np.arange(400), compare.ratio, 2000)  # the other one is always 0
+    assert alone[0] == [b] and alone[1] == pytest.approx(low) and alone[2] == pytest.approx(high)
 
 
 def test_judges_and_kinds_are_compared(tmp_path):
@@ -693,3 +897,69 @@ def test_judges_and_kinds_are_compared(tmp_path):
     for criterion in scores.CRITERIA:
         line = lines[f"{criterion} (m)"]
         assert (line["a"], line["b"], line["low"], line["high"]) == (0.75, 0.25, -0.5, -0.5)
+
+
+def test_detection_is_compared(tmp_path, capfd):
+    """The numbers are scikit-learn's, and so are those of each resample."""
+    random = np.random.default_rng(3)
+    labels = random.integers(0, 2, 40)
+    worse = random.random(40).round(1)
+    better = np.clip(worse + 0.3 * (2 * labels - 1), 0, 1)
+    paths = []
+    for name, values in (("a", worse), ("b", better)):
+        lines = []
+        for i, (label, value) in enumerate(zip(labels.tolist(), values.tolist(), strict=True)):
+            line = {"video": f"{i}.mp4", "task": "detect", "question": "?", "answer": "yes", "source": "s"}
+            lines.append(line | {"reference": "ny"[label], "score": value, "label": label})
+        paths.append(written(tmp_path / name, lines))
+
+    def sklearns(values, y):
+        called = values >= 0.5
+        areas = [metrics.roc_auc_score(y, values), metrics.average_precision_score(y, values)]
+        return np.array([*areas, metrics.accuracy_score(y, called), metrics.f1_score(y, called)])
+
+    drawn = np.random.default_rng(5).multinomial(40, np.full(40, 1 / 40), 150)
+    # np.unique, which numbers the clips, sorts their names
+    order = np.argsort([f"{i}.mp4" for i in range(40)])
+    resampled = []
+    for counts in drawn:
+        y = np.repeat(labels[order], counts)
+        resampled.append([sklearns(np.repeat(values[order], counts), y) for values in (worse, better)])
+    resampled = np.array(resampled)
+    found, alone = compare.compare(paths, resamples=150, seed=5)
+    of_all = [line for line in found if line["source"] == "all"]
+    assert alone == 0 and [line["metric"] for line in of_all] == ["ROC AUC", "av. prec.", "accuracy", "F1"]
+    low, high = np.percentile(resampled[:, 1] - resampled[:, 0], [2.5, 97.5], axis=0)
+    for i, line in enumerate(of_all):
+        assert line["a"] == pytest.approx(sklearns(worse, labels)[i])
+        assert line["b"] == pytest.approx(sklearns(better, labels)[i])
+        assert (line["low"], line["high"]) == (pytest.approx(low[i]), pytest.approx(high[i]))
+
+    # of one file: its own interval
+    found, _ = compare.compare(paths[1:], resamples=150, seed=5)
+    low, high = np.percentile(resampled[:, 1], [2.5, 97.5], axis=0)
+    assert [line["low"] for line in found[:4]] == pytest.approx(low.tolist())
+    assert [line["high"] for line in found[:4]] == pytest.approx(high.tolist())
+    assert "b" not in found[0] and "difference" not in found[0]
+    assert compare.main(paths) == 0 and "ROC AUC" in capfd.readouterr().out
+    assert compare.main(paths[:1]) == 0 and "  accuracy " in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        compare.main([*paths, paths[0]])
+    assert capfd.readouterr().err.startswith("error: give one or two files")
+
+
+def test_marks_of_other_prompts_are_compared_apart(tmp_path):
+    paths = []
+    for name, mark in (("a", 0.25), ("b", 0.75)):
+        made = [prediction(i) for i in range(3)]
+        path = written(tmp_path / name, made)
+        lines = [
+            {"key": judge.key_of("m", "detail", p, digest), "model": "m", "prompts": digest, "mark": value}
+            for p in made
+            for digest, value in ((None, 0.5), ("d" * 64, mark))
+        ]
+        written(Path(f"{path}.judge.jsonl"), lines)
+        paths.append(path)
+    lines, _ = compare.compare(paths)
+    found = {line["metric"]: (line["a"], line["b"]) for line in lines if line["source"] == "all"}
+    assert found["detail (m)"] == (0.5, 0.5) and found["detail (m, prompts dddddddd)"] == (0.25, 0.75)

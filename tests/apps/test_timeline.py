@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,9 +18,10 @@ import torch
 from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
-from apps import timeline, toy
-from apps.timeline import Window
+from apps import detect, timeline, toy
+from apps.timeline import Annotated, Window
 from data import VideoError, read_clip
 from hawk import PRESETS, Hawk, HawkConfig
 from sample import encode_clips, load
@@ -197,8 +199,8 @@ def test_log_likelihoods_are_those_of_the_whole_sequence(world, loaded, monkeypa
         tokenizer.sp.encode(text) for text in ("A red car", "A red", "no", "A red car drives the wrong way")
     ]
     starts = [2, 0, 0, 3]
-    monkeypatch.setattr(timeline, "PHRASES_PER_BATCH", 3)
-    found = timeline.log_likelihoods(model, encoding, prompt, answers, starts)
+    monkeypatch.setattr(detect, "PHRASES_PER_BATCH", 3)
+    found = detect.log_likelihoods(model, encoding, prompt, answers, starts)
     for value, ids, start in zip(found, answers, starts, strict=True):
         x = model.embed(torch.tensor([prompt + ids]), encoding.tokens)
         with torch.no_grad():
@@ -209,7 +211,7 @@ def test_log_likelihoods_are_those_of_the_whole_sequence(world, loaded, monkeypa
 
 def test_contrast_finds_where_the_phrases_go(loaded, monkeypatch):
     """The score is what comes behind "A red car", not behind another word."""
-    monkeypatch.setattr(timeline, "describe", lambda *_: ([1], "A red car moves along and on"))
+    monkeypatch.setattr(detect, "describe", lambda *_: ([1], "A red car moves along and on"))
 
     def likelihoods(model, encoding, prompt, answers, starts):
         told = [
@@ -224,8 +226,8 @@ def test_contrast_finds_where_the_phrases_go(loaded, monkeypatch):
         assert len(told) == 12  # after 0 … 5 words
         return torch.tensor([math.log(p.get(pair, 1e-6)) for pair in told])
 
-    monkeypatch.setattr(timeline, "log_likelihoods", likelihoods)
-    score = timeline.contrast_score(*loaded, None, None, ["drives the wrong way", "is red"])
+    monkeypatch.setattr(detect, "log_likelihoods", likelihoods)
+    score = detect.contrast_score(*loaded, None, None, ["drives the wrong way", "is red"])
     assert score == pytest.approx(0.75, abs=1e-4)
 
 
@@ -363,10 +365,13 @@ def test_ctrl_c_ends_a_stream_and_shows_it(capsys):
             timeline.show_video(path, interrupted(), timeline.parse_args(["--video", "x", *options]))
 
 
-def test_only_what_is_needed_is_kept(capsys):
+def test_only_what_is_needed_is_kept(capsys, monkeypatch):
     found = [Window("x", 2.0 * k, 2.0 * k + 4, 0.5, None) for k in range(5)]
     assert timeline.show_video("x", found, timeline.parse_args(["--video", "x", "--json"])) == []
-    assert len(timeline.show_video("x", found, timeline.parse_args(["--annotations", "x", "--json"]))) == 5
+    plot = timeline.parse_args(["--video", "x", "--json"])
+    plot.out_video = "v.mp4"
+    monkeypatch.setattr(timeline, "write_video", lambda *_: None)
+    assert len(timeline.show_video("x", found, plot)) == 5
     assert len(capsys.readouterr().out.splitlines()) == 10
 
 
@@ -381,96 +386,295 @@ def test_strip():
 # ---- Agreement ---------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))
-def test_auc_counts_pairs(positive, negative):
-    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
-    assert timeline.auc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
+def windows_of(*scores, length=4.0, stride=2.0):
+    return [Window("v", stride * k, stride * k + length, score, None) for k, score in enumerate(scores)]
 
 
-def test_agreement_by_hand():
-    def video(*scores):
-        return [Window("v", 2.0 * k, 2.0 * k + 4, score, None) for k, score in enumerate(scores)]
+def scored(windows, intervals, times=()):
+    return Annotated("v", intervals, np.array(times), windows)
 
-    assert timeline.auc([], [1]) is None
+
+def test_agreement_of_windows_by_hand():
     # windows at 2 and 6 are half in, that at 4 more, that at 0 not
-    one = (video(0.1, 0.2, 0.9, 0.3), [(5.0, 9.0)])
+    one = scored(windows_of(0.1, 0.2, 0.9, 0.3), [(5.0, 9.0)])
     # the windows at 4 and 6 are a quarter in and left out; those at 0 and 2 are not in
-    two = (video(0.8, 0.1, 0.2, 0.4), [(7.0, 8.0)])
-    normal = (video(0.3), [])
-    result = timeline.agreement([one, two, normal])
+    two = scored(windows_of(0.8, 0.1, 0.2, 0.4), [(7.0, 8.0)])
+    normal = scored(windows_of(0.3), [])
     pairs = [(p > n) + (p == n) / 2 for p in (0.9, 0.3) for n in (0.1, 0.8, 0.1, 0.3)]
-    area = sum(pairs) / len(pairs)
-    expected = {"videos": 3, "abnormal": 2, "hits": 1, "chance": (3 / 4 + 2 / 4) / 2, "windows": 6}
-    assert {k: pytest.approx(v) for k, v in (expected | {"auc": area}).items()} == result
-    both = (
-        one[0],
-        [(0.0, 2.5), (8.0, 10.0)],
-    )  # two events: the window at 4 is on neither, those at 0 and 6 are
-    assert timeline.agreement([both])["hits"] == 0 and timeline.agreement([both])["windows"] == 3
+    expected = {"videos": 3, "abnormal": 2, "normal": 1, "hits": 1, "chance": (3 / 4 + 2 / 4) / 2}
+    expected |= {"windows": 6, "auc": sum(pairs) / len(pairs)}
+    found = timeline.window_agreement([one, two, normal])
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
+    # two events: the window at 4 is on neither, those at 0 and 6 are
+    both = timeline.window_agreement([scored(one.windows, [(0.0, 2.5), (8.0, 10.0)])])
+    assert both["hits"] == 0 and both["windows"] == 3
+    alone = timeline.window_agreement([normal])
+    assert alone["abnormal"] == 0 and alone["chance"] is None and alone["auc"] is None
 
 
-def test_frame_scores_and_auc_by_hand():
-    seen = [Window("v", 0.0, 4.0, 0.2, None), Window("v", 2.0, 6.0, 0.8, None)]
-    times = np.array([0.0, 1.0, 3.0, 5.0, 5.9])
-    scores = timeline.frame_scores(seen, times)
-    assert scores == pytest.approx([0.2, 0.2, 0.5, 0.8, 0.8])
-    # abnormal: 3 s and 5 s (0.5, 0.8); normal: 0.2, 0.2, 0.8 here and 0.5 in a normal video
-    area = timeline.frame_auc([(scores, times, [(3.0, 5.5)]), (np.array([0.5]), np.array([0.0]), [])])
-    pairs = [(p > n) + (p == n) / 2 for p in (0.5, 0.8) for n in (0.2, 0.2, 0.8, 0.5)]
-    assert area == pytest.approx(sum(pairs) / len(pairs))
-    assert timeline.frame_auc([(scores, times, [])]) is None
+def test_frames_by_hand():
+    seen = windows_of(0.2, 0.8, 0.5)
+    times = [0.0, 1.999, 2.0, 3.999, 4.0, 5.0, 6.0, 7.9]
+    # a window is open from its start until before its end
+    scores = timeline.frame_scores(seen, np.array(times))
+    assert scores.dtype == np.float32
+    assert scores == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.65, 0.65, 0.5, 0.5])
+    video = scored(seen, [(2.0, 4.0), (7.0, 8.0)], times)
+    normal = scored(windows_of(0.6), [], [0.0, 1.0])
+    found = timeline.frame_agreement([video, normal])
+    # abnormal: the frames at 2, 3.999 and 7.9 s, all 0.5; normal: 0.2, 0.2, 0.65, 0.65, 0.5, 0.6, 0.6
+    assert found == {
+        "frames": 10,
+        "abnormal_frames": 3,
+        "frame_auc": pytest.approx((2 + 1 / 2) / 7),
+        "frame_ap": pytest.approx(3 / 8),
+    }
+    nothing = timeline.frame_agreement([normal])
+    assert nothing["frame_auc"] is None and nothing["frame_ap"] is None
+
+
+def test_every_frame_is_in_a_window_and_long_videos_fit():
+    # 1001 frames 1/2400 s apart: window bounds are rounded to milliseconds, so two frames share one
+    times = np.arange(1001) / 2400
+    found = timeline.windows(((t, t) for t in times.tolist()), 0.05, 0.05)
+    seen = [Window("v", round(pairs[0][0], 3), round(end, 3), 0.5, None) for end, pairs in found]
+    assert (timeline.frame_scores(seen, times) == 0.5).all()
+    hours = windows_of(*[0.5] * 5400)
+    assert (timeline.frame_scores(hours, np.arange(270_000) / 25) == 0.5).all()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_frame_scores_are_means_of_the_open_windows(data):
+    gaps = data.draw(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
+    times = np.cumsum([0, *gaps]) / 1000
+    length = data.draw(st.integers(50, 5000)) / 1000
+    stride = length * data.draw(st.integers(1, 4)) / 4
+    seen = []
+    for end, pairs in timeline.windows(((t, t) for t in times.tolist()), length, stride):
+        score = data.draw(st.integers(0, 100)) / 100
+        seen.append(Window("v", round(pairs[0][0], 3), round(end, 3), score, None))
+    for t, score in zip(times, timeline.frame_scores(seen, times), strict=True):
+        open_scores = [w.score for w in seen if w.start <= t < w.end]
+        assert score == pytest.approx(np.mean(open_scores))
 
 
 def test_forms_of_annotations(tmp_path):
     index = tmp_path / "index.jsonl"
-    rows = [{"video": "a.mp4", "abnormal": [1, 2]}, {"video": "b.mp4", "abnormal": [[1, 2], [4, 5.5]]}]
-    rows += [{"video": "c.mp4", "abnormal": [], "description": "A line\u2028separator."}]
+    rows = [
+        {"video": "a.mp4", "abnormal": [1, 2]},
+        {"video": "b.mp4", "abnormal": [[4, 5.5], [1, 2], [1.5, 3]]},
+        {"video": "c.mp4", "abnormal": [], "description": "A line\u2028separator."},
+        {"video": "d.mp4", "kind": "normal"},
+        {"video": "a.mp4", "abnormal": [6, 7]},  # a second event of the first video
+    ]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    index.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())  # with a BOM
-    found = timeline.read_annotations(index)
-    assert [intervals for _, intervals in found] == [[(1.0, 2.0)], [(1.0, 2.0), (4.0, 5.5)], []]
-    for bad in ([2, 1], [1], ["a", 2], [[1, 2], 3], 5, None, [-1, 2], [1, 1e999]):
-        index.write_text("\n" + json.dumps({"video": "x", "abnormal": bad}) + "\n")
-        with pytest.raises(ValueError, match='index.jsonl, line 2: needs "video" and "abnormal"'):
-            timeline.read_annotations(index)
+    index.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())  # with a BOM
+    found = {video.path: video.intervals for video in timeline.read_annotations(index)}
+    assert found == {
+        str(tmp_path / "a.mp4"): [(1, 2), (6, 7)],
+        str(tmp_path / "b.mp4"): [(1, 3), (4, 5.5)],
+        str(tmp_path / "c.mp4"): [],
+        str(tmp_path / "d.mp4"): [],
+    }
 
 
-def test_frame_numbers_in_place_of_seconds_are_refused(world, cli, tmp_path):
+@pytest.mark.parametrize("abnormal", [
+    [2, 1], [3, 3], [1], [1, 2, 3], ["1", "2"], [[1, 2], 3], [1, [2, 3]], [[]], 5, None, "12", "", {}, False,
+    [-1, 2], [-1, -1], [True, 2], [1, 1e999], [1, 10**400], [1, math.nan],
+])  # fmt: skip
+def test_wrong_intervals_are_refused(tmp_path, abnormal):
     index = tmp_path / "index.jsonl"
-    row = {"video": str(world / "a b.mkv"), "abnormal": [120, 180]}
-    index.write_text(json.dumps(row) + "\n")
-    status, out, err = cli("--annotations", index, "--window", 3)
-    assert status == 2 and out == ""
-    assert any("[120, 180] is beyond its end" in line and "give seconds" in line for line in err)
+    index.write_text("\n" + json.dumps({"video": "x", "abnormal": abnormal}) + "\n")
+    with pytest.raises(ValueError, match=r'^\S+index.jsonl, line 2: needs "abnormal": \[start, end\] in sec'):
+        timeline.read_annotations(index)
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b"{", "not JSON"), (b"[]", "not a JSON object"), (b'{"abnormal": []}', '"video" must be the path'),
+    (b'{"video": "", "abnormal": []}', '"video" must be'), (b'{"video": 3, "abnormal": []}', '"video" must'),
+    (b'{"video": "x"}', 'needs "abnormal"'), (b'{"video": "x", "kind": "fire"}', 'needs "abnormal"'),
+    (b"\xff", "can't decode"), (b"[" * 100_000, "recursion"),
+    (b'{"video": "\\u0000", "abnormal": []}', "path of a file"),
+])  # fmt: skip
+def test_wrong_rows_are_refused(tmp_path, line, reason):
+    index = tmp_path / "index.jsonl"
+    index.write_bytes(b'{"video": "x", "abnormal": []}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"index.jsonl, line 2: .*{reason}") as error:
+        timeline.read_annotations(index)
+    assert "\n" not in str(error.value)
+
+
+def test_intervals_beyond_the_end():
+    times = np.arange(60) / 10  # 6 s
+    timeline.check_intervals(Annotated("v.mp4", [(0, 2), (5.5, 6.9)], times))  # people round
+    for interval in ((120, 180), (5, 7.1), (6.2, 6.8)):
+        with pytest.raises(ValueError) as error:
+            timeline.check_intervals(Annotated("v.mp4", [(0, 2), interval], times))
+        wanted = (
+            f"v.mp4: [{interval[0]}, {interval[1]}] is beyond the end of the video at 6.00 s; give seconds"
+        )
+        assert str(error.value).startswith(wanted)
+
+
+def test_names_of_scores(tmp_path):
+    def names(*paths):
+        return timeline.score_names([str(tmp_path / path) for path in paths])
+
+    assert names("a/one.mp4") == ["one"]
+    assert names("a/one.mp4", "b/two.x.avi") == ["one", "two.x"]
+    assert names("a/1.mp4", "b/1.mp4", "b/2.mp4") == ["a_1.mp4", "b_1.mp4", "2"]
+    assert names("1.mp4", "1.avi", "x/y/1.avi") == ["1.mp4", "1.avi", "x_y_1.avi"]
+    assert names("A.mp4", "a.mkv") == ["A.mp4", "a.mkv"]  # for file systems without case
+    awkward = names("a/1.mp4", "b/1.mp4", "a_1.mp4.avi", "c/a_1.mp4")
+    assert len({name.casefold() for name in awkward}) == 4
+    assert timeline.score_names(["1.mp4", "./b/1.mp4"]) == ["1.mp4", "b_1.mp4"]
+
+
+def write_index(tmp_path, *rows):
+    index = tmp_path / "index.jsonl"
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return index
 
 
 def test_annotations(world, cli, tmp_path):
-    rows = [
-        {"video": str(world / name), "abnormal": [2, 5], "kind": "way"} for name in ("a b.mkv", "text.mp4")
+    video = str(world / "a b.mkv")
+    shutil.copy(video, tmp_path / "normal.mkv")
+    rows = [{"video": video, "abnormal": [[1, 2], [3, 5]]}, {"video": "normal.mkv", "abnormal": []}]
+    rows.append({"video": str(world / "text.mp4"), "abnormal": [2, 5]})
+    shutil.copy(video, tmp_path / "frames.mkv")
+    rows.append({"video": "frames.mkv", "abnormal": [20, 50]})
+    index = write_index(tmp_path, *rows)
+    options = ["--annotations", index, "--window", 3, "--threshold", 0, "--scores", tmp_path / "scores"]
+    status, out, err = cli(*options)  # windows: 0-3, 2-5, 4-7 and 4.3-7.3 s
+    errors = [line for line in err if "error: " in line]
+    assert status == 2 and len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+    assert f"{world / 'text.mp4'}: cannot be read" in errors[0]
+    assert f"{tmp_path / 'frames.mkv'}: [20, 50] is beyond the end of the video at 7.30 s" in errors[1]
+    first, second, third, fourth, last = out.splitlines()
+    assert first.startswith("highest window on an event") and first.endswith(
+        "videos with an event: 1 (by chance 100%); normal, left out: 1"
+    )
+    assert second.startswith("AUC of the windows") and second.endswith(" windows")
+    assert third.startswith("frame-level AUC") and third.endswith("146 frames, 30 of them abnormal")
+    assert fourth.startswith("frame-level average precision")
+    assert last == "2 of 4 videos failed and count nowhere"
+    assert any("video" in line and "%" in line for line in err)  # a bar over videos
+
+    # the files hold what was measured
+    assert sorted(os.listdir(tmp_path / "scores")) == ["a b.json", "a b.npy", "normal.json", "normal.npy"]
+    abnormal = np.load(tmp_path / "scores" / "a b.npy")
+    normal = np.load(tmp_path / "scores" / "normal.npy")
+    times = np.arange(73) / 10
+    inside = (1 <= times) & (times < 2) | (3 <= times) & (times < 5)
+    labels = np.concatenate([inside, np.zeros(73, bool)])
+    area = roc_auc_score(labels, np.concatenate([abnormal, normal]))
+    assert f"{area:.3f}" in third and np.array_equal(abnormal, normal)
+
+    status, out, err = cli(*options, "--json")
+    result = json.loads(err[-1])
+    assert status == 2 and result["frame_auc"] == pytest.approx(area) and result["failed"] == 2
+    assert {name: result[name] for name in ("videos", "abnormal", "normal", "frames", "abnormal_frames")} == {
+        "videos": 2, "abnormal": 1, "normal": 1, "frames": 146, "abnormal_frames": 30
+    }  # fmt: skip
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(o["video"], o["start"]) for o in lines] == [
+        (path, start) for path in (video, str(tmp_path / "normal.mkv")) for start in (0, 2, 4, 4.3)
     ]
-    index = tmp_path / "long.jsonl"
-    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, out, err = cli(
-        "--annotations", index, "--window", 3, "--threshold", 0
-    )  # 0-3, 2-5, 4-7 and 4.3-7.3 s
-    assert status == 2 and [line.split(": ")[1] for line in err if line.startswith("error: ")] == [
-        rows[1]["video"]
-    ]
-    first, second, third = out.splitlines()
-    assert first == "highest window on the event: 100% of 1 videos (by chance 100%)"
-    assert second == "AUC of window scores: undefined (1 windows)"
-    assert third.startswith("AUC of frame scores: ")
+    assert all(o["description"] is None for o in lines)
+    assert cli("--annotations", write_index(tmp_path))[2] == [f"error: {index}: no rows"]
+
+
+def test_all_intervals_are_checked_before_the_model_runs(world, cli, tmp_path, monkeypatch):
+    rows = [{"video": str(world / "a b.mkv"), "abnormal": [2, 5]}]
+    for name in ("b.mkv", "c.mkv"):
+        shutil.copy(world / "a b.mkv", tmp_path / name)
+        rows.append({"video": name, "abnormal": [120, 180]})
+
+    def no_model(_):
+        raise ValueError("the model is loaded")
+
+    monkeypatch.setattr(timeline, "load_from_options", no_model)
+    status, out, err = cli("--annotations", write_index(tmp_path, *rows))
+    errors = [line for line in err if line.startswith("error: ")]
+    assert status == 2 and out == "" and ["[120, 180]" in line for line in errors] == [True, True, False]
+    assert "give seconds" in errors[0] and errors[2] == "error: the model is loaded"
+
+
+def test_a_killed_run_resumes(world, cli, tmp_path, monkeypatch):
+    rows = []
+    for name in ("a.mkv", "b.mkv", "c.mkv"):
+        shutil.copy(world / "a b.mkv", tmp_path / name)
+        rows.append({"video": name, "abnormal": [2, 5]})
     scores = tmp_path / "scores"
-    _, out, err = cli("--annotations", index, "--window", 3, "--json", "--threshold", 0, "--scores", scores)
-    result = json.loads([line for line in err if line.startswith("{")][-1])
-    assert len(np.load(scores / "a b.npy")) == result["frames"] and result["videos"] == 1
-    assert all(json.loads(line)["description"] is None for line in out.splitlines())
-    index.write_text("\n")
-    assert cli("--annotations", index)[2] == [f"error: {index}: no rows"]
-    index.write_text('\n{"video": "x", "abnormal": [3, 3]}\n')
-    assert cli("--annotations", index)[2] == [
-        f'error: {index}, line 2: needs "video" and "abnormal": [start, end], a list of such, or []'
-    ]
+    options = ["--annotations", write_index(tmp_path, *rows), "--score", "yes", "--json"]
+    watch = timeline.watch
+    watched = []
+
+    def counted(model, tokenizer, path, *rest, **options):
+        for window in watch(model, tokenizer, path, *rest, **options):
+            if not watched or watched[-1] != os.path.basename(path):
+                watched.append(os.path.basename(path))
+            if watched == ["a.mkv", "b.mkv"] and not resumed:
+                raise KeyboardInterrupt
+            yield window
+
+    resumed = False
+    monkeypatch.setattr(timeline, "watch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        cli(*options, "--scores", scores)
+    assert sorted(os.listdir(scores)) == ["a.json", "a.npy"]
+    resumed = True
+    watched.clear()
+    (scores / "a.npy").unlink()  # made again from the windows
+    status, out, err = cli(*options, "--scores", scores)
+    assert status == 0 and watched == ["b.mkv", "c.mkv"]
+    undisturbed = cli(*options, "--scores", tmp_path / "other")
+    assert (out, err[-1]) == (undisturbed[1], undisturbed[2][-1])
+    for name in os.listdir(scores):
+        assert (scores / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+    # other options, another video and a foreign file are refused by name, before the model is loaded
+    monkeypatch.setattr(timeline, "load_from_options", None)
+    assert cli(*options, "--scores", scores)[1] == out  # all is done
+    status, _, err = cli(*options, "--scores", scores, "--window", 3)
+    message = "made with other options (window was 4.0, is 3.0); give another --scores"
+    assert status == 2 and err[-1] == f"error: {scores / 'a.json'}: {message}"
+    (scores / "a.json").write_text("{}")
+    status, _, err = cli(*options, "--scores", scores)
+    assert err[-1] == f"error: {scores / 'a.json'}: not what this program writes; give another --scores"
+    (scores / "a.json").unlink()
+    with open(tmp_path / "b.mkv", "ab") as file:
+        file.write(b"longer")
+    status, _, err = cli(*options, "--scores", scores)
+    assert status == 2 and err[-1].startswith(
+        f"error: {scores / 'b.json'}: made with other options (video_bytes"
+    )
+
+
+def test_processes_share_the_videos(world, tmp_path):
+    rows = []
+    for name in ("a.mkv", "b.mkv", "c.mkv"):
+        shutil.copy(world / "a b.mkv", tmp_path / name)
+        rows.append({"video": name, "abnormal": [2, 5] if name != "b.mkv" else []})
+    command = ["-m", "apps.timeline", "--annotations", write_index(tmp_path, *rows), "--score", "yes"]
+    command += ["--weights", world / "weights", "--device", "cpu", "--scores"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    outputs = []
+    for start, scores in (([sys.executable], "alone"), (torchrun, "shared")):
+        done = subprocess.run(
+            [*start, *command, tmp_path / scores],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] and "with an event: 2 (by" in outputs[0]
+    for name in ("a", "b", "c"):
+        files = [tmp_path / scores / f"{name}.npy" for scores in ("alone", "shared")]
+        assert np.array_equal(*map(np.load, files))
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------
@@ -520,16 +724,18 @@ def test_the_bundled_weights_find_the_event(tmp_path, capfd):
     index.write_text("".join(json.dumps(row) + "\n" for row in rows))
     weights = Path(__file__).parents[2] / "weights" / "tiny"
     assert timeline.main(["--annotations", str(index), "--weights", str(weights)]) == 0
-    assert "100% of 2 videos" in capfd.readouterr().out
+    out = capfd.readouterr().out.splitlines()
+    assert out[0].split()[:6] == "highest window on an event 100%".split()
+    assert out[2].startswith("frame-level AUC") and float(out[2].split()[2]) > 0.95
 
 
 def test_which_score_is_the_default():
     def chosen(vocabulary, *options):
         args = timeline.parse_args(["--video", "x", *options])
-        return timeline.choose_score(args, HawkConfig(vocab_size=vocabulary))
+        return detect.choose_score(args.score, args.kinds, HawkConfig(vocab_size=vocabulary))
 
     assert len(chosen(1024).keywords["phrases"]) == 11  # the toy world's kinds
-    assert chosen(32000) is timeline.yes_score and chosen(1024, "--score", "yes") is timeline.yes_score
+    assert chosen(32000) is detect.yes_score and chosen(1024, "--score", "yes") is detect.yes_score
     with pytest.raises(ValueError, match="needs --kinds"):
         chosen(32000, "--score", "contrast")
 
@@ -544,8 +750,8 @@ def test_no_matplotlib_is_one_line(cli, monkeypatch):
 def test_phrases(tmp_path):
     file = Path(tmp_path / "kinds.json")
     file.write_text('{"normal": "all well", "fire": "burns"}')
-    assert timeline.read_phrases(file) == ["burns"]
+    assert detect.read_phrases(file) == ["burns"]
     for text in ("[]", "{}", '{"normal": "all well"}', '{"fire": 3}', "{"):
         file.write_text(text)
         with pytest.raises(ValueError, match="kinds.json: must be JSON like"):
-            timeline.read_phrases(file)
+            detect.read_phrases(file)

@@ -1,0 +1,269 @@
+"""How abnormal is a clip? What apps/timeline.py and apps/evaluate.py share. It has no command.
+
+In this order: rows of an index that say what is normal, the model's score of a clip, from scores to numbers.
+"""
+
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from apps.scores import per_source
+from data import DESCRIBE_QUESTIONS, check_row
+from hawk import Encoding, KVCache
+from sample import encode_clips
+
+TOY_KINDS = Path(__file__).parent.parent / "examples" / "kinds.json"
+YES_QUESTION = "Does anything unusual or dangerous happen in this video? Answer yes or no."
+SUBJECT_WORDS = 5  # a phrase is tried after each of the answer's first words: "A red car" is three
+PHRASES_PER_BATCH = 16
+THRESHOLD = 0.5  # a clip with this score or more is called abnormal
+METRICS = {"auc": "ROC AUC", "ap": "av. prec.", "accuracy": "accuracy", "f1": "F1"}
+LABELS = {0: 0, 1: 1, "normal": 0, "abnormal": 1}
+
+# ---- Rows that say what is normal --------------------------------------------------------------------------
+
+
+def read_rows(path, parse):
+    """An index -> what `parse` makes of each row. data.read_index is no help: it wants a description in each.
+
+    Raises ValueError that names the line, also for a ValueError of `parse`."""
+    rows = []
+    with open(path, "rb") as file:  # as bytes, a line ends with a line feed only, not with U+2028 in a text
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                row = json.loads(text)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+                check_row(row | {"description": row.get("description") or "-"})
+                rows.append(parse(row))
+            except (ValueError, RecursionError) as error:
+                reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{path}, line {number}: {reason}") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def read_intervals(abnormal):
+    """The field "abnormal" of a row: [start, end] in seconds, a list of such, or [] for a normal video ->
+    [(start, end), …]. Raises ValueError."""
+    if isinstance(abnormal, list) and abnormal and not isinstance(abnormal[0], list):
+        abnormal = [abnormal]
+    if not isinstance(abnormal, list) or not all(map(is_interval, abnormal)):
+        raise ValueError('needs "abnormal": [start, end] in seconds, a list of such, or [] (a normal video)')
+    return [(start, end) for start, end in abnormal]
+
+
+def is_interval(pair):
+    two = isinstance(pair, list) and len(pair) == 2 and all(type(value) in (int, float) for value in pair)
+    return two and 0 <= pair[0] < pair[1] < 1e9
+
+
+def label_of(row):
+    """Whether a row says that its video is abnormal: 0 or 1, by "label", "abnormal", or "kind", which is
+    "normal" or another. Raises ValueError if it has none of them, or if they contradict each other."""
+    said = set()
+    if row.get("label") is not None:
+        label = row["label"]
+        if isinstance(label, list | dict) or label not in LABELS:
+            raise ValueError('"label" must be 0 or "normal", 1 or "abnormal"')
+        said.add(LABELS[label])
+    if row.get("abnormal") is not None:
+        said.add(int(bool(read_intervals(row["abnormal"]))))
+    if row.get("kind") is not None:
+        said.add(int(row["kind"] != "normal"))
+    if not said:
+        ways = '"label": 0 or 1, "abnormal": intervals or [], or "kind": "normal" or another'
+        raise ValueError(f"does not say whether the video is normal; give {ways}")
+    if len(said) == 2:
+        raise ValueError("says both that the video is normal and that it is not")
+    return said.pop()
+
+
+def read_labels(path):
+    """An index -> its rows, with absolute paths in "video" and 0 or 1 in "label". Rows about the same video
+    count as one. Raises ValueError that names a row that says nothing, or another thing."""
+    found = {}
+    folder = os.path.dirname(os.path.abspath(path))
+    for row in read_rows(path, lambda row: row | {"label": label_of(row)}):
+        video = os.path.join(folder, row["video"])
+        before = found.setdefault(video, row | {"video": video})
+        if before["label"] != row["label"]:
+            raise ValueError(f"{path}: one row says that {row['video']} is normal, another that it is not")
+    return list(found.values())
+
+
+# ---- The model's score of a clip ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_likelihoods(model, encoding, prompt, answers, starts):
+    """log P(answers[j][starts[j]:] | clip, prompt, answers[j][:starts[j]]) -> (J,). Prompt and answers are
+    lists of ids; the prompt is read once for all answers."""
+    x = model.embed(torch.tensor([prompt], device=model.device), encoding.tokens)  # (1, S, D)
+    cache = KVCache(model.config, 1, len(prompt), x)
+    last = model.llama(x, cache)[:, -1:]  # (1, 1, D): predicts the first token of every answer
+    results = []
+    for i in range(0, len(answers), PHRASES_PER_BATCH):
+        batch = answers[i : i + PHRASES_PER_BATCH]
+        L = max(len(ids) for ids in batch)
+        padded = [ids + [0] * (L - len(ids)) for ids in batch]
+        target = torch.tensor(padded, device=model.device)  # (J, L)
+        counted = torch.zeros(target.shape, device=model.device)
+        for j, ids in enumerate(batch):
+            counted[j, starts[i + j] : len(ids)] = 1
+        # a cache with the prompt in every row, and room for the answers behind it
+        longer = KVCache(model.config, len(batch), len(prompt) + L, x)
+        for layer in range(model.config.llama_layers):
+            longer.k[layer][:, :, : len(prompt)] = cache.k[layer]
+            longer.v[layer][:, :, : len(prompt)] = cache.v[layer]
+        longer.length.fill_(len(prompt))
+        hidden = model.llama(model.llama.embed_tokens(target), longer)[:, :-1]
+        hidden = torch.cat([last.expand(len(batch), -1, -1), hidden], dim=1)  # (J, L, D): predicts each token
+        log_p = model.llama.lm_head(hidden).float().log_softmax(-1)  # (J, L, vocabulary)
+        log_p = log_p.gather(-1, target[..., None])[..., 0]  # (J, L)
+        results.append((log_p * counted).sum(1))
+    return torch.cat(results)
+
+
+def describe(model, tokenizer, clip, encoding, max_new_tokens=300):
+    """-> (prompt that asks for a description, the answer's beginning)"""
+    prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
+    room = min(max_new_tokens, model.config.context_length - len(prompt))
+    (new,) = model.generate(encoding, [prompt], room, eos_id=tokenizer.eos)
+    return prompt, tokenizer.decode(new)
+
+
+def contrast_score(model, tokenizer, clip, encoding, phrases):
+    """How likely an answer that begins as the model's own continues with one of the phrases.
+
+    Each phrase excludes the others, so their probabilities add up. Which word they fit behind is not known,
+    so they are tried behind each of the first words, and the highest sum counts."""
+    prompt, said = describe(model, tokenizer, clip, encoding, 2 * SUBJECT_WORDS)
+    words = said.split()[:SUBJECT_WORDS]
+    answers = []
+    starts = []
+    for n in range(len(words) + 1):
+        beginning = tokenizer.sp.encode(" ".join(words[:n]))
+        for phrase in phrases:
+            ids = tokenizer.sp.encode(" ".join([*words[:n], phrase]))
+            answers.append(ids)
+            starts.append(len(os.path.commonprefix([beginning, ids])))
+    p = log_likelihoods(model, encoding, prompt, answers, starts).exp()
+    return p.view(-1, len(phrases)).sum(1).max().clamp(max=1).item()
+
+
+def yes_score(model, tokenizer, clip, encoding):
+    """P(yes) / (P(yes) + P(no))"""
+    prompt = tokenizer.encode_prompt(YES_QUESTION, clip.message, model.config.n_visual)
+    answers = [tokenizer.sp.encode(word) for word in ("Yes", "yes", "No", "no")]
+    yes, no = log_likelihoods(model, encoding, prompt, answers, [0] * 4).view(2, 2).logsumexp(1)
+    return (yes - no).sigmoid().item()
+
+
+def read_phrases(path):
+    """The phrases of the abnormal kinds in a file {kind: phrase}; the kind "normal" is left out."""
+    try:
+        kinds = json.loads(Path(path).read_text(encoding="utf-8"))
+        phrases = [phrase for kind, phrase in kinds.items() if kind != "normal"]
+        if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
+            raise ValueError("no phrases")
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f'{path}: must be JSON like {{"kind": "phrase", ...}} ({error})') from None
+    return phrases
+
+
+def choose_score(how, kinds, config):
+    """The function (model, tokenizer, clip, encoding) -> score from 0 to 1.
+
+    how: "contrast", "yes", or None: contrast if there are phrases. kinds: the file of phrases. Raises
+    ValueError if it is needed and missing."""
+    if kinds is None and config.vocab_size < 32000:  # a small vocabulary is that of the toy world
+        kinds = TOY_KINDS
+    if how == "yes" or (how is None and kinds is None):
+        return yes_score
+    if kinds is None:
+        raise ValueError("contrast needs --kinds FILE with these weights")
+    return partial(contrast_score, phrases=read_phrases(kinds))
+
+
+def phrases_of(score):
+    """The phrases that decide a score, None for `yes_score`: for records of what decided it."""
+    return score.keywords["phrases"] if isinstance(score, partial) else None
+
+
+def score_clips(model, tokenizer, clips, asked, score):
+    """Fills in "score", and "yes" or "no" as "answer", of the predictions asked[i] about each clip i."""
+    encoding = encode_clips(model, clips)
+    for i, (clip, predictions) in enumerate(zip(clips, asked, strict=True)):
+        value = score(model, tokenizer, clip, Encoding(encoding.tokens[i : i + 1], {}))
+        for prediction in predictions:
+            prediction["score"] = value
+            prediction["answer"] = "yes" if value >= THRESHOLD else "no"
+
+
+# ---- From scores to numbers --------------------------------------------------------------------------------
+
+
+def measure(scores, abnormal, weights=None):
+    """ROC AUC, average precision, accuracy and F1 at THRESHOLD -> (…, 4), in the order of METRICS.
+
+    scores: (N,); abnormal: (N,) bool; weights: (…, N), how often each of the N counts (default: once). As
+    scikit-learn's, except for NaN where a number does not exist: the first two without normal or without
+    abnormal ones, F1 if none is abnormal and none is called so."""
+    weights = np.ones(len(scores)) if weights is None else weights
+    order = np.argsort(scores)
+    first = np.flatnonzero(np.diff(scores[order], prepend=-math.inf))  # of those with the same score
+    # how many there are with each of the U scores, ascending: (…, U)
+    positive = np.add.reduceat((weights * abnormal)[..., order], first, axis=-1)
+    negative = np.add.reduceat((weights * ~abnormal)[..., order], first, axis=-1)
+    P = positive.sum(-1)
+    N = negative.sum(-1)
+    below = negative.cumsum(-1) - negative
+    hits = P[..., None] - positive.cumsum(-1) + positive  # abnormal ones with this score or a higher one
+    alarms = N[..., None] - below  # the same of normal ones
+    called = scores >= THRESHOLD
+    right = (weights * (called == abnormal)).sum(-1)
+    found = (weights * (called & abnormal)).sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # the share of pairs of an abnormal and a normal one that are in order; equal ones count half
+        auc = (positive * (below + negative / 2)).sum(-1) / (P * N)
+        precision = np.nan_to_num(hits / (hits + alarms))  # 0 / 0 where the weights are 0
+        ap = (positive * precision).sum(-1) / P
+        accuracy = right / (P + N)
+        f1 = 2 * found / (P + (weights * called).sum(-1))
+    return np.stack([auc, np.where(N > 0, ap, np.nan), accuracy, f1], axis=-1)
+
+
+def numbers(scores, abnormal):
+    """{name in METRICS: value, or None where it does not exist}, see `measure`."""
+    values = measure(np.asarray(scores, float), np.asarray(abnormal, bool)).tolist()
+    return {name: None if math.isnan(x) else x for name, x in zip(METRICS, values, strict=True)}
+
+
+def detection_per_source(predictions):
+    """{source or "all": {"n": videos, "abnormal": how many of them are, and each of METRICS or None}}"""
+    table = {}
+    for task, source, chosen in per_source(predictions):
+        if task == "detect":
+            labels = [predictions[i]["label"] for i in chosen]
+            about = {"n": len(chosen), "abnormal": sum(labels)}
+            table[source] = about | numbers([predictions[i]["score"] for i in chosen], labels)
+    return table
+
+
+def print_detection(table):
+    print(f"{'detect':26}" + "".join(f"{name:>10}" for name in METRICS.values()) + "  abnormal of videos")
+    for source, line in table.items():
+        cells = ["–" if line[name] is None else f"{line[name]:.3f}" for name in METRICS]
+        counts = f"{line['abnormal']} of {line['n']}"
+        print(f"  {source or '(no source)':24}" + "".join(f"{cell:>10}" for cell in cells) + f"{counts:>20}")
+    print(f"accuracy and F1: a video is called abnormal from a score of {THRESHOLD:g} on")
