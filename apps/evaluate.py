@@ -293,7 +293,8 @@ class Clips(Dataset):
 
     def __getitem__(self, i):
         try:
-            return read_clip(self.rows[i]["video"], **clip_options(self.config))
+            row = self.rows[i]
+            return read_clip(row["video"], fps=row.get("fps", 25), **clip_options(self.config))
         except VideoError as error:
             return str(error)
 

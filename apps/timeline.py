@@ -47,7 +47,17 @@ from tqdm import tqdm
 
 from apps.detect import choose_score, describe, numbers, phrases_of, read_intervals, read_rows
 from apps.evaluate import differences, first_alone, gather, start_processes, weights_options
-from data import CONTAINERS, VideoError, make_clip, open_video, replace_file, sample_frames, stream_frames
+from data import (
+    CONTAINERS,
+    Video,
+    VideoError,
+    damage,
+    make_clip,
+    open_video,
+    replace_file,
+    sample_frames,
+    stream_frames,
+)
 from hawk import read_chain
 from sample import (
     PROBLEMS,
@@ -109,12 +119,13 @@ def windows(frames, length, stride, max_frames=math.inf):
         yield end, [pair for pair in held if pair[0] >= end - length - EPSILON]
 
 
-def read_windows(path, config, length, stride):
+def read_windows(path, config, length, stride, fps=25):
     """Yields (start, end, Clip) as windows close; path "-" is standard input. Raises VideoError, for a file
-    that is cut short only after its last whole window."""
+    that is cut short only after its last whole window. fps: pictures a second of a folder."""
     size = config.image_size
     stdin = sys.stdin if path == "-" else None
-    with closing(stream_frames(path, size, stdin=stdin)) as frames:
+    log = []
+    with closing(stream_frames(path, size, stdin=stdin, fps=fps, log=log)) as frames:
         try:
             for end, pairs in windows(frames, length, stride, MAX_BYTES // (3 * size * size)):
                 start = pairs[0][0]
@@ -125,16 +136,18 @@ def read_windows(path, config, length, stride):
                 yield round(start, 3), round(end, 3), clip
         except OverflowError as error:
             raise VideoError(path, f"has too many frames to hold, {error}; use a shorter --window") from None
+    for remark in damage(Video(path, None, log)):
+        note(f"{path}: {remark}")
 
 
 # ---- Scores ------------------------------------------------------------------------------------------------
 
 
-def watch(model, tokenizer, path, score, length=4.0, stride=2.0, threshold=0.5):
+def watch(model, tokenizer, path, score, length=4.0, stride=2.0, threshold=0.5, fps=25):
     """Yields a Window as each closes. score(model, tokenizer, clip, encoding) -> 0 to 1; from `threshold` on
-    the window is described. Raises VideoError."""
+    the window is described. fps: pictures a second of a folder. Raises VideoError."""
     open_windows = []
-    for start, end, clip in read_windows(path, model.config, length, stride):
+    for start, end, clip in read_windows(path, model.config, length, stride, fps):
         encoding = encode_clips(model, [clip])
         open_windows = [window for window in open_windows if window[1] > start]
         open_windows.append((start, end, score(model, tokenizer, clip, encoding)))
@@ -168,6 +181,7 @@ class Annotated:
     path: str
     intervals: list  # abnormal [(start, end), …] in seconds; none in a normal video
     times: np.ndarray | None = None  # of the frames (N,), in seconds; None until it is opened
+    fps: float | None = None  # pictures a second of a folder, if the index says
     windows: list | None = None  # None until it is scored
     file: str | None = None  # of its scores, without the ending
     options: dict | None = None  # that decide them
@@ -179,9 +193,10 @@ def read_annotations(path):
     found = {}
     folder = os.path.dirname(path)
     for row in read_rows(path, annotated_row):
-        video = os.path.join(folder, row["video"])
-        found[video] = united(found.get(video, []) + row["abnormal"])
-    return [Annotated(video, intervals) for video, intervals in found.items()]
+        name = os.path.join(folder, row["video"])
+        video = found.setdefault(name, Annotated(name, [], fps=row.get("fps")))
+        video.intervals = united(video.intervals + row["abnormal"])
+    return list(found.values())
 
 
 def annotated_row(row):
@@ -212,11 +227,12 @@ def check_intervals(video):
             raise ValueError(f"{video.path}: [{start}, {end}] {reason}")
 
 
-def open_annotated(video, size):
+def open_annotated(video, size, fps):
     """Sets the times of the frames and checks the intervals, before the model runs. Prints what is wrong, and
     returns whether nothing is."""
     try:
-        video.times = open_video(video.path, size).seconds
+        video.fps = video.fps or fps
+        video.times = open_video(video.path, size, video.fps).seconds
         check_intervals(video)
     except PROBLEMS as error:
         print_above(error)
@@ -367,6 +383,8 @@ def read_record(video):
 def options_of(video):
     """Everything that decides the scores of a video."""
     about = {"video": os.path.abspath(video.path), "video_bytes": os.path.getsize(video.path)}
+    if os.path.isdir(video.path):
+        about["fps"] = video.fps
     return video.options | about
 
 
@@ -500,6 +518,7 @@ def parse_args(argv=None):
         metavar="DIR",
         help="with --annotations: scores per frame, DIR/NAME.npy; resumed if it exists",
     )
+    add("--fps", type=number(float, 0.001), default=25.0, help="pictures a second of a folder (default: 25)")
     add("--json", action="store_true", help="one JSON object a window; that of --annotations on stderr")
     add("--plot", metavar="FILE.png", help="also draw the curve (needs matplotlib)")
     add("--out-video", metavar="FILE.mp4", help="also write the video with the curve below the picture")
@@ -514,8 +533,10 @@ def parse_args(argv=None):
     if args.stride > args.window:
         p.error("--stride is longer than --window: what lies between two windows would not be seen")
     outputs = [Path(file) for file in (args.plot, args.out_video) if file]
-    if outputs and len(args.video) != 1 or args.out_video and args.video == ["-"]:
-        p.error("--plot and --out-video take one --video, and --out-video no stream")
+    if outputs and len(args.video) != 1:
+        p.error("--plot and --out-video take one --video")
+    if args.out_video and (args.video == ["-"] or Path(args.video[0]).is_dir()):
+        p.error("--out-video takes a file, not a stream or a folder of pictures")
     for file in outputs:
         if not file.parent.is_dir():
             p.error(f"{file.parent}: no such folder")
@@ -573,7 +594,8 @@ def score_videos(videos, args, rank):
         if video.windows:
             continue
         # an infinite threshold: only scores count here, no window is described
-        found = watch(model, tokenizer, video.path, score, args.window, args.stride, math.inf)
+        size = (args.window, args.stride)
+        found = watch(model, tokenizer, video.path, score, *size, threshold=math.inf, fps=video.fps)
         windows = []
         try:
             with tqdm(desc=video.path, unit="s of video", leave=False, **options) as bar:
@@ -600,7 +622,7 @@ def score_annotated(annotated, args, rank, world):
             video.options = options
     mine = list(enumerate(annotated))[rank::world]
     bar = tqdm(mine, desc="opening", unit="video", leave=False, disable=rank > 0, file=sys.stderr)
-    readable = [video for _, video in bar if open_annotated(video, config.image_size)]
+    readable = [video for _, video in bar if open_annotated(video, config.image_size, args.fps)]
     for video in readable:
         video.windows = read_record(video)
     score_videos(readable, args, rank)
@@ -647,7 +669,8 @@ def main(argv=None):
         return print_error(error)
     status = 0
     for path in args.video:
-        seen = watch(model, tokenizer, path, score, args.window, args.stride, args.threshold)
+        size = (args.window, args.stride)
+        seen = watch(model, tokenizer, path, score, *size, threshold=args.threshold, fps=args.fps)
         try:
             show_video(path, seen, args)
         except PROBLEMS as error:

@@ -204,7 +204,8 @@ def test_rows_that_are_cut_are_counted(world, tmp_path, capsys):
     model = Hawk.from_pretrained(world / "weights")
 
     def said(*more, split="train"):
-        flags = ["--weights", str(world / "weights"), "--data", str(tmp_path), "--out", "x", *map(str, more)]
+        start = ["--weights", str(world / "weights"), "--data", str(tmp_path), "--out", "x", "--steps", "1"]
+        flags = [*start, *map(str, more)]
         task = train.HawkTask()
         args = train.parse_args(flags, task)
         samples = task.dataset(args, model, tokenizer, split)
