@@ -181,10 +181,10 @@ class Annotated:
     path: str
     intervals: list  # abnormal [(start, end), …] in seconds; none in a normal video
     times: np.ndarray | None = None  # of the frames (N,), in seconds; None until it is opened
-    fps: float | None = None  # pictures a second of a folder, if the index says
     windows: list | None = None  # None until it is scored
     file: str | None = None  # of its scores, without the ending
     options: dict | None = None  # that decide them
+    fps: float | None = None  # pictures a second of a folder, if the index says
 
 
 def read_annotations(path):

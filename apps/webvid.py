@@ -4,15 +4,21 @@
     python -m apps.webvid --csv WebVid/partitions --videos WebVid/videos --out data/webvid   # or a folder
 
 The videos are expected at VIDEOS/<page_dir>/<videoid>.mp4. Many copies of WebVid lack some of them: such rows
-are counted and left out. `python -m apps.captions OUT` adds motion captions afterwards.
+are counted and left out. `python -m apps.captions OUT` adds motion captions afterwards. The rows wait in a
+temporary database on the disk: memory does not grow with their number, which is 10 million in all of WebVid.
 """
 
 import csv
 import hashlib
+import os
 import signal
+import sqlite3
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
+
+from tqdm import tqdm
 
 from prepare import index_row, video_path, write_splits
 from sample import Parser, number, print_error
@@ -30,8 +36,15 @@ def csv_files(path):
     return files
 
 
-def read_captions(file, videos, captions, counts):
-    """Adds {video path: caption} for the usable rows of one CSV file to captions; counts the rows by state.
+def new_table():
+    """A database that lives until it is closed. The SHA-256 of a video's name decides whether it is held out."""
+    table = sqlite3.connect("")
+    table.execute("CREATE TABLE captions (path BLOB PRIMARY KEY, caption TEXT, digest BLOB) WITHOUT ROWID")
+    return table
+
+
+def read_captions(file, videos, table, counts):
+    """Adds the usable rows of one CSV file to the table of captions; counts the rows by state.
 
     Raises a ValueError that names file and line for a malformed row, or one that leads out of the videos.
     """
@@ -41,14 +54,12 @@ def read_captions(file, videos, captions, counts):
             missing = COLUMNS - set(reader.fieldnames or ())
             if missing:
                 raise ValueError(f"has no column {', '.join(sorted(missing))}")
-            for row in reader:  # every column is text: the folder 000001_000050 must not become a number
+            rows = tqdm(reader, desc=file.name, unit=" rows", leave=False)
+            for row in rows:  # every column is text: the folder 000001_000050 must not become a number
                 if None in row or None in row.values() or not row["videoid"]:
                     raise ValueError("has more or fewer fields than the first line, or no videoid")
                 path = video_path(videos, Path(row["page_dir"], row["videoid"] + ".mp4"))
-                state = row_state(path, row["name"].strip(), captions)
-                counts[state] += 1
-                if state == "found":
-                    captions[str(path)] = row["name"].strip()
+                counts[add_row(table, path, row["name"].strip())] += 1
         except (csv.Error, ValueError, OSError, RuntimeError) as error:  # RuntimeError: a circle of links
             line = reader.reader.line_num
             if isinstance(error, UnicodeDecodeError):  # the reader never received this line
@@ -56,25 +67,33 @@ def read_captions(file, videos, captions, counts):
             raise ValueError(f"{file}, line {line}: {error}") from None
 
 
-def row_state(path, caption, captions):
+def add_row(table, path, caption):
+    """Adds a row if it is usable -> its state."""
     if not caption:
         return "without a caption"
-    if str(path) in captions:
-        return "repeated"
     if not path.is_file():
         return "absent"
-    return "found" if path.stat().st_size else "empty"
+    if not path.stat().st_size:
+        return "empty"
+    row = (os.fsencode(path), caption, hashlib.sha256(path.name.encode(errors="surrogateescape")).digest())
+    added = table.execute("INSERT OR IGNORE INTO captions VALUES (?, ?, ?)", row).rowcount
+    return "found" if added else "repeated"
 
 
-def split_rows(captions, n_test):
-    """{"train": rows, "test": rows}. The SHA-256 of a video's name decides whether it is held out."""
+def split_rows(table, n_test):
+    """{"train": rows, "test": rows}, which are read from the table as they are needed."""
+    (found,) = table.execute("SELECT count(*) FROM captions").fetchone()
     if n_test is None:
-        n_test = min(500, len(captions) // 10)
-    if n_test >= len(captions):
-        raise ValueError(f"--videos: {len(captions)} usable videos, {n_test} to hold out: none to train on")
-    order = sorted(captions, key=lambda path: hashlib.sha256(Path(path).name.encode()).digest())
-    rows = [index_row(path, "webvid", captions[path]) for path in order]
-    return {"train": rows[n_test:], "test": rows[:n_test]}
+        n_test = min(500, found // 10)
+    if n_test >= found:
+        raise ValueError(f"--videos: {found} usable videos, {n_test} to hold out: none to train on")
+
+    def rows(limit, offset):
+        chosen = "SELECT path, caption FROM captions ORDER BY digest LIMIT ? OFFSET ?"
+        for path, caption in table.execute(chosen, (limit, offset)):
+            yield index_row(os.fsdecode(path), "webvid", caption)
+
+    return {"train": rows(found, n_test), "test": rows(n_test, 0)}
 
 
 def parse_args(argv):
@@ -102,15 +121,15 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    captions = {}
     counts = Counter()
     try:
-        for file in csv_files(args.csv):
-            read_captions(file, args.videos, captions, counts)
-        states = ", ".join(f"{count} {state}" for state, count in counts.items())
-        print(f"{args.csv}: {counts.total()} rows: {states}")
-        write_splits(args.out, split_rows(captions, args.n_test))
-    except (OSError, ValueError) as error:
+        with closing(new_table()) as table:
+            for file in csv_files(args.csv):
+                read_captions(file, args.videos, table, counts)
+            states = ", ".join(f"{count} {state}" for state, count in counts.items())
+            print(f"{args.csv}: {counts.total()} rows: {states}")
+            write_splits(args.out, split_rows(table, args.n_test))
+    except (OSError, ValueError, sqlite3.Error) as error:
         return print_error(error)
     return 0
 
