@@ -2,6 +2,7 @@
 
     python -m apps.toy --out data/toy --n-train 5000 --n-test 200 --seed 0   # 4 s clips, texts, tokenizer
     python -m apps.toy --out data/long --n-long 50 --seed 7                  # 40 s videos with one event
+    python -m apps.toy --out data/full --n-train 5000 --clutter 0-6          # up to 6 things that never move
 
 The street crosses the picture in four bands:
 
@@ -11,7 +12,8 @@ The street crosses the picture in four bands:
     near pavement   walkers, either way      which the texts name; the others last for the whole clip.
 
 Half of the kinds differ from normal traffic in their motion alone: any single frame of them could come from a
-normal clip. That is what the motion branch is for.
+normal clip. That is what the motion branch is for. --clutter adds parked vehicles and standing walkers, which
+look like the actors but never move, and which no text mentions: who moves is then hard to see in one frame.
 
 In this file: the tables of the world; plan() decides who is where in each frame; describe() puts the plan
 into words; draw() makes sprites from simple shapes; render() makes the frames; files and command line.
@@ -85,6 +87,17 @@ FAR_KERB = 0.4
 CENTRE_LINE = 0.56
 NEAR_KERB = 0.73
 NEAR_EDGE = 0.91
+
+# Where clutter stands: (users, lowest y, highest y, scale). Vehicles park at the kerbs or, where nobody drives,
+# in the lanes.
+SPOTS = (
+    (WALKERS, 0.30, 0.37, 1.2),
+    (VEHICLES, 0.39, 0.42, 0.85),
+    (VEHICLES, 0.46, 0.50, 0.9),
+    (VEHICLES, 0.62, 0.66, 1.05),
+    (VEHICLES, 0.71, 0.75, 1.15),
+    (WALKERS, 0.78, 0.87, 1.5),
+)
 
 # Where (x) an event may take place, and when it may begin, as the texts say it
 SIDES = {"on the left": (0.16, 0.34), "in the middle": (0.43, 0.57), "on the right": (0.66, 0.84)}
@@ -188,7 +201,7 @@ class Track:
 
     @property
     def half_width(self):
-        return WIDTH[self.object] * self.scale / 2 / SIZE
+        return WIDTH.get(self.object, 30) * self.scale / 2 / SIZE  # 30: of an effect
 
 
 @dataclass
@@ -227,6 +240,7 @@ class Plan:
     down: float
     tracks: list  # road users: the actor, in a collision its victim, then bystanders from far to near
     effects: list = field(default_factory=list)
+    clutter: list = field(default_factory=list)  # tracks of what never moves
 
     @property
     def kind(self):
@@ -408,10 +422,25 @@ def add_bystanders(rng, video, t, count, in_view):
     video.tracks += sorted(added, key=lambda track: track.y[0])  # far to near
 
 
-def overlap(one, other):
+def overlap(one, other, height=0.07):
     """Whether two road users are in each other's way in any frame."""
     close = abs(one.x - other.x) < one.half_width + other.half_width + 0.01
-    return np.any(close & (abs(one.y - other.y) < 0.07))
+    return np.any(close & (abs(one.y - other.y) < height))
+
+
+def add_clutter(rng, video, count):
+    """Adds `count` things that stand still in all frames, or fewer where there is no room."""
+    for _ in range(40 * count):  # attempts to find room
+        if len(video.clutter) == count:
+            break
+        users, low, high, scale = SPOTS[rng.integers(len(SPOTS))]
+        place = np.ones_like(video.tracks[0].x)
+        x = rng.uniform(0.04, 0.96) * place
+        y = video.picture_y(rng.uniform(low, high)) * place
+        new = Track(rng.choice(users), rng.choice([*COLOURS]), video.zoom * scale, x, y, 0 * place)
+        others = video.tracks + video.effects + video.clutter
+        if not any(overlap(new, other, 0.05) for other in others):
+            video.clutter.append(new)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -469,6 +498,9 @@ def questions(video, rng):
     what = what_happens(video)
     count = ["is one road user", "are two road users", "are three road users", "are four road users"]
     count = count[len(video.tracks) - 1]
+    how_many = ("How many road users are there?", "How many road users can be seen?")
+    if video.clutter:  # what is parked does not count
+        how_many = ("How many road users take part in the traffic?", "How many road users are on their way?")
     involved = f"A {who}"
     why = "Because"
     if video.kind == "collision":
@@ -481,7 +513,7 @@ def questions(video, rng):
         (("What happens?", "What does the video show?", "What is going on?"), f"The {who} {what}"),
         (("Where does it happen?", "Where is it?"), f"It happens {video.event.place}"),
         (("When does it happen?", "At what time does it happen?"), f"It happens {video.event.moment}"),
-        (("How many road users are there?", "How many road users can be seen?"), f"There {count}"),
+        (how_many, f"There {count}"),
         (("Why is it dangerous?", "Why is it a problem?"), f"{why} {KINDS[video.kind].reason}"),
     ]
     qa = []
@@ -703,7 +735,7 @@ def render(video, rng):
     frames = np.empty((len(video.tracks[0].x), SIZE, SIZE, 3), np.uint8)
     for i, frame in enumerate(frames):
         image = scene.copy()
-        far_to_near = sorted(video.tracks, key=lambda track: track.y[i])
+        far_to_near = sorted(video.tracks + video.clutter, key=lambda track: track.y[i])
         for track in far_to_near + video.effects:
             if -0.2 < track.x[i] < 1.2:  # else out of view; nan (not there yet) is not between either
                 flicker = i % len(fires) if track.object == "fire" else 0
@@ -815,8 +847,9 @@ def fire_shapes(rng):
 # Files
 
 
-def toy_clip(seed, split, index):
-    """(plan, texts, generator to render it with) of one video. A long video has no texts.
+def toy_clip(seed, split, index, clutter=(0, 0)):
+    """(plan, texts, generator to render it with) of one video. A long video has no texts. clutter: the least
+    and the most things that stand around; they change nothing else about a video but the words for "how many".
 
     Kinds are drawn in shuffled rounds, so that even a small set has them all. In training, 4 of the 15 clips
     of a round are normal: an anomaly is only recognised by someone who knows normal traffic well.
@@ -827,26 +860,30 @@ def toy_clip(seed, split, index):
     turn, place = divmod(index, len(kinds))
     order = np.random.default_rng((seed, number, turn, 1)).permutation(len(kinds))
     kind = kinds[order[place]]
-    plan_rng, text_rng, render_rng = np.random.default_rng((seed, number, index)).spawn(3)
+    plan_rng, text_rng, render_rng, clutter_rng = np.random.default_rng((seed, number, index)).spawn(4)
+    t = np.arange(FRAMES) / FRAMES
     if split == "long":  # a clip's plan, with ordinary traffic before and after
         start = plan_rng.integers(64, 224)
-        return plan(plan_rng, kind, (np.arange(LONG_FRAMES) - start) / FRAMES), None, render_rng
-    video = plan(plan_rng, kind, np.arange(FRAMES) / FRAMES)
-    return video, describe(video, text_rng), render_rng
+        t = (np.arange(LONG_FRAMES) - start) / FRAMES
+    video = plan(plan_rng, kind, t)
+    add_clutter(clutter_rng, video, clutter_rng.integers(clutter[0], clutter[1] + 1))
+    return video, None if split == "long" else describe(video, text_rng), render_rng
 
 
-def make_toy_clip(folder, seed, split, index):
+def make_toy_clip(folder, seed, split, index, clutter=(0, 0)):
     """Writes one video into a folder and returns its index row."""
-    video, texts, rng = toy_clip(seed, split, index)
+    video, texts, rng = toy_clip(seed, split, index, clutter)
     actor = video.tracks[0]
     row = {"video": f"videos/{split}_{index:06d}.mp4", "source": "toy"}
     write_video(folder / row["video"], render(video, rng))
     facts = {"kind": video.kind, "object": actor.object, "colour": actor.colour, "place": video.event.place}
+    facts["clutter"] = len(video.clutter)
     if split == "long":
         seconds = [round((video.begin + clips) * FRAMES / FPS, 2) for clips in (0, 1)]
         return row | facts | {"abnormal": seconds}
     facts |= {"moment": video.event.moment, "scene": video.scene}
     facts["objects"] = [object_facts(track) for track in video.tracks + video.effects]
+    facts["objects"] += [object_facts(track) | {"parked": True} for track in video.clutter]
     return row | texts | {"flags": []} | facts
 
 
@@ -879,11 +916,11 @@ def write_video(path, frames):
     os.replace(temporary, path)
 
 
-def write_split(pool, folder, seed, split, count):
+def write_split(pool, folder, seed, split, count, clutter):
     """Makes the videos of one split, then its index, and for clips annotations in Hawk's own format."""
     index = folder / f"{split}.jsonl"
     index.unlink(missing_ok=True)  # an old index must not stand beside videos of another seed
-    rows = pool.map(partial(make_toy_clip, folder, seed, split), range(count))
+    rows = pool.map(partial(make_toy_clip, folder, seed, split, clutter=clutter), range(count))
     rows = list(tqdm(rows, total=count, desc=split, unit="clip"))
     replace_file(index, "".join(json.dumps(row) + "\n" for row in rows))
     if split != "long":
@@ -913,7 +950,7 @@ def toy_tokenizer():
     return model.getvalue()
 
 
-def write_world(folder, seed, counts, workers):
+def write_world(folder, seed, counts, workers, clutter):
     """Writes the splits (counts: {split: videos}), kinds.json and tokenizer.model, replacing older ones."""
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     phrases = {name: kind.phrase for name, kind in KINDS.items()}
@@ -924,10 +961,19 @@ def write_world(folder, seed, counts, workers):
         try:
             for split, count in counts.items():
                 if count:
-                    write_split(pool, folder, seed, split, count)
+                    write_split(pool, folder, seed, split, count, clutter)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def span(text):
+    """An argparse type: "3" -> (3, 3), "0-6" -> (0, 6)."""
+    low, _, high = text.partition("-")
+    found = (int(low), int(high or low))
+    if not 0 <= found[0] <= found[1] <= 6:
+        raise ValueError
+    return found
 
 
 def parse_args(argv):
@@ -939,6 +985,8 @@ def parse_args(argv):
     add(
         "--n-long", type=number(int, 0), default=0, metavar="N", help="40 s videos in long.jsonl (default: 0)"
     )
+    add("--clutter", type=span, default=(0, 0), metavar="N or N-M",
+        help="parked vehicles and standing walkers in each video, 0 to 6 (default: 0)")  # fmt: skip
     add("--seed", type=number(int, 0), default=0, help="splits never share random numbers (default: 0)")
     add("--workers", type=number(int, 1), default=os.cpu_count(), metavar="N",
         help="processes; they do not change the result (default: one per core)")  # fmt: skip
@@ -951,7 +999,7 @@ def main(argv=None):
     try:
         if not any(counts.values()):
             raise ValueError("nothing to make: give --n-train, --n-test or --n-long a number above 0")
-        write_world(args.out, args.seed, counts, args.workers)
+        write_world(args.out, args.seed, counts, args.workers, args.clutter)
     except (OSError, ValueError) as error:
         return print_error(error)
     return 0
