@@ -389,13 +389,13 @@ SOURCES = {  # folders of the published videos: what annotations and other copie
     "DoTA": "DoTA",
 }  # fmt: skip
 REFUSALS = (  # a language model that should describe a video says that it is one, or that it sees no video
-    r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|i apolog)",
-    r"\b(language model|text-based ai|i(['’]m| am) (just |only )?an ai)\b",
+    r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|my apolog|i apolog)",
+    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just |only )?an ai|for me to|my inability)\b",
     r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
-    r"\bi(['’]m| am)?( \w+)? (cannot|can['’]t|can not|can only|unable|not able|do not have|don['’]t have)\b"
-    r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|assist|help|visual)",
-    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access)\b[^.,]{0,40}"
-    r"\b(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|screen|store))",
+    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don['’]t) have|have no)\b"
+    r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
+    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|(view|see|watch)ing the actual)\b"
+    r"[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|screen|store))",
 )
 
 
