@@ -199,9 +199,7 @@ def replay_motion_qformer(config, seed=42):
 
 def complete(held, motion, args, config):
     """`held` without the motion Q-Former that --motion-qformer rejects, and with all that is made here."""
-    made = {}
-    if motion == "replay":
-        made = replay_motion_qformer(config)
+    made = replay_motion_qformer(config) if motion == "replay" else {}
     if motion != "blip2":  # the released code builds this one, and never loads it
         made |= torch.nn.LayerNorm(config.vit_dim).state_dict(prefix="ln_vision_motion.")
     if args.hawk is None:  # what trains starts from a fixed seed
@@ -249,7 +247,6 @@ def weights(args):
     print("motion Q-Former:", motion, flush=True)
     held = complete(held, motion, args, config)
     ours = {}
-    used = set()
     for name in parameters(config):
         released = released_name(name)
         shared = motion == "blip2" if is_frame_level(name) else args.video_llama  # by both branches
@@ -257,11 +254,11 @@ def weights(args):
             released = released.replace("_motion", "")
         require(released in held, f"{released} (our {name}) is missing in {', '.join(map(str, given))}")
         ours[name] = held[released]
-        used.add(released)
+    used = {found.origin for found in ours.values()}
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
-    for name in held.keys() - used:
-        origin, read = held[name]
-        require(re.fullmatch(known, name), f"{origin} {tuple(read().shape)} is unknown to the model")
+    for name, (origin, read) in held.items():
+        surplus = f"{origin} {tuple(read().shape)} is unknown to the model"
+        require(origin in used or re.fullmatch(known, name), surplus)
     dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
     write_folder(args.out, config, ours, dtypes, args.llama / "tokenizer.model")
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
@@ -279,10 +276,10 @@ def write_folder(out, config, held, dtypes, tokenizer):
     After each shard the mapped files are closed, because what was read of them counts as our memory."""
     for name, like in parameters(config).items():
         origin, read = held[name]
-        found = f"{origin} is {tuple(read().shape)} {read().dtype}"
         fits = read().shape == like.shape and read().is_floating_point()
-        require(fits, f"{found}, but {name} needs {tuple(like.shape)} of floating point")
-    shards = 0
+        require(
+            fits, f"{origin} is {tuple(read().shape)} {read().dtype}, not {tuple(like.shape)} floats: {name}"
+        )
     tensors = {}
     with data.replaced_folder(out) as folder:
         (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
@@ -292,8 +289,8 @@ def write_folder(out, config, held, dtypes, tokenizer):
             tensors[name] = read().to(getattr(torch, dtype) if dtype else None, copy=True)
             require(tensors[name].isfinite().all(), f"{origin}: NaN, or a number too large for {dtype}")
             if number == len(held) or sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
-                save_tensors(tensors, folder / f"model{f'-{shards}' if shards else ''}.safetensors")
-                shards += 1
+                part = f"-{number}" if number < len(held) else ""
+                save_tensors(tensors, folder / f"model{part}.safetensors")
                 tensors.clear()
                 open_tensors.cache_clear()
 
@@ -379,7 +376,7 @@ def merge(args):
 
 def merged(layer):
     """W + scale · B A in float32. It is computed when it is written: all at once would fill the memory."""
-    return (layer.weight.float() + layer.scale * layer.lora_B.float() @ layer.lora_A.float()).detach()
+    return (layer.weight.float() + layer.scale * (layer.lora_B.float() @ layer.lora_A.float())).detach()
 
 
 # ---- 4. hawk: the published annotations, and videos as they lie on this disk -> index files of ours --------
@@ -390,7 +387,7 @@ SOURCES = {  # folders of the published videos: what annotations and other copie
 }  # fmt: skip
 REFUSALS = (  # a language model that should describe a video says that it is one, or that it sees no video
     r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|my apolog|i apolog)",
-    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just |only )?an ai|for me to|my inability)\b",
+    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
     r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
     r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don['’]t) have|have no)\b"
     r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
