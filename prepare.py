@@ -121,7 +121,9 @@ LAYERS = {  # HawkConfig: the released names that are counted, one a layer
 
 def infer_config(file, llama, held, overrides):
     """HawkConfig of LLaMA's config.json (`llama`, from `file`) and of the shapes held; `overrides` wins."""
-    rope = dict(llama.get("rope_scaling") or {}) | dict(llama.get("rope_parameters") or {})  # old, new name
+    ropes = [llama.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # the old and the new name
+    require(set(map(type, ropes)) == {dict}, f"{file}: rope_scaling or rope_parameters holds no settings")
+    rope = ropes[0] | ropes[1]
     c = {ours: llama[theirs] for ours, theirs in LLAMA.items()}
     c["rope_theta"] = rope.pop("rope_theta", llama.get("rope_theta", 10000.0))
     c["context_length"] = llama.get("max_position_embeddings", 4096)
@@ -276,10 +278,9 @@ def write_folder(out, config, held, dtypes, tokenizer):
     After each shard the mapped files are closed, because what was read of them counts as our memory."""
     for name, like in parameters(config).items():
         origin, read = held[name]
-        fits = read().shape == like.shape and read().is_floating_point()
-        require(
-            fits, f"{origin} is {tuple(read().shape)} {read().dtype}, not {tuple(like.shape)} floats: {name}"
-        )
+        tensor = read()
+        misfit = f"{origin} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(like.shape)} floats: {name}"
+        require(tensor.shape == like.shape and tensor.is_floating_point(), misfit)
     tensors = {}
     with data.replaced_folder(out) as folder:
         (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
@@ -436,10 +437,9 @@ def hawk(args):
     --annotations is a JSON file or a folder, searched for all_videos_train.json and all_videos_test.json, or
     else for any JSON files: then those whose names end in "test" are for testing. --videos holds UCF_Crime,
     DoTA and so on. OUT/report.json lists what is missing or broken. Refusals ("As an AI …") get a flag."""
-    files = [args.annotations]
-    if args.annotations.is_dir():
-        published = [sorted(args.annotations.rglob(f"all_videos_{x}.json"))[:1] for x in ("train", "test")]
-        files = sum(published, []) or sorted(args.annotations.rglob("*.json"))
+    find = args.annotations.rglob
+    published = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
+    files = [*published.values()] or sorted(find("*.json")) or [args.annotations]
     videos = args.videos.resolve()
     places = {}  # {published path in lower case: {published path: path on this disk}}
     for path in sorted(videos.rglob("*")):

@@ -184,7 +184,9 @@ def test_another_case_only_where_it_is_clear(tmp_path):
 
 def test_errors_of_one_line(world):
     assert "no video" in run("hawk", annotations=world.annotations, videos=world.annotations, out=world.out)
-    assert "no annotations" in run("hawk", annotations=world.videos, videos=world.videos, out=world.out)
+    assert "not the JSON expected" in run(
+        "hawk", annotations=world.videos, videos=world.videos, out=world.out
+    )
     for content in ("{}", "[1,", "[" * 100000, "\xff"):
         (world.folder / "all_videos_train.json").write_text(content, encoding="latin-1")
         assert "all_videos_train.json" in make(world)

@@ -490,6 +490,7 @@ BAD = {  # how to spoil the files, and what the message says
     "broken config": (written("llama/config.json", b"{"), ["config.json", "JSON"]),
     "grouped keys": (configure(num_key_value_heads=2), ["config.json", "num_key_value_heads"]),
     "scaled positions": (configure(rope_scaling={"factor": 2}), ["config.json", "rope_scaling", "factor"]),
+    "positions that are no settings": (configure(rope_scaling=4), ["config.json", "rope_scaling"]),
     "scaled positions, transformers 5": (
         configure(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
         ["config.json", "rope_parameters", "linear"],
@@ -550,6 +551,18 @@ def test_a_bias_on_keys_is_refused(convert, tensors, tmp_path):
     save_file(held, tmp_path / "blip2/model.safetensors")
     with pytest.raises(SystemExit, match="model.safetensors: .*layers.0.self_attn.qkv.bias"):
         convert(vit="blip2", qformer="blip2")
+
+
+def test_errors_name_the_tensors_of_hugging_face_as_the_file_does(convert, tensors, tmp_path):
+    held = hugging_face_blip2(tensors["vit"], tensors["qformer"])
+    (tmp_path / "blip2").mkdir()
+    for name, words in (
+        ("vision_model.encoder.layers.0.layer_norm1.bias", "is \\(10,\\) .*, not \\(32,\\)"),
+        ("vision_model.encoder.layers.0.layer_norm9.bias", "\\(10,\\) is unknown"),
+    ):
+        save_file(held | {name: torch.zeros(10)}, tmp_path / "blip2/model.safetensors")
+        with pytest.raises(SystemExit, match=f"model.safetensors: {name} {words}"):
+            convert(vit="blip2", qformer="blip2")
 
 
 def test_a_failure_while_writing_leaves_nothing(convert, tmp_path, monkeypatch):
