@@ -222,18 +222,21 @@ def weights(args):
     """Turns the released files into one folder that Hawk.from_pretrained opens.
 
     --llama is a Hugging Face folder, --vit eva_vit_g.pth, --qformer blip2_pretrained_flant5xxl.pth; a Hugging
-    Face folder of BLIP-2 stands for both. --hawk is finetune.pth or pretrained.pth. Without it the result is
+    Face folder of BLIP-2 can be both. --hawk is finetune.pth or pretrained.pth. Without it the result is
     a start for training, a better one with Video-LLaMA's VL_LLaMA_2_7B_Finetuned.pth as --video-llama. Where
     --hawk holds no motion Q-Former, it is rebuilt from the released training's seed ("replay")."""
     given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
+    names = Counter(name for path in set(given) if path.is_file() for name in open_tensors(path))
+    twice = [name for name, count in names.items() if count > 1 and not re.fullmatch(LEFT_OUT, name)]
+    require(
+        not twice, f"{', '.join(map(str, given))}: {twice[:1]} is in two files, and unknown in one of them"
+    )
     held = {}
-    for path in dict.fromkeys(given):
+    for path in sorted(given, key=Path.is_file):  # of a tensor in a folder and in a file the file's counts
         shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in shards if path.is_dir() else [path]:
             for name, (key, _) in open_tensors(file).items():
-                once = name not in held or re.fullmatch(LEFT_OUT, name)
-                require(once, f"{file}: unknown tensor {key}, which another of these files holds too")
                 held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
     require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
     llama = read_json(args.llama / "config.json", *LLAMA.values())

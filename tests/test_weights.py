@@ -233,6 +233,9 @@ def test_other_formats_give_the_same(convert, tensors, tmp_path):
     other_config, other = convert(llama="llama2", vit="blip2", qformer="blip2", out="other")
     assert config == other_config and ours.keys() == other.keys()
     assert all(torch.equal(ours[n].float(), other[n].float()) for n in ours)
+    for number, half in enumerate(({"vit": "blip2"}, {"qformer": "blip2"})):  # the other one is a file
+        mixed = convert(**half, out=f"mixed{number}")[1]
+        assert all(torch.equal(t.float(), ours[name].float()) for name, t in mixed.items())
     torch.save(tensors["vit"], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert all(same(t, ours[n]) for n, t in convert(vit="old.pth", out="third")[1].items())
 
