@@ -3,41 +3,32 @@
     python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b
     python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
     python prepare.py merge --weights runs/x/last --out weights/x
-    python prepare.py hawk --annotations DIR --videos DIR --out data/hawk
+    python prepare.py hawk --annotations PATH --videos DIR --out data/hawk
 
 Top to bottom: weights (names, sizes, the motion Q-Former that no file holds), features, merge, hawk.
 """
 
-import argparse
-import hashlib
 import json
-import math
-import os
 import re
-import shutil
 import signal
 import sys
 import zipfile
-from collections import Counter, defaultdict
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter, namedtuple
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from hawk import Branch, Hawk, HawkConfig, is_frame_level, read_chain, require, save_tensors
+from hawk import Branch, Hawk, HawkConfig, is_frame_level, require, save_tensors
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 10**9
-
-
-def note(text):
-    print("note:", text, file=sys.stderr)
+SEED = 42  # of the crops of cached clips
 
 
 def read_json(file, *needed):
@@ -50,14 +41,12 @@ def read_json(file, *needed):
 
 
 # ---- 1. weights: the released files -> one folder of ours --------------------------------------------------
-# Our name of a tensor, less that of its branch, becomes the released one by these replacements, in this
-# order; {m} is "_motion" in the motion branch.
+# Our name of a tensor becomes the released one by these replacements, in turn; {m}: "_motion" in that branch.
 RELEASED = {
-    r"^llama\.lm_head": "lm_head", r"^llama\.": "model.",
-    r"^vit\.patch_embed": "patch_embed.proj", r"^vit\.": "",
-    r"^ln_vision": "ln_vision{m}", r"^frame_position": "video_frame_position_embedding{m}",
-    r"^proj_0": "llama_proj{m}_0", r"^(encoder|decoder)_": r"llama_proj{m}_last.\1_",
-    r"^(video_|)queries": r"\1query_tokens{m}",
+    r"^(appearance|motion)\.": "", r"^llama\.lm_head": "lm_head", r"^llama\.": "model.",
+    r"^vit\.patch_embed": "patch_embed.proj", r"^vit\.": "", r"^ln_vision": "ln_vision{m}",
+    r"^frame_position": "video_frame_position_embedding{m}", r"^proj_0": "llama_proj{m}_0",
+    r"^(encoder|decoder)_": r"llama_proj{m}_last.\1_", r"^(video_|)queries": r"\1query_tokens{m}",
     r"^(video_|)qformer\.norm": r"\1Qformer{m}.bert.embeddings.LayerNorm",
     r"^(video_|)qformer\.layers": r"\1Qformer{m}.bert.encoder.layer",
     r"(?:self|(cross))_attention": r"\1attention", r"attention\.(query|key|value)": r"attention.self.\1",
@@ -65,344 +54,257 @@ RELEASED = {
     r"(layer.+)mlp\.fc1": r"\1intermediate_query.dense", r"(layer.+)mlp\.fc2": r"\1output_query.dense",
     r"(layer.+)mlp\.norm": r"\1output_query.LayerNorm",
 }  # fmt: skip
-# Hugging Face's BLIP-2 has other names. Its qkv.bias holds three biases; "[q]" and "[v]" are thirds of it.
+# Hugging Face's BLIP-2 has other names, which become the released ones by these replacements.
 HUGGING_FACE = {
-    "^cls_token": "vision_model.embeddings.class_embedding", r"\.norm(\d)": r".layer_norm\1",
-    "^pos_embed": "vision_model.embeddings.position_embedding", r"attn\.proj": "self_attn.projection",
-    r"^patch_embed\.proj": "vision_model.embeddings.patch_embedding", r"attn\.qkv": "self_attn.qkv",
-    "^ln_vision": "vision_model.post_layernorm", r"attn\.([qv])_bias": r"self_attn.qkv.bias[\1]",
-    r"^Qformer\.bert\.embeddings\.LayerNorm": "qformer.layernorm", "^blocks": "vision_model.encoder.layers",
-    r"^(Qformer\.bert.+attention)\.self": r"\1.attention", r"^Qformer\.bert": "qformer",
+    "vision_model.embeddings.class_embedding": "cls_token", "vision_model.encoder.layers": "blocks",
+    "vision_model.embeddings.position_embedding": "pos_embed", "vision_model.post_layernorm": "ln_vision",
+    "vision_model.embeddings.patch_embedding": "patch_embed.proj", "layer_norm": "norm",
+    "self_attn": "attn", "projection": "proj", "attention.attention": "attention.self",
+    "qformer.encoder": "Qformer.bert.encoder", "qformer.layernorm": "Qformer.bert.embeddings.LayerNorm",
 }  # fmt: skip
-# What a file may hold beyond that: the end of EVA's classifier, BLIP-2's language model, tables of positions,
-# Video-LLaMA's projection, the other tower in a folder with both of BLIP-2's. Anything else is an error.
-EVA_HEAD = r"(norm|head)\..+"
-LEFT_OUT = {
-    "llama": r".+\.inv_freq",
-    "vit": EVA_HEAD + r"|(qformer|t5_proj|language_.+|vision_model\.post_layernorm)\..+|query_tokens",
-    "qformer": r"(t5_proj|language_.+|vision_model\.(embeddings|encoder))\..+|.+\.position_ids",
-    "hawk": r".+\.(position_ids|inv_freq)|llama_proj\..+",
-}
+# What files may hold beyond that: the end of EVA's classifier and its last block, BLIP-2's language model,
+# tables of positions, Video-LLaMA's projection. Anything else is an error.
+LEFT_OUT = r".+\.(inv_freq|position_ids)|(norm|head|blocks\.DEPTH|t5_proj|language_.+|llama_proj)\..+"
+Held = namedtuple("Held", "origin read")  # file and name of a tensor, for messages; a function that reads it
 
 
-def released_names(name):
-    """What our tensor `name` is called in [the released .pth files, Hugging Face's BLIP-2]."""
-    released = re.sub(r"^(appearance|motion)\.", "", name)
+def released_name(name):
+    """What our tensor `name` is called in the released .pth files."""
+    released = name
     for pattern, replacement in RELEASED.items():
         released = re.sub(pattern, replacement, released)
-    released = released.replace("{m}", "_motion" if name.startswith("motion.") else "")
-    hugging_face = released
-    for pattern, replacement in HUGGING_FACE.items():
-        hugging_face = re.sub(pattern, replacement, hugging_face)
-    return [released, hugging_face]
+    return released.replace("{m}", "_motion" if name.startswith("motion.") else "")
 
 
 @cache
 def open_tensors(file):
-    """{name: tensor} of a .pth, .bin or .safetensors file, mapped, not read; of a checkpoint, its "model"."""
+    """{released name: (name in the file, tensor)} of a .pth, .bin or .safetensors file, mapped, not read."""
+    tensors = {}
     try:
         if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        # files older than torch 1.6 are no zip files and cannot be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        content = content.get("model", content.get("state_dict", content))
-        wrapped = r"^(module\.|_orig_mod\.)+"  # by DistributedDataParallel and torch.compile
-        return {re.sub(wrapped, "", name): tensor.detach() for name, tensor in content.items()}
+            content = safetensors.torch.load_file(file)
+        else:  # files older than torch 1.6 are no zip files and cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        content = content.get("model", content.get("state_dict", content))  # of a checkpoint
+        for key, tensor in content.items():
+            name = re.sub(r"^(module\.|_orig_mod\.)+", "", key)  # DistributedDataParallel and torch.compile
+            if name.startswith(("vision_model.", "qformer.")):
+                for theirs, released in HUGGING_FACE.items():
+                    name = name.replace(theirs, released)
+            tensors[name] = (key, tensor.detach())
+            if name.endswith(".qkv.bias"):  # [queries, keys, values], but our keys have no bias
+                q, k, v = tensors.pop(name)[1].chunk(3)
+                require(not k.any(), f"{key} has a bias for keys")
+                tensors |= {name.replace("qkv.", "q_"): (key, q), name.replace("qkv.", "v_"): (key, v)}
     except Exception as e:  # these readers raise almost anything at a damaged file
         reason = re.split(r"\n|\. ", str(e))[0]
         raise ValueError(f"{file}: is missing, cut short, or holds other than tensors ({reason})") from e
-
-
-def read_tensor(held, name):
-    """The tensor of this name in the file `held`, or `held` itself where it was made here."""
-    name, _, third = name.partition("[")
-    tensor = held if isinstance(held, torch.Tensor) else open_tensors(held)[name]
-    if not third:
-        return tensor
-    fits = tensor.ndim == 1 and len(tensor) % 3 == 0 and not tensor.chunk(3)[1].any()  # keys have no bias
-    require(fits, f"{held}: {name} {tuple(tensor.shape)} must be [queries, zeros, values]")
-    return tensor.chunk(3)["qkv".index(third[0])]
-
-
-def locate(name, sources, motion):
-    """(role, released name, file or tensor) of a tensor of ours; ValueError if it is missing.
-
-    sources: {role: (path, {released name: file or tensor})}. motion: the choice of --motion-qformer."""
-    tower = name.partition(".")[0]
-    role = tower if tower in sources else "hawk"
-    # BLIP-2's Q-Former serves both branches, except for the motion queries: published training saved its own
-    saved = released_names(name)[0] in sources["hawk"][1]
-    copied = tower == "appearance" or (motion == "blip2" and not saved)
-    if role == "hawk" and is_frame_level(name) and copied:
-        role = "qformer"
-        name = name.replace("motion.", "appearance.")
-    path, held = sources[role]
-    names = dict.fromkeys(released_names(name))
-    for released in names:
-        key = released.partition("[")[0]
-        if key in held:
-            return role, released, held[key]
-    raise ValueError(f"{path}: the tensor {' or '.join(names)} is missing (it becomes {name})")
+    return tensors
 
 
 LLAMA = {  # HawkConfig: LLaMA's config.json
     "llama_dim": "hidden_size", "llama_layers": "num_hidden_layers", "llama_heads": "num_attention_heads",
     "llama_mlp": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
 }  # fmt: skip
+SHAPES = {  # released name of a tensor: what its dimensions are in HawkConfig
+    "patch_embed.proj.weight": ("vit_dim", None, "patch_size"), "blocks.0.mlp.fc1.weight": ["vit_mlp"],
+    "pos_embed": (None, "image_size"), "query_tokens": (None, "n_queries", "qformer_dim"),
+    "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight": ["qformer_mlp"],
+    "video_frame_position_embedding.weight": ["n_frames"], "video_query_tokens": (None, "n_video_queries"),
+    "llama_proj_last.encoder_1.weight": ["tight_dim"],
+}  # fmt: skip
+LAYERS = {  # HawkConfig: the released names that are counted, one a layer
+    "vit_depth": r"blocks\.\d+\.norm1\.bias", "qformer_layers": r"Qformer\.bert.+output_query\.dense\.bias",
+    "video_layers": r"video_Qformer\.bert.+output_query\.dense\.bias",
+}  # fmt: skip
 
 
-def infer_config(sources, overrides):
-    """HawkConfig of the files: LLaMA's sizes from its config.json, others from shapes; `overrides` wins."""
-
-    def shape(name, dims):
-        _, released, held = locate(name, sources, "blip2")
-        found = tuple(read_tensor(held, released).shape)
-        require(len(found) == dims, f"{held}: {released} must have {dims} dimensions, not {found}")
-        return found
-
-    def layers(role, pattern):
-        numbers = [re.match(pattern + r"\.(\d+)\.", name) for name in sources[role][1]]
-        return 1 + max((int(found[1]) for found in numbers if found), default=0)
-
-    file = sources["llama"][0] / "config.json"
-    llama = read_json(file, *LLAMA.values())
-    # what would change the arithmetic is used, or refused by name; transformers 5 writes rope_parameters
-    only = {"num_key_value_heads": llama["num_attention_heads"], "hidden_act": "silu"}
-    only |= {"head_dim": llama["hidden_size"] // llama["num_attention_heads"]}
-    for key, value in (only | {"attention_bias": False, "mlp_bias": False}).items():
-        found = llama.get(key)
-        require(found in (None, value), f"{file}: {key} is {found!r}; Hawk's LLaMA can only do {value!r}")
-    rope = (llama.get("rope_scaling") or {}) | (llama.get("rope_parameters") or {})
-    scaled = {key: x for key, x in rope.items() if key != "rope_theta" and x not in ("default", None, 1.0)}
-    require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
+def infer_config(file, llama, held, overrides):
+    """HawkConfig of LLaMA's config.json (`llama`, from `file`) and of the shapes held; `overrides` wins."""
+    ropes = [llama.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # the old and the new name
+    require(set(map(type, ropes)) == {dict}, f"{file}: rope_scaling or rope_parameters holds no settings")
+    rope = ropes[0] | ropes[1]
     c = {ours: llama[theirs] for ours, theirs in LLAMA.items()}
-    c["rope_theta"] = rope.get("rope_theta", llama.get("rope_theta", 10000.0))
+    c["rope_theta"] = rope.pop("rope_theta", llama.get("rope_theta", 10000.0))
     c["context_length"] = llama.get("max_position_embeddings", 4096)
+    published = HawkConfig.from_dict(c, file)
+    # what would change the arithmetic is refused by name
+    only = {"num_key_value_heads": published.llama_heads, "hidden_act": "silu", "attention_bias": False}
+    only |= {"head_dim": published.llama_dim // published.llama_heads, "mlp_bias": False}
+    for key, value in only.items():
+        require(llama.get(key) in (None, value), f"{file}: {key} must be {value!r}, not {llama.get(key)!r}")
+    scaled = {key: value for key, value in rope.items() if value not in ("default", None, 1.0)}
+    require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
 
-    c["vit_dim"], _, c["patch_size"], _ = shape("vit.patch_embed.weight", 4)
-    c["vit_mlp"], _ = shape("vit.blocks.0.mlp.fc1.weight", 2)
-    _, positions, _ = shape("vit.pos_embed", 3)
-    c["image_size"] = math.isqrt(positions - 1) * c["patch_size"]
-    if c["vit_dim"] != 1408:  # else 39, as published
-        c["vit_depth"] = layers("vit", r"(?:blocks|vision_model\.encoder\.layers)")
-        whole = any(re.fullmatch(EVA_HEAD, name) for name in sources["vit"][1])
-        c["vit_depth"] -= whole  # of a whole EVA the last block is not used
-    _, c["n_queries"], c["qformer_dim"] = shape("appearance.queries", 3)
-    c["qformer_mlp"], _ = shape("appearance.qformer.layers.0.mlp.fc1.weight", 2)
-    c["qformer_layers"] = layers("qformer", r"(?:Qformer\.bert|qformer)\.encoder\.layer")
-    c["tight_dim"] = c["llama_dim"] // 16
-    if sources["hawk"][1]:
-        c["n_frames"], _ = shape("appearance.frame_position.weight", 2)
-        _, c["n_video_queries"], _ = shape("appearance.video_queries", 3)
-        c["video_layers"] = layers("hawk", r"video_Qformer\.bert\.encoder\.layer")
-    if "llama_proj_last.encoder_1.weight" in sources["hawk"][1]:  # not in Video-LLaMA's file
-        c["tight_dim"], _ = shape("appearance.encoder_1.weight", 2)
-    for tower, published in (("vit", 1408), ("qformer", 768)):  # shapes do not show the number of heads
-        dim = c[f"{tower}_dim"]
-        known = dim == published or f"{tower}_heads" in overrides
-        require(known, f"{tower}_dim is {dim}, not {published}: add --set {tower}_heads=N")
+    # as published, unless the files say otherwise; a tensor that is missing is reported later
+    c = asdict(published) | {"tight_dim": published.llama_dim // 16}
+    for name, fields in SHAPES.items():
+        c |= zip(fields, held[name].read().shape if name in held else (), strict=False)
+    del c[None]
+    for field, pattern in LAYERS.items():
+        c[field] = sum(re.fullmatch(pattern, name) is not None for name in held) or c[field]
+    c["image_size"] = round(max(0, c["image_size"] - 1) ** 0.5) * c["patch_size"]  # less the class token
+    whole = any(name.startswith(("norm.", "head.")) for name in held)  # one block more than used
+    c["vit_depth"] = 39 if c["vit_dim"] == 1408 else c["vit_depth"] - whole
+    for field, known in (("vit_heads", c["vit_dim"] == 1408), ("qformer_heads", c["qformer_dim"] == 768)):
+        require(known or field in overrides, f"shapes do not show {field}: add --set {field}=N")
     require("branches" not in overrides, "--set branches: is for `prepare.py merge`; released files have two")
     return HawkConfig.from_dict(c | overrides, "the released files and --set")
 
 
-# The motion Q-Former that no file holds: the released code builds it at random and freezes it, and its
-# checkpoints leave frozen parts out. But training began with torch.manual_seed(42), so it follows from that
-# seed and from everything that is drawn before it: two ViTs and the appearance Q-Former.
-BERT_WORDS = 30522  # bert-base-uncased, whose text half the released code builds and throws away
-BERT_POSITIONS = 512
-
-
 def replay_motion_qformer(config, seed=42):
-    """The motion Q-Former of the released training: {released name: tensor}, bit for bit.
+    """The motion Q-Former that no file holds, {released name: tensor}, bit for bit.
 
-    Uniform numbers can be skipped in portions of any size. Normal ones are drawn tensor by tensor, because
-    torch draws 16 more for a size that is no multiple of 16, and two at a time below 16."""
+    The released code draws it at random, freezes it, and saves only what trained. But training began with
+    torch.manual_seed(42), so it follows from that seed and all that is drawn before it. Uniform numbers can
+    be skipped in portions of any size; of normal ones torch draws more or fewer for odd sizes."""
     generator = torch.Generator().manual_seed(seed)
     scratch = torch.empty(1 << 16)
+    normal = partial(torch.normal, 0.0, 0.02, generator=generator)
 
     def skip_uniform(count):
         for start in range(0, count, len(scratch)):
             scratch[: count - start].uniform_(generator=generator)
 
-    def normal(*shape):
-        return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
-
-    with torch.device("meta"):
-        model = Hawk(config)  # lists its parameters in the order in which the released modules are built
-    # A ViT draws torch's default initialisers (none for norms, q_bias, v_bias), then a truncated normal, one
-    # uniform number each, for positions, class token and the weights of its Linears again.
-    drawn = [p for name, p in model.vit.named_parameters() if not re.search(r"norm|[qv]_bias", name)]
-    skip_uniform(2 * sum(p.numel() * (2 if p.ndim == 2 else 1) for p in drawn))
-
+    # Our parameters stand in the order in which the released modules are built. A ViT draws torch's default
+    # initialisers (none for norms, q_bias, v_bias), then a truncated normal, one uniform number each, for
+    # positions, class token and the weights of its Linears again.
+    model = {name: p.shape for name, p in parameters(config).items()}
+    drawn = [shape for name, shape in model.items() if re.match(r"vit\.(?!.*(norm|[qv]_bias))", name)]
+    skip_uniform(2 * sum(shape.numel() * (2 if len(shape) == 2 else 1) for shape in drawn))
+    shapes = {name: shape for name, shape in model.items() if name.startswith("motion.qformer.")}
     dim = config.qformer_dim
     mlp = config.qformer_mlp
-    shapes = {name: p.shape for name, p in model.motion.qformer.named_parameters(prefix="motion.qformer")}
+    words = 30522  # in bert-base-uncased, whose text half the released code builds and throws away
     linears = sum(shape.numel() for name, shape in shapes.items() if "norm" not in name)
     linears += config.qformer_layers * (2 * dim * mlp + mlp + dim)  # each layer has a second MLP, for text
     for _ in range(2):  # the appearance Q-Former, then the motion Q-Former
         made = {}
         # BertModel is built with torch's default initialisers, then initialised: normal weights, zero biases
-        normal(BERT_WORDS, dim)
-        normal(BERT_POSITIONS, dim)
-        skip_uniform(linears)
-        normal(BERT_WORDS, dim)
-        normal(BERT_POSITIONS, dim)
+        for others in (linears, 0):
+            normal((words, dim))
+            normal((512, dim))  # positions of words
+            skip_uniform(others)
         for name, shape in shapes.items():
             if name.endswith("mlp.fc1.weight"):  # the MLP for text comes first
-                normal(mlp, dim)
-                normal(dim, mlp)
+                normal((mlp, dim))
+                normal((dim, mlp))
             constant = torch.full(shape, float(name.endswith("norm.weight")))
-            made[released_names(name)[0]] = normal(*shape) if len(shape) == 2 else constant
+            made[released_name(name)] = normal(shape) if len(shape) == 2 else constant
         # the head for words is built and initialised; what BertModel has initialised is skipped this time
-        skip_uniform(dim * dim + dim + BERT_WORDS * dim)
-        normal(dim, dim)
-        normal(BERT_WORDS, dim)
-        made["query_tokens_motion"] = normal(1, config.n_queries, dim)
+        skip_uniform(dim * dim + dim + words * dim)
+        normal((dim, dim))
+        normal((words, dim))
+        made["query_tokens_motion"] = normal((1, config.n_queries, dim))
     return made
 
 
-def fresh_weights(config, held):
-    """{released name: tensor} of what training without --hawk starts with. `held`, Video-LLaMA's tensors if
-    there are any, serve both branches; the rest is drawn from a fixed seed, as released code draws it."""
-    made = {}
-    with torch.random.fork_rng(devices=[]):
+def complete(held, motion, args, config):
+    """`held` without the motion Q-Former that --motion-qformer rejects, and with all that is made here."""
+    made = replay_motion_qformer(config) if motion == "replay" else {}
+    if motion != "blip2":  # the released code builds this one, and never loads it
+        made |= torch.nn.LayerNorm(config.vit_dim).state_dict(prefix="ln_vision_motion.")
+    if args.hawk is None:  # what trains starts from a fixed seed
         torch.manual_seed(0)
-        branches = nn.ModuleDict({name: Branch(config) for name in config.branches})
+        branches = torch.nn.ModuleDict({name: Branch(config) for name in config.branches})
         for name, p in branches.named_parameters():
-            released = released_names(name)[0]
-            given = released.replace("_motion", "")
             if ".video_" in name and p.ndim > 1:  # BERT's initialiser; torch's own elsewhere
-                nn.init.normal_(p, std=0.02)
-            if held and given.startswith("video_"):
-                if given in held:  # else locate() says that it is missing
-                    made[released] = read_tensor(held[given], given)
-            elif not is_frame_level(name):
-                made[released] = p.detach()
-    return made
-
-
-def complete_motion(choice, path, held, config):
-    """Makes `held`, the tensors of --hawk (at `path`, or None), what --motion-qformer asks for, and says it.
-
-    -> (choice, that line, {released name: file or tensor})"""
-    there = any(name.startswith("Qformer_motion.bert.encoder.") for name in held)
-    require(there or choice != "checkpoint", f"{path or '--hawk'}: holds no Qformer_motion to take")
-    if choice == "auto" and path is None:
-        choice = "blip2"
-    elif choice == "auto":
-        choice = "checkpoint" if there else "replay"
-    origins = {"checkpoint": "from the checkpoint", "blip2": "a copy of BLIP-2's"}
-    line = origins.get(choice, "rebuilt from seed 42")
-    if choice == "replay" and path and not there:
-        line += f" ({path} does not hold it)"
-    print("motion Q-Former:", line, flush=True)
-    if choice != "checkpoint":
-        held = {n: h for n, h in held.items() if not n.startswith(("Qformer_motion.", "ln_vision_motion."))}
-    if choice == "replay":
-        held = replay_motion_qformer(config) | held
-    if choice != "blip2":  # built by the released code, and never loaded
-        identity = nn.LayerNorm(config.vit_dim).state_dict(prefix="ln_vision_motion.")
-        held = identity | held
-    return choice, line, held
+                torch.nn.init.normal_(p, std=0.02)
+            released = released_name(name)
+            if not is_frame_level(name) and not (args.video_llama and released.startswith("video_")):
+                made[released] = p
+    rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
+    given = {name: found for name, found in held.items() if not name.startswith(rejected)}
+    return {name: Held(f"made here: {name}", x.detach) for name, x in made.items()} | given
 
 
 def weights(args):
-    """Turns the released files into one folder that Hawk.from_pretrained opens."""
+    """Turns the released files into one folder that Hawk.from_pretrained opens.
+
+    --llama is a Hugging Face folder, --vit eva_vit_g.pth, --qformer blip2_pretrained_flant5xxl.pth; a Hugging
+    Face folder of BLIP-2 can be both. --hawk is finetune.pth or pretrained.pth. Without it the result is
+    a start for training, a better one with Video-LLaMA's VL_LLaMA_2_7B_Finetuned.pth as --video-llama. Where
+    --hawk holds no motion Q-Former, it is rebuilt from the released training's seed ("replay")."""
+    given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
-    overrides = data.settings(args.set)
-    paths = {"llama": args.llama, "vit": args.vit, "qformer": args.qformer}
-    paths["hawk"] = args.hawk or args.video_llama
-    sources = {}
-    for role, path in paths.items():  # a file, or a Hugging Face folder of shards
-        files = [path] if path else []
-        if path and path.is_dir():
-            files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        sources[role] = (path, {name: file for file in files for name in open_tensors(file)})
-    adapters = sorted(args.llama.glob("adapter_*"))
+    names = Counter(name for path in set(given) if path.is_file() for name in open_tensors(path))
+    twice = [name for name, count in names.items() if count > 1 and not re.fullmatch(LEFT_OUT, name)]
     require(
-        not adapters, f"{args.llama}: holds a LoRA adapter ({adapters[:1]}); merge it into the base first"
+        not twice, f"{', '.join(map(str, given))}: {twice[:1]} is in two files, and unknown in one of them"
     )
-    config = infer_config(sources, overrides)
+    held = {}
+    for path in sorted(given, key=Path.is_file):  # of a tensor in a folder and in a file the file's counts
+        shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        for file in shards if path.is_dir() else [path]:
+            for name, (key, _) in open_tensors(file).items():
+                held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
+    require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
+    llama = read_json(args.llama / "config.json", *LLAMA.values())
+    config = infer_config(args.llama / "config.json", llama, held, data.settings(args.set))
     data.Tokenizer(args.llama / "tokenizer.model", config.vocab_size)  # before anything large is written
-    if read_json(args.llama / "config.json").get("tie_word_embeddings"):
-        held = sources["llama"][1]
-        embedding = "model.embed_tokens.weight"
-        held.setdefault("lm_head.weight", read_tensor(held[embedding], embedding))
-    held = sources["hawk"][1]
-    if args.hawk is None:
-        held = held | fresh_weights(config, held)
-    motion, motion_line, held = complete_motion(args.motion_qformer, args.hawk, held, config)
-    sources["hawk"] = (paths["hawk"], held)
+    if llama.get("tie_word_embeddings") and "model.embed_tokens.weight" in held:
+        held.setdefault("lm_head.weight", held["model.embed_tokens.weight"])
+
+    motion = args.motion_qformer
+    if motion == "auto":
+        motion = "replay" if args.hawk else "blip2"
+        motion = "checkpoint" if "Qformer_motion.bert.embeddings.LayerNorm.bias" in held else motion
+    print("motion Q-Former:", motion, flush=True)
+    held = complete(held, motion, args, config)
+    ours = {}
+    for name in parameters(config):
+        released = released_name(name)
+        shared = motion == "blip2" if is_frame_level(name) else args.video_llama  # by both branches
+        if shared and released not in held:
+            released = released.replace("_motion", "")
+        require(released in held, f"{released} (our {name}) is missing in {', '.join(map(str, given))}")
+        ours[name] = held[released]
+    used = {found.origin for found in ours.values()}
+    known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
+    for name, (origin, read) in held.items():
+        surplus = f"{origin} {tuple(read().shape)} is unknown to the model"
+        require(origin in used or re.fullmatch(known, name), surplus)
+    dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
+    write_folder(args.out, config, ours, dtypes, args.llama / "tokenizer.model")
+    record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
+    data.replace_file(args.out / "provenance.json", json.dumps(record, indent=1) + "\n")
+
+
+def parameters(config):
+    """{name: parameter without memory} of the model."""
     with torch.device("meta"):
-        wanted = dict(Hawk(config).named_parameters())
-
-    entries = []
-    origins = {}
-    surplus = {role: dict(tensors) for role, (_, tensors) in sources.items()}
-    for name, like in wanted.items():
-        role, released, held = locate(name, sources, motion)
-        surplus[role].pop(released.partition("[")[0], None)
-        origins[name] = f"{'made here' if isinstance(held, torch.Tensor) else held}: {released}"
-        tensor = read_tensor(held, released)
-        found = f"{origins[name]} is {tuple(tensor.shape)} {tensor.dtype}"
-        fits = tensor.shape == like.shape and tensor.is_floating_point()
-        require(fits, f"{found}, but {name} needs {tuple(like.shape)} of floating point")
-        dtype = tensor.dtype
-        if name.startswith(("vit.", "llama.")):  # the big frozen towers; the rest stays as it was trained
-            dtype = DTYPES.get(args.dtype, dtype)
-        if name.startswith("llama.") and args.dtype == "released":
-            dtype = torch.bfloat16  # so the released code rounds it
-        entries.append((name, like.numel(), dtype, partial(read_tensor, held, released)))
-
-    left_out = dict(LEFT_OUT)
-    left_out["vit"] += rf"|blocks\.{config.vit_depth}\..+"  # EVA's last block, which BLIP-2 does without
-    for role, tensors in surplus.items():
-        for name, held in tensors.items():
-            shape = tuple(read_tensor(held, name).shape)
-            known = re.fullmatch(left_out[role], name)
-            require(known, f"{held}: unknown tensor {name} {shape}: the model has no place for it")
-        left_out[role] = sorted(tensors)
-    record = {"motion_qformer": motion_line, "set": overrides, "left_out": left_out, "tensors": origins}
-    files = {held for _, tensors in sources.values() for held in tensors.values() if isinstance(held, Path)}
-    write_folder(args.out, config, args.llama / "tokenizer.model", entries, record, sorted(files))
+        return dict(Hawk(config).named_parameters())
 
 
-def write_folder(out, config, tokenizer, entries, record=None, files=()):
-    """Writes one of our folders, or nothing. entries: (name, size, dtype, function that reads the tensor).
-    One shard is in memory at a time, and the mapped files are closed before each: what was read of them
-    counts as our memory. `record` becomes provenance.json, with the SHA-256 of `files`."""
-    shards = defaultdict(list)
-    total = 0
-    for name, size, dtype, read in entries:
-        shards[total // SHARD_BYTES].append((name, dtype, read))
-        total += size * dtype.itemsize
+def write_folder(out, config, held, dtypes, tokenizer):
+    """Writes one of our folders, or nothing. held: {our name: Held}. dtypes: {tower: other than as stored}.
+    After each shard the mapped files are closed, because what was read of them counts as our memory."""
+    for name, like in parameters(config).items():
+        origin, read = held[name]
+        tensor = read()
+        misfit = f"{origin} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(like.shape)} floats: {name}"
+        require(tensor.shape == like.shape and tensor.is_floating_point(), misfit)
+    tensors = {}
     with data.replaced_folder(out) as folder:
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        for number, shard in enumerate(tqdm(shards.values(), desc="writing", unit="shard"), 1):
-            open_tensors.cache_clear()
-            tensors = {name: read().to(dtype, copy=True).contiguous() for name, dtype, read in shard}
-            for name, tensor in tensors.items():
-                finite = math.isfinite(sum(torch.aminmax(tensor)))
-                origin = record["tensors"][name] if record else name
-                require(finite, f"{origin}: holds NaN, or a number too large for {tensor.dtype}")
-            part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-            save_tensors(tensors, folder / f"model{part}.safetensors")
-        if record:
-            record["sha256"] = {}
-            for file in tqdm(files, desc="SHA-256", unit="file"):
-                with file.open("rb") as opened:
-                    record["sha256"][str(file)] = hashlib.file_digest(opened, "sha256").hexdigest()
-            (folder / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {out}: {total / 1e9:.2f} GB")
+        for number, (name, (origin, read)) in enumerate(tqdm(held.items(), desc="writing"), 1):
+            dtype = dtypes.get(name.partition(".")[0])
+            tensors[name] = read().to(getattr(torch, dtype) if dtype else None, copy=True)
+            require(tensors[name].isfinite().all(), f"{origin}: NaN, or a number too large for {dtype}")
+            if number == len(held) or sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
+                part = f"-{number}" if number < len(held) else ""
+                save_tensors(tensors, folder / f"model{part}.safetensors")
+                tensors.clear()
+                open_tensors.cache_clear()
 
 
 # ---- 2. features: what is frozen in training, computed once for all clips ----------------------------------
 def features(args):
     """Computes the frozen part of every clip once, for training without videos, ViT and frame Q-Formers.
 
-    Writes OUT/train and OUT/test, a file for each clip and each of its --crops variants. What is there is
-    done: a second run resumes. A folder made with other weights or settings is refused."""
+    Reads DATA/train.jsonl and test.jsonl, writes OUT/train and OUT/test: --crops files for each clip. What is
+    there is done: a second run resumes. A folder of other weights or settings is refused."""
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
     require(splits, f"{args.data}: holds neither train.jsonl nor test.jsonl")
     model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
@@ -411,256 +313,204 @@ def features(args):
         rows = data.read_index(args.data / f"{split}.jsonl")
         folder = args.out / split
         crops = args.crops if split == "train" else 1
-        options = (args.seed, args.dtype, args.bfloat16)
-        meta = data.cache_meta(rows, model.config, fingerprint, crops, *options)
+        meta = data.cache_meta(rows, model.config, fingerprint, crops, SEED, args.dtype, args.bfloat16)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "meta.json").exists():
-            data.replace_file(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
-        there = read_json(folder / "meta.json", "weights")
+        old = read_json(folder / "meta.json", *meta) if (folder / "meta.json").exists() else meta
         for key, value in meta.items():
-            old = there.get(key)
-            require(old == value, f"{folder}: has {key} {old!r}, not {value!r}; choose another --out")
-        variants = VariantDataset(rows, model.config, args.seed)
-        todo = [(row, k) for k in range(crops) for row in range(len(rows))]
-        todo = [sample for sample in todo if not data.cache_file(folder, *sample).exists()]
-        order = BatchSampler(todo, args.batch_size, drop_last=False)
-        loader = DataLoader(variants, batch_sampler=order, num_workers=args.workers, collate_fn=list)
+            require(old[key] == value, f"{folder}: has {key} {old[key]!r}, not {value!r}; use another --out")
+        data.replace_file(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+        for i, row in enumerate(rows):
+            row["files"] = [data.cache_file(folder, i, crop) for crop in range(crops)]
+        todo = [i for i, row in enumerate(rows) if not all(map(Path.exists, row["files"]))]
+        clips = FeatureDataset(rows, model.config)
         bad = []
-        for batch in tqdm(loader, desc=f"{split}: {len(todo)} clips", unit="batch"):
-            good = [sample for sample in batch if "error" not in sample]
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bfloat16):
-                write_features(model, good, folder, args.dtype)
-            bad += [sample for sample in batch if "error" in sample]
-            lines = [json.dumps(sample) + "\n" for sample in bad]
-            data.replace_file(folder / "bad_videos.jsonl", "".join(lines))
-        for sample in bad:
-            note(sample["error"])
+        for sample in tqdm(DataLoader(clips, None, sampler=todo, num_workers=args.workers), desc=split):
+            if "error" in sample:
+                tqdm.write(f"note: {sample['error']}", file=sys.stderr)
+                bad.append(json.dumps({"row": sample["index"]} | sample) + "\n")
+                continue
+            for file, streams in zip(rows[sample["index"]]["files"], sample["variants"], strict=True):
+                streams = {name: x[None].to(model.device) / 255 for name, x in streams.items()}
+                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, args.bfloat16):
+                    found = model.frame_features(streams)  # {branch: (1, T, Q, C)}
+                found = {name: x[0].to("cpu", getattr(torch, args.dtype)) for name, x in found.items()}
+                data.replace_file(file, safetensors.torch.save(found, sample["about"]))
+        data.replace_file(folder / "bad_videos.jsonl", "".join(bad))
 
 
-class VariantDataset(data.ClipDataset):
-    """Sample (row, k) is variant k of the row's clip: the whole picture for k = 0, else cropped at random."""
+class FeatureDataset(data.ClipDataset):
+    """Clips without their texts: the variants of each, and what the cache notes about it."""
 
-    def __getitem__(self, sample):
-        row, k = sample
-        video = self.rows[row]["video"]
-        try:
-            streams, clip = self.read(row, "uniform", None)
-        except data.VideoError as error:
-            return {"row": row, "video": os.path.basename(video), "error": str(error)}
-        if k > 0:
-            streams = data.random_crop(streams, data.clip_generator(self.seed, k, row))
-        facts = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
-        facts["bytes"] = str(os.path.getsize(video))  # tells when another video takes its place
-        return {"place": sample, "streams": streams, "facts": facts}
-
-
-@torch.no_grad()
-def write_features(model, samples, folder, dtype):
-    """Encodes the frames of all samples together, and writes {branch: (T, Q, C)} of each into a file."""
-    if not samples:
-        return
-    streams = {}
-    for name in model.config.branches:
-        clips = [sample["streams"][name] for sample in samples]
-        streams[name] = torch.cat(clips)[None].to(model.device) / 255  # (1, frames of all clips, 3, H, W)
-    features = {}
-    for name, x in model.frame_features(streams).items():
-        features[name] = x[0].to("cpu", DTYPES[dtype]).split([len(clip) for clip in clips])
-    for n, sample in enumerate(samples):
-        content = safetensors.torch.save({name: x[n] for name, x in features.items()}, sample["facts"])
-        data.replace_file(data.cache_file(folder, *sample["place"]), content)
+    def sample(self, i, generator):
+        streams, clip = self.read(i, "uniform", None)
+        crops = range(1, len(self.rows[i]["files"]))
+        variants = [data.random_crop(streams, data.clip_generator(SEED, crop, i)) for crop in crops]
+        about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
+        about["bytes"] = str(Path(self.rows[i]["video"]).stat().st_size)  # tells if another video replaces it
+        return {"index": i, "variants": [streams, *variants], "about": about}
 
 
 # ---- 3. merge: trained weights, what they are based on and their LoRA -> one folder ------------------------
 def merge(args):
     """Makes one folder of trained weights, what they are based on and their LoRA.
 
-    What LoRA corrects is written in float32 unless --dtype says otherwise: merging rounds nothing away. --set
-    branches=a,b,c copies the motion branch (without one, the last) to each branch that the weights lack, and
-    leaves out those that it does not name."""
+    What LoRA corrects is written in float32 unless --dtype says otherwise. --set branches=a,b,c copies the
+    motion branch (without one, the last) to new branches, and leaves out those that it does not name."""
     model = Hawk.from_pretrained(args.weights, dtype=None)
-    held = {name: p.detach() for name, p in model.named_parameters() if "lora_" not in name}
-    lora = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
+    held = {name: Held(name, p.detach) for name, p in model.named_parameters() if "lora_" not in name}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            held[f"{name}.weight"] = Held(name, partial(merged, layer))
     before = model.config.branches
     pattern = "motion" if "motion" in before else before[-1]
-    new = [name for name in config.branches if name not in before]
-    dropped = [name for name in before if name not in config.branches]
-    with torch.device("meta"):
-        wanted = dict(Hawk(config).named_parameters())
-    # surplus: dropped branches, and encoder_1 in one that has no other to be compared with any more
-    kept = [name for name in held if name.partition(".")[0] not in dropped and ".encoder_1." not in name]
-    misfits = [name for name in kept if name not in wanted]
-    entries = []
-    for name, like in wanted.items():
-        tower, _, part = name.partition(".")
-        source = f"{pattern}.{part}" if tower in new else name
-        if source not in held or held[source].shape != like.shape:
-            misfits.append(name)
-            continue
-        stored = torch.float32 if source in lora else held[source].dtype
-        read = partial(merged, held[source], lora.get(source))
-        entries.append((name, like.numel(), DTYPES.get(args.dtype, stored), read))
-    require(not misfits, f"--set {' '.join(args.set)}: is not how these weights are shaped ({misfits[:1]})")
-    if new or dropped:
-        print(f"copied from {pattern}: {', '.join(new) or 'none'}; left out: {', '.join(dropped) or 'none'}")
-    tokenizers = [folder / "tokenizer.model" for folder in reversed(read_chain(args.weights)[1])]
-    write_folder(args.out, config, next(filter(Path.exists, tokenizers), tokenizers[0]), entries)
+    for branch in sorted(set(config.branches) - set(before)):
+        print(f"{branch}: copied from {pattern}")
+        parts = model.branch(pattern).named_parameters(prefix=branch)
+        held |= {name: Held(name, p.detach) for name, p in parts}
+    wanted = parameters(config)
+    for name in held.keys() - wanted:  # encoder_1 has no purpose without another branch to compare with
+        if name.partition(".")[0] in set(before) - set(config.branches) or ".encoder_1." in name:
+            del held[name]
+    misfits = sorted(held.keys() ^ wanted)
+    require(not misfits, f"--set {' '.join(args.set)}: is not how these weights are shaped {misfits[:1]}")
+    dtypes = dict.fromkeys(("vit", "llama", *config.branches), args.dtype)
+    write_folder(args.out, config, held, dtypes, args.weights / "tokenizer.model")
 
 
-def merged(weight, lora):
-    """W + scale · B A in float32, or W where there is no LoRA: computed only when it is written."""
-    if lora is None:
-        return weight
-    return weight.float() + lora.scale * (lora.lora_B.float() @ lora.lora_A.float()).detach()
+def merged(layer):
+    """W + scale · B A in float32. It is computed when it is written: all at once would fill the memory."""
+    return (layer.weight.float() + layer.scale * (layer.lora_B.float() @ layer.lora_A.float())).detach()
 
 
 # ---- 4. hawk: the published annotations, and videos as they lie on this disk -> index files of ours --------
-FOLDERS = {  # in the annotations, which hold paths of their authors' machine: in the published videos
-    "UCF-Crime": "UCF_Crime", "ShanghaiTechDataset": "ShanghaiTech", "avenue/avenue": "CUHK_Avenue",
-    "ped1/ped1": "Ped1", "ped2/ped2": "Ped2", "DoTA": "DoTA", "UBnormal": "UBnormal",
+SOURCES = {  # folders of the published videos: what annotations and other copies of the videos call them
+    "UCF_Crime": "UCF[-_]?Crime", "ShanghaiTech": "ShanghaiTech(Dataset)?", "UBnormal": "UBnormal",
+    "CUHK_Avenue": "avenue/avenue|CUHK[-_]Avenue", "Ped1": "ped1/ped1|ped1", "Ped2": "ped2/ped2|ped2",
+    "DoTA": "DoTA",
 }  # fmt: skip
-FOLDERS |= {new: new for new in FOLDERS.values()}
-PUBLISHED = re.compile(f"(?:^|/)({'|'.join(FOLDERS)})/(.+)", re.DOTALL)
-REFUSAL = r"\bas (an ai\b(?!-)|a language model)|^\W*((i['’]m|i am) (sorry|unable)|sorry,|i apolog)"
-REFUSAL = re.compile(REFUSAL, re.IGNORECASE)
+REFUSALS = (  # a language model that should describe a video says that it is one, or that it sees no video
+    r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|my apolog|i apolog)",
+    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
+    r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
+    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don['’]t) have|have no)\b"
+    r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
+    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|(view|see|watch)ing the actual)\b"
+    r"[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|screen|store))",
+)
+
+
+def published_path(name):
+    """(source, path in the published videos) of a path in the annotations or on this disk, in any case."""
+    name = name.replace("\\", "/")
+    for source, pattern in SOURCES.items():
+        if found := re.search(f"(?i)(^|/)({pattern})/", name):
+            return source, str(Path(source, name[found.end() :]))
+    return "other", name
 
 
 def video_path(videos, name):
     """The path of a video in a folder; ValueError for a name that leads out: "..", a full path, a link."""
-    path = videos.resolve() / name
-    inside = ".." not in Path(name).parts and path.resolve().is_relative_to(videos.resolve())
-    require(inside, f"{str(name)!r} leads out of the folder of videos")
+    path = (videos / name).resolve()
+    require(path.is_relative_to(videos.resolve()), f"{str(name)!r} leads out of the folder of videos")
     return path
 
 
 def index_row(path, source, description, qa=()):
     """A row of an index, flagged if its description is a refusal. Motion captions: apps/captions.py."""
-    qa = [{"q": turn["q"], "a": turn["a"]} for turn in qa]
-    flags = ["refusal"] if REFUSAL.search(description) else []
-    return {"video": str(path), "source": source, "description": description, "qa": qa, "flags": flags}
+    told = re.sub(r"""(?<=\w)[,:]? ["“][^"”]*["”]""", "", description)  # without what people in it say
+    refused = any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
+    flags = ["refusal"] if refused else []
+    return {"video": str(path), "source": source, "description": description, "qa": list(qa), "flags": flags}
 
 
 def write_splits(out, splits):
     """Writes OUT/train.jsonl and so on. splits: {name: rows}; without rows there is no file."""
     out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        if rows:
-            data.replace_file(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        else:
-            (out / f"{split}.jsonl").unlink(missing_ok=True)
-            note(f"no row for {split}.jsonl, so there is none")
-    note(f"stage 1 also needs motion captions: python -m apps.captions {out}")
+        data.replace_file(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if not rows:
+            (out / f"{split}.jsonl").unlink()
+    print(f"note: stage 1 also needs motion captions: python -m apps.captions {out}", file=sys.stderr)
 
 
 def hawk(args):
     """Turns Hawk's annotations into index files, and finds each video, whose folder may have been renamed.
 
-    Writes the rows whose video is there into OUT/train.jsonl and OUT/test.jsonl, the others, with the reason,
-    into OUT/report.json, and prints a table by source. "refusals" are descriptions in which their author, a
-    language model, refused ("As an AI …"): they get a flag. The annotations stay as they are."""
-    table = defaultdict(Counter)
-    report = {"missing": [], "broken": []}
-    splits = {}
-    for split in ("train", "test"):
-        name = f"all_videos_{split}.json"
-        files = [args.annotations / folder / name for folder in ("", "Annotation/All_Mix", "All_Mix")]
-        file = next(filter(Path.is_file, files), None)
-        if file is None:
-            note(f"{args.annotations}: no {name}, nor in Annotation/All_Mix or All_Mix")
-        else:
-            splits[split] = list(hawk_rows(file, args.videos, table, report))
-    total = sum(table.values(), Counter())
+    --annotations is a JSON file or a folder, searched for all_videos_train.json and all_videos_test.json, or
+    else for any JSON files: then those whose names end in "test" are for testing. --videos holds UCF_Crime,
+    DoTA and so on. OUT/report.json lists what is missing or broken. Refusals ("As an AI …") get a flag."""
+    find = args.annotations.rglob
+    published = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
+    files = [*published.values()] or sorted(find("*.json")) or [args.annotations]
+    videos = args.videos.resolve()
+    places = {}  # {published path in lower case: {published path: path on this disk}}
+    for path in sorted(videos.rglob("*")):
+        published = published_path(str(path.relative_to(videos)))[1]
+        places.setdefault(published.lower(), {})[published] = path
+    rows = {"train": [], "test": [], "missing": [], "broken": []}
+    counts = Counter()
+    for file in files:
+        split = "test" if file.stem.endswith("test") else "train"
+        entries = read_json(file)
+        require(isinstance(entries, list), f"{file}: must be a list of {{video, QA, description}}")
+        for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
+            state, row = hawk_row(entry, videos, places)
+            rows[split if state == "found" else state].append(row | {"file": str(file), "number": number})
+            counts.update((row["source"], column) for column in (state, *row.get("flags", ())))
+    report = {state: rows.pop(state) for state in ("missing", "broken")}
     first = json.dumps(next(iter(report["missing"] + report["broken"]), "no annotations"))
-    require(total["found"], f"{args.videos}: no video of {total['rows']} rows; the first: {first}")
-    write_splits(args.out, splits)
+    require(any(rows.values()), f"{args.videos}: holds no video of {args.annotations}; first: {first}")
+    write_splits(args.out, rows)
     data.replace_file(args.out / "report.json", json.dumps(report, indent=1) + "\n")
-    columns = ("rows", "found", "missing", "refusals", "broken")
-    print(f"{'source':14}" + "".join(f"{column:>10}" for column in columns))
-    for source, counts in [*sorted(table.items()), ("all", total)]:
-        print(f"{source:14}" + "".join(f"{counts[column]:10}" for column in columns))
-    note(f"missing and broken rows, and why: {args.out / 'report.json'}")
+    for (source, column), count in sorted(counts.items()):
+        print(f"{source:14}{count:7} {column}")
 
 
-def hawk_rows(file, videos, table, report):
-    """Yields the index rows of one annotation file whose videos are there; counts and reports the others."""
-    entries = read_json(file)
-    require(isinstance(entries, list), f"{file}: must be a list of objects with video, QA and description")
-    for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
-        name = entry.get("video") if isinstance(entry, dict) else None
-        found = PUBLISHED.search(name) if isinstance(name, str) else None
-        source = FOLDERS[found[1]] if found else "other"
-        try:
-            row = {"video": entry["video"], "description": entry["description"], "qa": entry["QA"]}
-            data.check_row({key: 0 if value is None else value for key, value in row.items()})
-            path = video_path(videos, Path(source, found[2]) if found else name)
-            state = "found" if path.is_file() and path.stat().st_size > 0 else "missing"
-            reason = f"{path}: is missing or empty"
-        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
-            state = "broken"
-            reason = f"needs video, QA and description ({type(e).__name__}: {e})"
-        table[source].update(("rows", state))
-        if state == "found":
-            row = index_row(path, source, row["description"], row["qa"])
-            table[source]["refusals"] += len(row["flags"])
-            yield row
-        else:
-            report[state].append({"file": str(file), "number": number, "reason": reason})
+def hawk_row(entry, videos, places):
+    """("found", row of an index), or ("missing" or "broken", {"source", "reason"}), of an annotation."""
+    source = "other"
+    try:
+        row = {"video": entry["video"], "description": entry["description"], "qa": entry["QA"]}
+        data.check_row({key: 0 if value is None else value for key, value in row.items()})
+        source, name = published_path(row["video"])
+        found = places.get(name.lower(), {name: videos / name})
+        path = video_path(videos, found.get(name) or next(iter(found.values())))
+        if len(found) > 1 and name not in found:
+            return "missing", {"source": source, "reason": f"{name}: could be any of {', '.join(found)}"}
+        if path.is_file() and path.stat().st_size > 0:
+            return "found", index_row(path, source, row["description"], row["qa"])
+        return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
+        reason = f"needs video, QA and description ({type(e).__name__}: {e})"
+        return "broken", {"source": source, "reason": reason}
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
-MOTION_HELP = "as --hawk holds it, rebuilt from the released training's seed, or BLIP-2's; auto: what applies"
-DTYPE_HELP = "of ViT and LLaMA; released: LLaMA in bfloat16, as the released code loads it; keep: as stored"
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
-
-    def add_job(run):
+    paths = {weights: "llama vit qformer", features: "weights data", merge: "weights"}
+    for run, names in (paths | {hawk: "annotations videos"}).items():
         job = jobs.add_parser(run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__)
         job.set_defaults(run=run)
-        job.add_argument("--out", type=Path, required=True, help="folder to write")
-        return job
-
-    job = add_job(weights)
-    add = job.add_argument
-    add("--llama", type=Path, required=True, help="Hugging Face folder of llama-2-7b-chat-hf")
-    add("--vit", type=Path, required=True, help="eva_vit_g.pth, or a Hugging Face folder of BLIP-2")
-    add("--qformer", type=Path, required=True, help="blip2_pretrained_flant5xxl.pth, or that same folder")
-    start = job.add_mutually_exclusive_group().add_argument
-    start("--hawk", type=Path, help="finetune.pth or pretrained.pth; without it: a start for training")
-    start("--video-llama", type=Path, help="VL_LLaMA_2_7B_Finetuned.pth, a better start for training")
-    choices = ("auto", "checkpoint", "replay", "blip2")
-    add("--motion-qformer", choices=choices, default="auto", help=MOTION_HELP)
-    add("--dtype", choices=["released", "keep", *DTYPES], default="released", help=DTYPE_HELP)
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the config")
-
-    add = add_job(features).add_argument
-    add("--weights", type=Path, required=True, help="folder whose ViT and Q-Formers encode the clips")
-    add("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
-    add("--crops", type=int, default=1, help="variants of each training clip; all but the first are cropped")
-    add("--dtype", choices=["float16", "float32"], default="float16", help="of the files")
-    add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
-    add("--batch-size", type=int, default=8)
-    add("--workers", type=int, default=2, help="processes that read videos")
-    add("--device", help="default: the best there is")
-    add("--seed", type=int, default=42, help="of the crops")
-
-    add = add_job(merge).add_argument
-    add("--weights", type=Path, required=True, help="folder that train.py wrote")
-    add("--dtype", choices=["keep", *DTYPES], default="keep", help="keep: as stored, merged in float32")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the config")
-
-    add = add_job(hawk).add_argument
-    add("--annotations", type=Path, required=True, help="folder with all_videos_{train,test}.json")
-    add("--videos", type=Path, required=True, help="folder that holds UCF_Crime, DoTA, Ped1 and so on")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+        add = job.add_argument
+        for name in (*names.split(), "out"):
+            add(f"--{name}", type=Path, required=True)
+        if run is weights:
+            add("--hawk", type=Path)
+            add("--video-llama", type=Path)
+            add("--motion-qformer", choices=("auto", "checkpoint", "replay", "blip2"), default="auto")
+        if run in (weights, merge):
+            add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+            add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as released, as stored")
+        if run is features:
+            add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")
+            add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")
+            add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
+            add("--workers", type=int, default=2, help="processes that read videos")
+            add("--device", help="default: the best there is")
+    args = parser.parse_args(argv)
     try:
         taken = args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir())
         require(not taken, f"{args.out}: is not empty; choose another name, or delete it first")
@@ -670,8 +520,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written is removed
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for number in (signal.SIGTERM, signal.SIGINT):  # ends in order: what is half-written is removed
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    main()

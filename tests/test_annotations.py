@@ -95,11 +95,10 @@ def test_faults_are_left_out_and_listed(world, capsys):
     assert all("leads out" in row["reason"] for row in report["broken"][:5])
     assert all("\n" not in row["reason"] for row in report["broken"])
     assert all("needs video, QA and description" in row["reason"] for row in report["broken"][-4:])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    table = {source: [int(count) for count in counts] for source, *counts in lines}
-    assert table["UCF_Crime"] == [3, 2, 0, 1, 1]  # rows, found, missing, refusals, broken
-    assert table["all"] == [7 + len(world.test), 9, 2, 1, len(world.test) - 4]
-    assert all(row[0] == row[1] + row[2] + row[4] for row in table.values())
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    counts = {(source, state): int(count) for source, count, state in printed}
+    assert counts["UCF_Crime", "found"] == 2 and counts["UCF_Crime", "refusal"] == 1
+    assert sum(n for (_, state), n in counts.items() if state != "refusal") == 7 + len(world.test)
     assert sorted(path.name for path in world.out.iterdir()) == ["report.json", "test.jsonl", "train.jsonl"]
 
 
@@ -125,27 +124,150 @@ def test_other_layouts(world, below):
     assert len(read_index(world.out / "train.jsonl")) == 7 and not (world.out / "test.jsonl").exists()
 
 
+def test_one_file_for_each_source(world):
+    """Without a published split, files whose names end in "test" are for testing; a file may stand alone."""
+    folder = world.annotations.parent / "sources/Annotation"
+    for name, video in (
+        ("DoTA", "DoTA/-a b'c.mp4"),
+        ("UCFCrime", "UCF-Crime/Videos/Abuse/Abuse001_x264.mp4"),
+    ):
+        put(folder / f"{name}.json", json.dumps([entry(AUTHORS + video)]))
+    put(folder / "Ped_test.json", json.dumps([entry("ped1/ped1/Test001.mp4")]))
+    assert run("hawk", annotations=folder.parent, videos=world.videos, out=world.out) is None
+    sources = [row["source"] for row in read_index(world.out / "train.jsonl")]
+    assert sources == ["DoTA", "UCF_Crime"]
+    assert [row["source"] for row in read_index(world.out / "test.jsonl")] == ["Ped1"]
+    alone = world.out / "alone"
+    assert run("hawk", annotations=folder / "DoTA.json", videos=world.videos, out=alone) is None
+    [row] = read_index(alone / "train.jsonl")
+    assert row["video"].endswith("-a b'c.mp4") and not (alone / "test.jsonl").exists()
+
+
+def found(folder, on_disk, wanted):
+    """The paths below `folder` that an index has for `wanted`, and the report."""
+    for name in on_disk:
+        put(folder / "disk" / name)
+    file = put(folder / "a.json", json.dumps([entry(name) for name in wanted]))
+    error = run("hawk", annotations=file, videos=folder / "disk", out=folder / "index")
+    if error:
+        return [], error
+    rows = read_index(folder / "index/train.jsonl")
+    report = json.loads((folder / "index/report.json").read_text())
+    return [row["video"].removeprefix(f"{folder}/disk/") for row in rows], report
+
+
+def test_folders_that_were_not_renamed(tmp_path):
+    """Each as published in one place, and as the authors had it in another."""
+    for names in (list(PLACES), list(PLACES.values())):
+        here = tmp_path / names[0][:4]
+        paths, report = found(here, [f"Videos/{name}" for name in names], [AUTHORS + name for name in PLACES])
+        assert paths == [f"Videos/{name}" for name in names] and report == {"missing": [], "broken": []}
+
+
+def test_windows_paths(tmp_path):
+    wanted = ["D:\\Data\\DoTA\\x\\1.mp4", "C:\\UCF-Crime\\2.mp4", "E:/ped1/ped1\\3.mp4"]
+    assert found(tmp_path, ["DoTA/x/1.mp4", "UCF_Crime/2.mp4", "Ped1/3.mp4"], wanted)[0] == [
+        "DoTA/x/1.mp4",
+        "UCF_Crime/2.mp4",
+        "Ped1/3.mp4",
+    ]
+
+
+def test_another_case_only_where_it_is_clear(tmp_path):
+    on_disk = ["dota/One.mp4", "DoTA/two.mp4", "DoTA/TWO.mp4", "Mine/three.MP4", "Mine/4.mp4", "mine/4.MP4"]
+    wanted = ["DoTA/one.MP4", "dota/two.mp4", "DoTA/Two.mp4", "mine/three.mp4", "mine/4.MP4", "MINE/4.mp4"]
+    paths, report = found(tmp_path, on_disk, wanted)
+    assert paths == ["dota/One.mp4", "DoTA/two.mp4", "Mine/three.MP4", "mine/4.MP4"]
+    assert [row["number"] for row in report["missing"]] == [3, 6]
+    assert "DoTA/Two.mp4: could be any of DoTA/TWO.mp4, DoTA/two.mp4" in report["missing"][0]["reason"]
+
+
 def test_errors_of_one_line(world):
     assert "no video" in run("hawk", annotations=world.annotations, videos=world.annotations, out=world.out)
-    assert "no annotations" in run("hawk", annotations=world.videos, videos=world.videos, out=world.out)
+    assert "not the JSON expected" in run(
+        "hawk", annotations=world.videos, videos=world.videos, out=world.out
+    )
     for content in ("{}", "[1,", "[" * 100000, "\xff"):
         (world.folder / "all_videos_train.json").write_text(content, encoding="latin-1")
         assert "all_videos_train.json" in make(world)
     assert not world.out.exists()
 
 
-REFUSALS = ["As an AI, I can't.", "I'm sorry, but I cannot.", "Sorry, as an AI model I", "I’m unable to"]
-OTHERS = ["The guard uses an AI camera.", "He says that he is sorry.", "As an aide falls", "A man"]
+REFUSED = [
+    "It is not possible for me to watch the recording.",
+    "Given my inability to see pictures, this is a guess.",
+    "My apologies, but videos are beyond me.",
+    "Without seeing the actual clip, any description remains a guess.",
+    "I have no way to access the footage.",
+    "I can only offer a general idea of such an accident.",
+    "As an AI, I can't describe this clip.",
+    "I'm sorry, but I cannot help with that.",
+    "Sorry, as an AI model I only read text.",
+    "I’m unable to watch this recording.",
+    "I am unable to analyze the footage that you mention.",
+    "I cannot view videos, so here is a guess: a man may be stealing a bike.",
+    "I can't watch the clip, but the title suggests a robbery.",
+    "I apologize for the misunderstanding; videos are beyond what I can read.",
+    "Without the ability to see the actual footage, I can still sketch what may happen.",
+    "Without access to the video itself, one can only imagine a fight in a shop.",
+    "Without being able to watch the clip, it is hard to say who started the fight.",
+    "Unfortunately, I'm not able to open media files.",
+    "Unfortunately, I do not have access to the recording.",
+    "As a text-based AI I can only work with words.",
+    "As a large language model, I have no eyes.",
+    "Being a language model, I rely on your summary: a car hits a wall.",
+    "A summary would be: two men fight. However, I currently cannot access the visual material.",
+    "I do not have the capability to interpret images or sound.",
+    "I don't have the means to play videos. A hypothetical scene: a woman runs.",
+    "As an artificial intelligence developed by a company, I see no pictures.",
+    "I'm an AI and do not see anything.",
+    "I am currently unable to process recordings.",
+    "I’m unable to",
+    "Sorry, as an AI model I",
+]
+DESCRIBED = [
+    "Without watching the video screens, the guard misses the thief.",
+    "I do not know the man, says the sign that he carries.",
+    "Without looking at the traffic, the cyclist crosses the road.",
+    "Without the ability to brake in time, the truck hits the van.",
+    "Without access to the building, the man breaks a window.",
+    "Without being able to see the road in the fog, the driver leaves the lane.",
+    "Without having access to a phone, the woman calls for help.",
+    "The man says he is sorry and leaves.",
+    "A driver is unable to stop at the red light.",
+    "Unable to stop on the wet road, the car slides into a tree.",
+    "The cyclist cannot see the car behind the bus.",
+    'A woman shouts, "I cannot see anything!", and runs.',
+    'The clerk says "I am unable to help you" and closes the door.',
+    "The guard uses an AI camera to watch the gate.",
+    "As an aide falls, two men run away.",
+    "As an AI-controlled car turns, a child crosses.",
+    "As an airplane passes, nobody looks up.",
+    "As an analyst watches the screens, a thief opens the safe.",
+    "Unfortunately, the driver does not see the child.",
+    "The guard views the video on a screen and calls the police.",
+    "A man apologizes to the officer after the accident.",
+    "Police officers cannot access the house and break the door.",
+    "The video shows a man who is not able to open the car.",
+    "A shop assistant helps a customer without watching the till.",
+    "I see a man who runs across the street.",
+    "He says that he is sorry.",
+    "A man",
+]
 
 
-@pytest.mark.parametrize("text", REFUSALS)
+def flagged(description):
+    return prepare.index_row("x.mp4", "s", description)["flags"] == ["refusal"]
+
+
+@pytest.mark.parametrize("text", REFUSED)
 def test_refusals(text):
-    assert prepare.REFUSAL.search(text)
+    assert flagged(text) and flagged(f"{text} A man may be running.")
 
 
-@pytest.mark.parametrize("text", OTHERS)
-def test_no_refusals(text):
-    assert not prepare.REFUSAL.search(text)
+@pytest.mark.parametrize("text", DESCRIBED)
+def test_descriptions_are_no_refusals(text):
+    assert not flagged(text) and not flagged(f"The street is busy. {text}")
 
 
 def test_a_refused_answer_does_not_flag_the_description():

@@ -24,7 +24,7 @@ def folder(world, tmp_path):
 
 def features(world, folder, *more):
     command = ["features", "--weights", world / "weights", "--data", folder, "--out", folder / "cache"]
-    prepare.main([*map(str, command), "--workers", "0", "--batch-size", "2", "--device", "cpu", *more])
+    prepare.main([*map(str, command), "--workers", "0", "--device", "cpu", *more])
 
 
 def cache(world, folder, split="train"):
@@ -72,9 +72,7 @@ def test_what_is_there_is_done(world, folder):
 
 def test_another_cache_is_refused(world, folder):
     features(world, folder)
-    with pytest.raises(
-        SystemExit, match="error: .*train: has dtype 'float16', not 'float32'; choose another"
-    ):
+    with pytest.raises(SystemExit, match="error: .*train: has dtype 'float16', not 'float32'; use another"):
         features(world, folder, "--dtype", "float32")
     with pytest.raises(SystemExit, match="has choices 1, not 2"):
         features(world, folder, "--crops", "2")

@@ -51,7 +51,7 @@ def released_shapes(config):
     """{"vit" | "qformer" | "hawk" | "llama": {released name: tensor on the meta device}}, with some that a
     reader must leave out."""
     from hawk import Hawk, is_frame_level
-    from prepare import released_names
+    from prepare import released_name
 
     shapes = {"llama": {}, "vit": {}, "qformer": {}, "hawk": {}}
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def released_shapes(config):
             shapes["llama"][f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = inv_freq
     for name, like in parameters.items():
         tower = name.partition(".")[0]
-        released = released_names(name)[0]
+        released = released_name(name)
         if tower in ("llama", "vit"):
             shapes[tower][released] = like
         elif not is_frame_level(name):

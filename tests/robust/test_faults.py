@@ -120,7 +120,7 @@ def world(world, jobs):
 
 def features(world, out, *more):
     paths = ["--weights", world / "weights", "--data", world / "data", "--out", out]
-    return ["prepare.py", "features", *paths, "--workers", 0, "--batch-size", 2, *more]
+    return ["prepare.py", "features", *paths, "--workers", 0, *more]
 
 
 def training(world, out, steps, *more, cached=True):
@@ -272,7 +272,7 @@ def test_when_one_process_of_a_training_dies_the_other_ends(world, jobs, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_features_that_are_stopped_resume(world, jobs, tmp_path, number):
-    started = jobs.start(*features(world, tmp_path / "f", "--batch-size", 1))
+    started = jobs.start(*features(world, tmp_path / "f"))
     until = time.monotonic() + 120
     while time.monotonic() < until and len(list(tmp_path.glob("f/train/*.safetensors"))) < 2:
         time.sleep(0.002)
@@ -280,7 +280,7 @@ def test_features_that_are_stopped_resume(world, jobs, tmp_path, number):
     assert jobs.wait(started)[0] == (-9 if number == signal.SIGKILL else 143)
     made = {file: file.stat().st_mtime_ns for file in tmp_path.glob("f/train/*.safetensors")}
     assert 2 <= len(made) < 8
-    assert jobs.run(*features(world, tmp_path / "f", "--batch-size", 1))[0] == 0
+    assert jobs.run(*features(world, tmp_path / "f"))[0] == 0
     assert all(file.stat().st_mtime_ns == when for file, when in made.items())  # what is there is done
     files = sorted(tmp_path.glob("f/train/*.safetensors"))
     assert len(files) == 8
