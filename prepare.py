@@ -356,7 +356,7 @@ def merge(args):
 
     What LoRA corrects is written in float32 unless --dtype says otherwise. --set branches=a,b,c copies the
     motion branch (without one, the last) to new branches, and leaves out those that it does not name."""
-    model = Hawk.from_pretrained(args.weights, dtype=None)
+    model = Hawk.from_pretrained(args.weights, dtype=None, base=args.base)
     config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
     held = {name: Held(name, p.detach) for name, p in model.named_parameters() if "lora_" not in name}
     for name, layer in model.named_modules():
@@ -428,8 +428,11 @@ def write_splits(out, splits):
     """Writes OUT/train.jsonl and so on. splits: {name: rows}; without rows there is no file."""
     out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        data.replace_file(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        if not rows:
+        temporary = out / f"{split}.jsonl.tmp"
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        temporary.replace(out / f"{split}.jsonl")
+        if not (out / f"{split}.jsonl").stat().st_size:
             (out / f"{split}.jsonl").unlink()
     print(f"note: stage 1 also needs motion captions: python -m apps.captions {out}", file=sys.stderr)
 
@@ -478,7 +481,7 @@ def hawk_row(entry, videos, places):
         path = video_path(videos, found.get(name) or next(iter(found.values())))
         if len(found) > 1 and name not in found:
             return "missing", {"source": source, "reason": f"{name}: could be any of {', '.join(found)}"}
-        if path.is_file() and path.stat().st_size > 0:
+        if path.is_dir() or (path.is_file() and path.stat().st_size > 0):  # a folder of pictures, or a video
             return "found", index_row(path, source, row["description"], row["qa"])
         return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
@@ -504,6 +507,8 @@ def main(argv=None):
         if run in (weights, merge):
             add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
             add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as released, as stored")
+        if run is merge:
+            add("--base", type=Path, help="where the folder is now that the weights are based on")
         if run is features:
             add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")
             add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")

@@ -54,7 +54,7 @@ def read_captions(file, videos, table, counts):
             missing = COLUMNS - set(reader.fieldnames or ())
             if missing:
                 raise ValueError(f"has no column {', '.join(sorted(missing))}")
-            rows = tqdm(reader, desc=file.name, unit=" rows", leave=False)
+            rows = tqdm(reader, desc=file.name, unit=" rows", leave=False, delay=1)
             for row in rows:  # every column is text: the folder 000001_000050 must not become a number
                 if None in row or None in row.values() or not row["videoid"]:
                     raise ValueError("has more or fewer fields than the first line, or no videoid")

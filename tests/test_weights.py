@@ -686,6 +686,21 @@ def test_merge_exports_without_lora(dtype, convert, tmp_path):
         prepare.main(command)
 
 
+def test_merge_is_told_where_the_base_is_now(convert, tmp_path):
+    convert(out="base")
+    tuned = Hawk.from_pretrained("base")
+    tuned.set_trainable("paper")
+    tuned.save_pretrained("tuned", base="base", tokenizer="base/tokenizer.model")
+    Path("base").rename("moved")
+    with pytest.raises(
+        SystemExit, match="error: tuned/config.json: its base .*base is not there.*--base DIR"
+    ):
+        prepare.main(["merge", "--weights", "tuned", "--out", "merged"])
+    prepare.main(["merge", "--weights", "tuned", "--base", "moved", "--out", "merged"])
+    merged = dict(Hawk.from_pretrained("merged").named_parameters())
+    assert all(torch.equal(p, merged[name]) for name, p in tuned.named_parameters())
+
+
 def merge_branches(source, branches):
     prepare.main(["merge", "--weights", source, "--out", branches, "--set", f"branches={branches}"])
     return Hawk.from_pretrained(branches)
