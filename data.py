@@ -157,11 +157,11 @@ def damage(video):
     """Notes on the frames that were decoded. VideoError if most of them are damaged."""
     text = "".join(video.log)
     runs = re.findall(r"(\d+) packets read .*; (\d+) frames decoded; (\d+) decode errors", text)
-    packets, decoded, errors = np.array(runs, dtype=int).reshape(-1, 3).sum(0).tolist()
+    packets, decoded, failed = np.array(runs, dtype=int).reshape(-1, 3).sum(0).tolist()
     concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
     concealed = sum(int(again or 0) + 1 for again in concealed)
-    total = decoded + errors
-    if len(runs) == 1 and errors + concealed:  # one run over the whole video; some frames are lost in silence
+    total = decoded + failed
+    if len(runs) == 1 and failed + concealed:  # one run over the whole video; some frames are lost in silence
         total = max(total, packets)
     bad = total - decoded + concealed
     if 2 * bad > total:
@@ -169,6 +169,11 @@ def damage(video):
     notes = list(video.notes or ())
     if bad:
         notes.append(f"{bad} of {total} frames did not decode without errors: the video is damaged")
+    # references are missing also where an intact video was cut
+    elif errors := re.findall(
+        r"\[error\] (?!mmco|co located|Application|.*\bref)(.+)|(Packet corrupt)", text
+    ):
+        notes.append(f"the video may be damaged: {len(errors)} errors, first: {''.join(errors[0])}")
     sizes = dict.fromkeys(re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
     if video.files and len(sizes) > 1:
         notes.append(f"pictures of different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}")

@@ -176,6 +176,19 @@ def test_damage_is_said(tmp_path, monkeypatch, codec, small):
         read_clip(path, 8, SIZE)
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.avi", "a.ogv"])
+def test_errors_that_cost_no_frame_are_said(tmp_path, name):
+    options = ["-c:v", "mjpeg", "-pix_fmt", "yuvj420p"] if name == "a.avi" else []
+    path = make(tmp_path / name, *options, pixels="rgb24" if name == "a.gif" else "yuv420p")
+    assert read_clip(path, 8, SIZE).notes == []
+    content = bytearray(open(path, "rb").read())
+    middle = len(content) // 2
+    content[middle : middle + 300] = np.random.default_rng(1).bytes(300)
+    open(path, "wb").write(content)
+    (note,) = read_clip(path, 8, SIZE).notes
+    assert "damaged" in note and "\n" not in note
+
+
 def test_damage_in_a_long_video_that_is_sought(tmp_path, monkeypatch):
     path = make(
         tmp_path / "long.mp4", *X264, "-bf", "0", source="testsrc2=s=96x72:r=10,noise=alls=9", seconds=400
