@@ -193,7 +193,8 @@ def print_table(lines):
     for line in lines:
         group = (line["task"], line["source"])
         if group != before:
-            print(f"{line['task']}, {line['source'] or '(no source)'}, {line['clips']} clips")
+            few = " (too few for these intervals: 30 or more are needed)" if line["clips"] < 30 else ""
+            print(f"{line['task']}, {line['source'] or '(no source)'}, {line['clips']} clips{few}")
             before = group
         row = "  {metric:32}{a:7.3f}"
         if "b" in line:
