@@ -67,11 +67,10 @@ from sample import (
     add_model_options,
     encode_clips,
     generate,
-    load_from_options,
+    load,
     note,
     number,
     print_error,
-    weights_folder,
 )
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,15 +141,14 @@ def sha256(*files):
 
 def decisive_options(args):
     """Everything that decides the answers, and for the reader the two paths that they came from."""
-    folder = weights_folder(args)
-    config, folders = read_chain(folder)
+    config, folders = read_chain(args.weights)
     files = []
     for source in folders:  # weights may build on others; all of them count
         files += sorted(source.glob("model*.safetensors")) or [source / "config.json"]
     device = usable_device(args.device).type
     options = {
-        "weights": str(folder.resolve()),
-        "weights_sha256": sha256(*files, folder / "tokenizer.model"),
+        "weights": str(args.weights.resolve()),
+        "weights_sha256": sha256(*files, args.weights / "tokenizer.model"),
         "config": asdict(config),
         "annotations": os.path.abspath(args.annotations),
         "annotations_sha256": sha256(args.annotations),
@@ -310,7 +308,7 @@ def predict(rows, asked, args, rank=0, world=1):
     todo = [batch for batch in batches if any(None in done[i] for i in batch)]
     if not todo:
         return []
-    model, tokenizer = load_from_options(args)
+    model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
     loader = DataLoader(
         Clips(rows, model.config), batch_sampler=todo, num_workers=args.workers, collate_fn=list
     )
@@ -481,6 +479,8 @@ def parse_args(argv=None):
         p.error("--annotations is missing, and --out does not exist, so there is nothing to score")
     if args.dry_run and not args.judge:
         p.error("--dry-run needs --judge MODEL")
+    if args.beams > 1 and args.compile:
+        p.error("--beams and --compile exclude each other")
     return args
 
 

@@ -53,7 +53,7 @@ from data import (
     stream_frames,
 )
 from hawk import KVCache
-from sample import PROBLEMS, Parser, add_model_options, encode_clips, load_from_options, number, print_error
+from sample import PROBLEMS, Parser, add_model_options, encode_clips, load, number, print_error
 
 TOY_KINDS = Path(__file__).parent.parent / "examples" / "kinds.json"
 YES_QUESTION = "Does anything unusual or dangerous happen in this video? Answer yes or no."
@@ -563,7 +563,7 @@ def main(argv=None):
         jobs = [(path, None) for path in args.video]
         if args.annotations:
             jobs = read_annotations(args.annotations)
-        model, tokenizer = load_from_options(args)
+        model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
         score = choose_score(args, model.config)
     except PROBLEMS as error:
         return print_error(error)
