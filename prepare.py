@@ -23,6 +23,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import safetensors.torch
 import torch
 from torch import nn

@@ -27,7 +27,7 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 REAL = TINY.with_name("hawk-7b")
 WEIGHTS = REAL if REAL.is_dir() else TINY  # the default
 TINY_NOTE = "weights/tiny knows the toy world only; the README says how to get the 7B weights"
-HELP = """Type a question. ctrl-C stops an answer, /new forgets the rounds so far, /quit or ctrl-D ends the chat.
+HELP = """Type a question. ctrl-C stops an answer, /new forgets earlier rounds, /quit or ctrl-D ends the chat.
 weights/tiny knows: What happens? Who is involved? Where is it? When does it happen? Why is it dangerous?"""
 PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a wrong file or question, or too small a machine
 Seen = namedtuple("Seen", "path clip encoding seconds")  # a video; seconds: {"read", "encode"}
