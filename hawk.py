@@ -627,7 +627,7 @@ def read_chain(folder, above=()):
         base = Path(values.pop("base")) if "base" in values else None
         config = HawkConfig.from_dict(values)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
-        raise ValueError(f"{file}: is no model's config ({e}); python prepare.py weights makes one") from e
+        raise ValueError(f"{file}: cannot be read ({e}); python prepare.py weights makes one") from e
     if base is None or base in folders:
         return config, folders
     return config, read_chain(base, folders)[1]

@@ -417,9 +417,9 @@ def int8(args):
     new = 9 if args.quick else 33
     larger = tensor_bytes(model.llama) / 1e9
     peer = generation_times(model, new)[1]
-    for name, module in list(model.llama.named_modules()):
+    for place, module in list(model.llama.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            model.llama.set_submodule(name, Int8Linear(module))
+            model.llama.set_submodule(place, Int8Linear(module))
     smaller = tensor_bytes(model.llama) / 1e9
     ours = generation_times(model, new)[1]
     yield row(

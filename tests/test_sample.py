@@ -190,6 +190,18 @@ def test_the_example_of_the_readme(capsys, monkeypatch):
     assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
 
 
+@pytest.mark.parametrize("name", ["sample", "train", "prepare", "apps.evaluate"])
+def test_threads_wait_without_spinning(name):
+    """The default must be in the environment before torch loads OpenMP, which then shows what it found."""
+    environment = {key: value for key, value in os.environ.items() if "OMP" not in key}
+    command = [sys.executable, "-c", f"import {name}"]
+    for setting in ({}, {"OMP_WAIT_POLICY": "ACTIVE"})[: 1 + (name == "sample")]:  # a user's own wins
+        environment |= {"OMP_DISPLAY_ENV": "true"} | setting
+        shown = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        found = re.search("OMP_WAIT_POLICY *= *'(.*)'", shown.stderr)
+        assert found[1] == setting.get("OMP_WAIT_POLICY", "PASSIVE")
+
+
 # ---- Chat --------------------------------------------------------------------------------------------------
 
 
