@@ -619,7 +619,7 @@ def read_chain(folder, above=(), base=None):
         mark = values.pop("base_fingerprint", None)
         config = HawkConfig.from_dict(values)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
-        raise ValueError(f"{file}: cannot be read as a model's config ({e})") from e
+        raise ValueError(f"{file}: cannot be read ({e}); python prepare.py weights makes one") from e
     if base is None or base in folders:
         return config, folders
     require(base.is_dir(), f"{file}: its base {base} is not there; say where: prepare.py merge --base DIR")

@@ -9,6 +9,7 @@ Top to bottom: weights (names, sizes, the motion Q-Former that no file holds), f
 """
 
 import json
+import os
 import re
 import signal
 import sys
@@ -19,6 +20,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import safetensors.torch
 import torch
 from torch.utils.data import DataLoader

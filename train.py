@@ -23,6 +23,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint

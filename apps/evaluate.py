@@ -86,11 +86,10 @@ from sample import (
     add_model_options,
     encode_clips,
     generate,
-    load_from_options,
+    load,
     note,
     number,
     print_error,
-    weights_folder,
 )
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,15 +167,14 @@ def sha256(*files):
 
 def weights_options(args):
     """What decides what a model says, whatever it is asked: the weights, and the arithmetic."""
-    folder = weights_folder(args)
-    config, folders = read_chain(folder)
+    config, folders = read_chain(args.weights)
     files = []
     for source in folders:  # weights may build on others; all of them count
         files += sorted(source.glob("model*.safetensors")) or [source / "config.json"]
     device = usable_device(args.device).type
     options = {
-        "weights": str(folder.resolve()),
-        "weights_sha256": sha256(*files, folder / "tokenizer.model"),
+        "weights": str(args.weights.resolve()),
+        "weights_sha256": sha256(*files, args.weights / "tokenizer.model"),
         "config": asdict(config),
         "device": device,
         "dtype": args.dtype or ("bfloat16" if device == "cuda" else "float32"),
@@ -197,7 +195,7 @@ def decisive_options(args):
     names = ["task", "limit", "keep_refusals", "batch_size", "max_new_tokens", "beams", "repetition_penalty"]
     if args.task == "detect":
         names = ["task", "limit", "batch_size"]
-        config = read_chain(weights_folder(args))[0]
+        config = read_chain(args.weights)[0]
         options["phrases"] = phrases_of(choose_score(args.detect, args.kinds, config))
     return options | {name: getattr(args, name) for name in names}
 
@@ -340,7 +338,7 @@ def predict(rows, asked, args, rank=0, world=1):
     todo = [batch for batch in batches if any(None in done[i] for i in batch)]
     if not todo:
         return []
-    model, tokenizer = load_from_options(args)
+    model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
     detects = args.task == "detect"
     score = choose_score(args.detect, args.kinds, model.config) if detects else None
     loader = DataLoader(
@@ -533,6 +531,8 @@ def parse_args(argv=None):
         p.error("--detect and --kinds are for --task detect")
     if args.kinds and args.detect == "yes":
         p.error("--kinds is for --detect contrast")
+    if args.beams > 1 and args.compile:
+        p.error("--beams and --compile exclude each other")
     return args
 
 

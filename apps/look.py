@@ -20,7 +20,7 @@ import torch
 
 from data import clip_options, farneback, read_clip, replace_file, rgb_to_gray, stream_frames
 from hawk import read_chain
-from sample import PROBLEMS, Parser, note, print_error, weights_folder
+from sample import PROBLEMS, WEIGHTS, Parser, note, print_error
 
 # ---- Flow --------------------------------------------------------------------------------------------------
 
@@ -92,12 +92,13 @@ def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--video", required=True, metavar="PATH", help="the video file")
     p.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
-    p.add_argument("--weights", help="folder of weights whose streams are shown (default: as in sample.py)")
+    text = "folder of weights whose streams are shown (default: as in sample.py)"
+    p.add_argument("--weights", default=WEIGHTS, help=text)
     args = p.parse_args(argv)
     try:
         if Path(args.out).resolve() == Path(args.video).resolve():
             raise ValueError(f"--out {args.out} is the video itself")
-        config, _ = read_chain(weights_folder(args))
+        config, _ = read_chain(args.weights)
         clip = read_clip(args.video, **clip_options(config))
         write_picture(motion_sheet(args.video, clip), args.out)
     except PROBLEMS as error:

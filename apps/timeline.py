@@ -59,17 +59,7 @@ from data import (
     stream_frames,
 )
 from hawk import read_chain
-from sample import (
-    PROBLEMS,
-    Parser,
-    add_model_options,
-    encode_clips,
-    load_from_options,
-    note,
-    number,
-    print_error,
-    weights_folder,
-)
+from sample import PROBLEMS, Parser, add_model_options, encode_clips, load, note, number, print_error
 
 MAX_BYTES = 1 << 30  # of the frames that are held
 PICTURE = (640, 360)  # pixels of --out-video
@@ -587,7 +577,7 @@ def score_videos(videos, args, rank):
     keep None as their windows."""
     if all(video.windows for video in videos):
         return
-    model, tokenizer = load_from_options(args)
+    model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
     score = choose_score(args.score, args.kinds, model.config)
     options = {"disable": rank > 0, "file": sys.stderr}
     for video in tqdm(videos, unit="video", **options):
@@ -613,7 +603,7 @@ def score_videos(videos, args, rank):
 def score_annotated(annotated, args, rank, world):
     """Scores every world-th of the annotated videos from number `rank` on -> [(number, Annotated)]. What
     failed has no windows."""
-    config = read_chain(weights_folder(args))[0]
+    config = read_chain(args.weights)[0]
     if args.scores:
         Path(args.scores).mkdir(parents=True, exist_ok=True)
         options = decisive_options(args, config)
@@ -632,7 +622,7 @@ def score_annotated(annotated, args, rank, world):
 def check_run(args):
     """Raises what is wrong with the index or the phrases."""
     read_annotations(args.annotations)
-    choose_score(args.score, args.kinds, read_chain(weights_folder(args))[0])
+    choose_score(args.score, args.kinds, read_chain(args.weights)[0])
 
 
 def measure_agreement(args):
@@ -663,7 +653,7 @@ def main(argv=None):
     try:
         if args.annotations:
             return measure_agreement(args)
-        model, tokenizer = load_from_options(args)
+        model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
         score = choose_score(args.score, args.kinds, model.config)
     except PROBLEMS as error:
         return print_error(error)

@@ -4,7 +4,7 @@
     python -m apps.web --host 0.0.0.0 --port 8000         # for everyone who reaches the port: no password
     python -m apps.web --weights weights/hawk-7b --max-upload-mb 1000
 
-Needs Gradio (`pip install gradio`; written for version 6). Each user has a chat of their own, sample.py's,
+Needs Gradio (`pip install gradio`; written for version 6). Each user has a chat of their own,
 whose video is read and encoded once. One question at a time goes through the model; the others wait. An
 uploaded video is removed when its user chooses another one or leaves the page, and at the latest when the
 program ends. Nothing is sent anywhere else: no share link, no telemetry, no fonts from other servers.
@@ -13,13 +13,13 @@ In this file: what the page does, what it looks like, the command line.
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from copy import copy
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -28,19 +28,25 @@ from queue import SimpleQueue
 from apps.look import motion_sheet, write_picture
 from data import DESCRIBE_QUESTIONS
 from sample import (
+    HELP,
     PROBLEMS,
-    Chat,
+    TINY,
+    TINY_NOTE,
     Parser,
+    Seen,
     add_model_options,
-    is_bundled,
-    load_from_options,
+    ask,
+    encode_video,
+    load,
     note,
     number,
     print_error,
-    weights_folder,
+    remarks,
 )
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# those that the small weights know
+QUESTIONS = [DESCRIBE_QUESTIONS[0], *re.findall(r"\w[^?:]*\?", HELP.splitlines()[-1])]
 MAX_USERS = 32  # whose clips are held, 10 MB each at the real size; beyond it the oldest user is forgotten
 MAX_BEAMS = 8
 MAX_CHARACTERS = 4000  # of a question
@@ -58,8 +64,9 @@ class Stopped(Exception):
 @dataclass
 class User:
     path: str
-    chat: Chat
     folder: str  # of the picture
+    seen: Seen | None = None  # the video, read and encoded
+    rounds: list = field(default_factory=list)  # [question, answer]
     shown: list = field(default_factory=list)  # messages {"role", "content"}
     stop: bool = False
 
@@ -95,19 +102,23 @@ class Page:
             return None, ""
         while len(self.users) >= MAX_USERS:
             self.leave(next(iter(self.users)))
-        user = User(path, Chat(self.model, self.tokenizer, {}), tempfile.mkdtemp(dir=self.uploads))
+        user = User(path, tempfile.mkdtemp(dir=self.uploads))
         self.users[key] = user
         picture = f"{user.folder}/motion.png"
         try:
-            self.submit(user.chat.open, path).result()
-            write_picture(motion_sheet(path, user.chat.seen.clip), picture)
+            self.submit(self.encode, user).result()
+            write_picture(motion_sheet(path, user.seen.clip), picture)
         except PROBLEMS as error:
             if self.users.get(key) is user:
                 self.leave(key)
             return None, f"error: {error}".replace(f"{Path(path).parent}/", "")
-        seconds = user.chat.seen.seconds
+        seconds = user.seen.seconds
         status = f"{Path(path).name}: read {seconds['read']:.2f} s, encode {seconds['encode']:.2f} s"
-        return picture, "; ".join([status, *user.chat.seen.clip.notes])
+        return picture, "; ".join([status, *user.seen.clip.notes])
+
+    def encode(self, user):
+        """In the model's thread, before any question of this user."""
+        user.seen = encode_video(self.model, user.path)
 
     def ask(self, key, question, beams=1, temperature=0.0):
         """Yields the messages to show as the answer is made; errors are among them."""
@@ -118,14 +129,13 @@ class Page:
             return
         user.stop = False
         yield [*user.shown, asked, message("assistant", "…" if self.work.done() else "(waiting for others)")]
-        pieces = SimpleQueue()
+        texts = SimpleQueue()  # the answer, longer and longer
         said = ""
         notes = []
-        work = self.submit(self.answer, user, question, beams, temperature, pieces.put, notes.append)
-        work.add_done_callback(lambda _: pieces.put(None))
+        work = self.submit(self.answer, user, question, beams, temperature, texts.put, notes.append)
+        work.add_done_callback(lambda _: texts.put(None))
         try:
-            for piece in iter(pieces.get, None):
-                said += piece
+            for said in iter(texts.get, None):
                 yield [*user.shown, asked, message("assistant", said)]
         finally:  # also if the browser is gone
             user.stop = True
@@ -137,30 +147,39 @@ class Page:
         except PROBLEMS as error:
             notes.append(f"error: {error}")
         if self.users.get(key) is user:  # otherwise the user has another video by now, or is gone
-            answer = f"{said.strip()}\n\n{'; '.join(notes)}".strip()
+            answer = "\n\n".join([said, *notes]).strip()
             user.shown += [asked, message("assistant", answer)]
             yield user.shown
 
     def answer(self, user, question, beams, temperature, write, tell):
-        """One round, in the model's thread."""
+        """One round, in the model's thread. Gives write() the text so far, and tell() the remarks."""
         if beams > 1 and temperature > 0:
             raise ValueError("several beams need temperature 0")
         if len(question) > MAX_CHARACTERS:  # the browser has this limit too, but it can be bypassed
             raise ValueError(f"a question may have {MAX_CHARACTERS} characters, this one has {len(question)}")
+        rounds = user.rounds
+        turn = [question, ""]
+        made = []
 
-        def write_unless_stopped(text):
+        def show(tokens):
             if user.stop:
                 raise Stopped
-            write(text)
+            made.extend(tokens)
+            turn[1] = self.tokenizer.decode(made).rstrip("\ufffd")  # a character of which bytes are missing
+            write(turn[1])
 
         if user.stop:  # while others were answered
             raise Stopped
-        user.chat.options = {
-            "beams": beams,
-            "temperature": temperature,
-            "max_new_tokens": self.max_new_tokens,
-        }
-        user.chat.say(question, write_unless_stopped, tell)
+        options = {"beams": beams, "temperature": temperature, "max_new_tokens": self.max_new_tokens}
+        try:
+            answer = ask(self.model, self.tokenizer, user.seen, question, rounds, on_token=show, **options)
+            turn[1] = answer.answer
+            write(turn[1])  # beam search shows nothing before its end
+        finally:  # an answer that was stopped counts as far as it got
+            if turn[1]:
+                rounds.append(turn)
+        user.seen = user.seen._replace(seconds={})  # later rounds need not read and encode the video
+        tell(remarks(answer))
 
     def stop(self, key):
         if key in self.users:
@@ -169,12 +188,9 @@ class Page:
     def restart(self, key):
         """Forgets the rounds, keeps the video -> messages to show"""
         user = self.users.get(key)
-        if user is not None:
-            user.stop = True  # what is still being said goes to the old chat
-            chat = copy(user.chat)
-            chat.conversations = []
-            chat.open(chat.seen)
-            self.users[key] = User(user.path, chat, user.folder)
+        if user is not None and user.seen is not None:
+            user.stop = True  # what is still being said goes to the old rounds
+            self.users[key] = User(user.path, user.folder, user.seen)
         return []
 
     def leave(self, key, kept=None):
@@ -199,7 +215,8 @@ class Page:
 
 
 def build(gr, page, examples):
-    """The page in Gradio's terms. Each browser tab is a user, with its session's name as the key."""
+    """The page in Gradio's terms. Each browser tab is a user, with its session's name as the key. examples:
+    videos that the small weights can describe; none for other weights."""
 
     def open_video(path, request: gr.Request):
         return *page.open(request.session_hash, path), []
@@ -221,6 +238,8 @@ def build(gr, page, examples):
     rows = ", ".join(f"what the {name} branch sees" for name in page.model.config.branches)
     with gr.Blocks(title="Hawk", analytics_enabled=False, delete_cache=(600, 7200)) as blocks:
         gr.Markdown("# Hawk\nWhat is abnormal in this video? Upload one, or take an example, and ask.")
+        if examples:
+            gr.Markdown(f"Note: {TINY_NOTE}.", elem_id="note")
         with gr.Row():
             with gr.Column(scale=2):
                 video = gr.Video(label="Video", sources=["upload"], buttons=[], height=270, elem_id="video")
@@ -242,6 +261,8 @@ def build(gr, page, examples):
                     DESCRIBE_QUESTIONS[0], label="Question", max_length=MAX_CHARACTERS, submit_btn=True,
                     elem_id="question",
                 )  # fmt: skip
+                if examples:
+                    gr.Examples([[text] for text in QUESTIONS], question, label="What these weights know")
                 with gr.Row():
                     stop_button = gr.Button("Stop")
                     restart_button = gr.Button("Restart")
@@ -277,7 +298,7 @@ def parse_args(argv=None):
 def serve(gr, page, args):
     """Until ctrl-C or SIGTERM."""
     examples = []
-    if is_bundled(weights_folder(args)):  # the examples show the toy world
+    if args.weights.resolve() == TINY:  # the examples show the toy world
         examples = sorted(EXAMPLES.glob("*.mp4"))
     gr.set_static_paths([str(path) for path in examples])  # served from where they are, not copied
     blocks = build(gr, page, examples)
@@ -308,7 +329,7 @@ def main(argv=None):
         except ImportError as error:
             return print_error(f"the page needs Gradio: pip install gradio ({error})")
         try:
-            model, tokenizer = load_from_options(args)
+            model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
             serve(gradio, Page(model, tokenizer, uploads, args.max_new_tokens), args)
         except PROBLEMS as error:
             return print_error(error)

@@ -33,8 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Tokenizer, farneback, read_clip, sample_frames  # noqa: E402
-from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
-from sample import quantize_int8  # noqa: E402
+from hawk import Encoding, Hawk, HawkConfig, Int8Linear  # noqa: E402
 
 SMALL_TOWERS = dict(
     vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
@@ -418,7 +417,9 @@ def int8(args):
     new = 9 if args.quick else 33
     larger = tensor_bytes(model.llama) / 1e9
     peer = generation_times(model, new)[1]
-    quantize_int8(model)
+    for place, module in list(model.llama.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.llama.set_submodule(place, Int8Linear(module))
     smaller = tensor_bytes(model.llama) / 1e9
     ours = generation_times(model, new)[1]
     yield row(

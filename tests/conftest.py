@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 import torch
 
-from hawk import PRESETS, Hawk, HawkConfig
+from hawk import PRESETS, Hawk, HawkConfig, Int8Linear
 from train import init_weights
 
 if (
@@ -30,6 +30,14 @@ SMALL = dict(
 def pytest_collection_modifyitems(items):
     """The longest file first, so that its tests do not run alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_train.py")
+
+
+def in_int8(model):
+    """The model with an Int8Linear for each linear layer of LLaMA, as `sample.load` makes it."""
+    for name, module in list(model.llama.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.llama.set_submodule(name, Int8Linear(module))
+    return model
 
 
 @pytest.fixture(scope="module")

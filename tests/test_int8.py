@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 import torch.nn as nn
+from conftest import in_int8
 
 import sample
 from hawk import Encoding, Hawk, HawkConfig, Int8Linear
-from sample import quantize_int8
 
 SMALL = dict(
     vit_dim=32, vit_depth=1, vit_heads=2, vit_mlp=32, qformer_dim=32, qformer_layers=1, qformer_heads=2
@@ -43,7 +43,7 @@ def test_logits_memory_and_generation():
     torch.manual_seed(0)
     model = Hawk(HawkConfig(**SMALL, **LLAMA)).eval()
     c = model.config
-    rounded = quantize_int8(copy.deepcopy(model))
+    rounded = in_int8(copy.deepcopy(model))
     x = torch.randn(2, 20, c.llama_dim)
     with torch.no_grad():
         logits = model.llama.lm_head(model.llama(x))
@@ -69,11 +69,12 @@ def test_logits_memory_and_generation():
     assert rounded.generate(Encoding(tokens, {}), ids, 12, eos_id=-1) == [naive]
 
 
-def test_option_and_lora(world, capsys):
+def test_option_and_lora(world, tmp_path, capsys):
     command = ["--weights", str(world / "weights"), "--video", str(world / "a b.mp4")]
     assert sample.main([*command, "--max-new-tokens", "5", "--json", "--int8", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] > 0
     model, _ = sample.load(world / "weights", "cpu", int8=True)
     assert isinstance(model.llama.layers[0].self_attn.q_proj, Int8Linear)
+    Hawk(HawkConfig(**SMALL, **LLAMA, lora_rank=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="merge"):
-        quantize_int8(Hawk(HawkConfig(**SMALL, **LLAMA, lora_rank=2)))
+        sample.load(tmp_path, "cpu", int8=True)

@@ -594,7 +594,7 @@ def test_all_intervals_are_checked_before_the_model_runs(world, cli, tmp_path, m
     def no_model(_):
         raise ValueError("the model is loaded")
 
-    monkeypatch.setattr(timeline, "load_from_options", no_model)
+    monkeypatch.setattr(timeline, "load", no_model)
     status, out, err = cli("--annotations", write_index(tmp_path, *rows))
     errors = [line for line in err if line.startswith("error: ")]
     assert status == 2 and out == "" and ["[120, 180]" in line for line in errors] == [True, True, False]
@@ -635,7 +635,7 @@ def test_a_killed_run_resumes(world, cli, tmp_path, monkeypatch):
         assert (scores / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
     # other options, another video and a foreign file are refused by name, before the model is loaded
-    monkeypatch.setattr(timeline, "load_from_options", None)
+    monkeypatch.setattr(timeline, "load", None)
     assert cli(*options, "--scores", scores)[1] == out  # all is done
     status, _, err = cli(*options, "--scores", scores, "--window", 3)
     message = "made with other options (window was 4.0, is 3.0); give another --scores"
