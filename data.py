@@ -49,9 +49,9 @@ SEEK_MARGIN = 24  # a seek aims this many frames ahead: those right behind a key
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists packets without decoding
 
-# When each frame is shown (seconds since the first); what ffmpeg said, a text for each run; notes for the user;
-# all frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks, a
-# tick in seconds, numbers of the keyframes, the codec if seeks may be exact.
+# When each frame is shown (seconds since the first); what ffmpeg said, a text a run; notes for the user.
+# All frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks,
+# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact.
 FIELDS = "path seconds log notes frames files stamps tick keys codec"
 Video = namedtuple("Video", FIELDS, defaults=(None,) * 7)
 
@@ -78,7 +78,7 @@ def check_file(path):
 def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=None, patient=False):
     """Runs ffmpeg on one file, without shell or network, and yields what it writes: lines, or, given the size
     of frames, (time stamp in seconds, (size, size, 3) uint8 RGB). Raises VideoError, also after the last one.
-    output, before: options after and before the input. log: a list to which all messages are added, as one text.
+    output, before: options after and before the input. log: a list that gets all messages as one more text.
     stdin: an open file in place of `path`. patient: no time limit, as the caller takes time between items."""
     seconds = 0 if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)

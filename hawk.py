@@ -577,7 +577,7 @@ class Hawk(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, config=None, base=None):
         """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode. It is built
-        without memory and filled tensor by tensor; `config` replaces the folder's, `base` see `read_chain`."""
+        without memory and filled tensor by tensor; `config` replaces the folder's; `base`: see read_chain."""
         stored, folders = read_chain(folder, base=base)
         with torch.device("meta"):
             model = cls(config or stored)
@@ -608,8 +608,8 @@ def choose(logits, new, temperature, top_p, penalty, generator):
 
 
 def read_chain(folder, above=(), base=None):
-    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win. `base`: where
-    it is now. ValueError if it is not there, or holds other weights than those that training started from."""
+    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win. `base` says
+    where it is now. ValueError if it is not there, or holds other weights than those that training started from."""
     folders = [Path(folder), *above]
     file = folders[0] / "config.json"
     try:

@@ -65,12 +65,12 @@ def encode_clips(model, clips):
     return model.encode(streams)
 
 
-def encode_video(model, path):
-    """Reads and encodes a video -> Seen. Raises VideoError."""
+def encode_video(model, path, fps=25):
+    """Reads and encodes a video -> Seen. fps: pictures a second of a folder. Raises VideoError."""
     odd = not os.path.exists(path) and ("://" in str(path) or "*" in str(path))
     require(not odd, f"{path}: no such file; download an address first, leave out the quotes of a pattern")
     start = time.perf_counter()
-    clip = data.read_clip(path, **data.clip_options(model.config))
+    clip = data.read_clip(path, **data.clip_options(model.config), fps=fps, device=model.device)
     middle = time.perf_counter()
     encoding = encode_clips(model, [clip])
     encoding.tokens.cpu()  # waits for the device
@@ -160,13 +160,15 @@ def print_error(error):  # in one line; returns the exit status
 
 def remarks(answer, prefix=""):  # the notes and what it took, a line each
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in answer.seconds.items())
-    took = f"{seconds} ({answer.tokens} tokens), peak memory {answer.peak_memory_mb:.0f} MB"
+    rate = answer.tokens / answer.seconds["generate"]
+    took = f"{seconds} ({answer.tokens} tokens, {rate:.1f} a second)"
+    took += f", peak memory {answer.peak_memory_mb:.0f} MB"
     return "\n".join(prefix + line for line in [*answer.notes, took])
 
 
 def chat(model, tokenizer, video, questions, **options):
     """Answers these questions, then stdin's -> exit status. ctrl-C or an error ends a round only."""
-    seen = encode_video(model, video)
+    seen = video if isinstance(video, Seen) else encode_video(model, video)
     sys.stdin.reconfigure(errors="replace")
     readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one question
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # only answers go to a file
@@ -234,11 +236,18 @@ def add_model_options(p):
 def main(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
-    add("video", nargs="*", action="extend", metavar="VIDEO", help="one or more video files")
+    add(
+        "video",
+        nargs="*",
+        action="extend",
+        metavar="VIDEO",
+        help="video files, or folders of numbered pictures",
+    )
     add("--video", nargs="+", action="extend", metavar="VIDEO", help="the same")
     add("--question", help=f"default: {data.DESCRIBE_QUESTIONS[0]}")
     add("--chat", action="store_true", help="ask about one video in rounds, questions from stdin")
     add("--json", action="store_true", help="one JSON object a video, also with times, memory and notes")
+    add("--fps", type=number(float, 0.001), default=25.0, help="pictures a second of a folder (default: 25)")
     add_model_options(p)
     add = p.add_argument_group("generation").add_argument
     add("--system", default=data.SYSTEM, help="system text of the prompt (default: a space, as in training)")
@@ -260,13 +269,14 @@ def main(argv=None):
     try:
         model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
         if args.chat:
-            return chat(model, tokenizer, args.video[0], [args.question or ""], **options)
+            seen = encode_video(model, args.video[0], args.fps)
+            return chat(model, tokenizer, seen, [args.question or ""], **options)
     except PROBLEMS as error:
         return print_error(error)
     question = data.DESCRIBE_QUESTIONS[0] if args.question is None else args.question
     for path in args.video:
         try:
-            answer = ask(model, tokenizer, path, question, **options)
+            answer = ask(model, tokenizer, encode_video(model, path, args.fps), question, **options)
             if args.json:
                 print(json.dumps(answer._asdict()), flush=True)
             else:

@@ -88,8 +88,8 @@ CENTRE_LINE = 0.56
 NEAR_KERB = 0.73
 NEAR_EDGE = 0.91
 
-# Where clutter stands: (users, lowest y, highest y, scale). Vehicles park at the kerbs or, where nobody drives,
-# in the lanes.
+# Where clutter stands: (users, lowest y, highest y, scale). Vehicles park at the kerbs or, where nobody
+# drives, in the lanes.
 SPOTS = (
     (WALKERS, 0.30, 0.37, 1.2),
     (VEHICLES, 0.39, 0.42, 0.85),
@@ -849,7 +849,7 @@ def fire_shapes(rng):
 
 def toy_clip(seed, split, index, clutter=(0, 0)):
     """(plan, texts, generator to render it with) of one video. A long video has no texts. clutter: the least
-    and the most things that stand around; they change nothing else about a video but the words for "how many".
+    and the most things that stand around; they change nothing else but the words of "how many".
 
     Kinds are drawn in shuffled rounds, so that even a small set has them all. In training, 4 of the 15 clips
     of a round are normal: an anomaly is only recognised by someone who knows normal traffic well.

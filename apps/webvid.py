@@ -37,7 +37,7 @@ def csv_files(path):
 
 
 def new_table():
-    """A database that lives until it is closed. The SHA-256 of a video's name decides whether it is held out."""
+    """A database that lives until it is closed. `digest`, of a video's name, decides what is held out."""
     table = sqlite3.connect("")
     table.execute("CREATE TABLE captions (path BLOB PRIMARY KEY, caption TEXT, digest BLOB) WITHOUT ROWID")
     return table

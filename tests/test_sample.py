@@ -52,7 +52,7 @@ def test_one_answer_on_stdout(world, cli):
     status, out, err = cli(clip, "--max-new-tokens", 12)
     assert status == 0 and len(err) == 2
     assert err[0].startswith(f"{clip}: the answer was cut after 12 tokens; --max-new-tokens ")
-    assert err[1].startswith(f"{clip}: read ") and "(12 tokens)" in err[1]
+    assert err[1].startswith(f"{clip}: read ") and "(12 tokens, " in err[1]
     assert cli("--video", clip, "--max-new-tokens", 12)[1] == out  # greedy: same input, same words
     assert json.loads(cli("--video", clip, "--max-new-tokens", 12, "--json")[1])["answer"] + "\n" == out
 

@@ -114,7 +114,7 @@ def test_evaluate_resumes_to_the_same_file(world, tmp_path, run):
     assert found["options"] == json.loads((tmp_path / "whole.jsonl.options.json").read_text())
     assert len(found["options"]["weights_sha256"]) == 64 and found["options"]["max_new_tokens"] == 8
     assert "6 clips: 1 unreadable, 1 skipped; 1 refused references left out" in printed.out
-    assert "0.043    0.283    0.320    0.218" in printed.out and "mteval-v13a" in printed.out
+    assert "Hawk, paper" not in printed.out and "mteval-v13a" in printed.out
     data = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
     for cut in (0, ends[0], ends[2] + 20, ends[-1]):
@@ -963,3 +963,12 @@ def test_marks_of_other_prompts_are_compared_apart(tmp_path):
     lines, _ = compare.compare(paths)
     found = {line["metric"]: (line["a"], line["b"]) for line in lines if line["source"] == "all"}
     assert found["detail (m)"] == (0.5, 0.5) and found["detail (m, prompts dddddddd)"] == (0.25, 0.75)
+
+
+def test_the_papers_row_stands_beside_hawks_own_videos_only(capsys):
+    bleu = {"bleu": [0.1, 0.1, 0.1, 0.1], "n": 1}
+    for source, told in (("DoTA", True), ("mine", False)):
+        sources = {source: bleu, "all": bleu}
+        lengths = dict.fromkeys(sources, {"words": 1, "tokens": 1})
+        scores.print_task("describe", sources, {}, dict.fromkeys(sources, 0.1), lengths)
+        assert ("0.043    0.283    0.320    0.218" in capsys.readouterr().out) == told

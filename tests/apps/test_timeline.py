@@ -591,7 +591,7 @@ def test_all_intervals_are_checked_before_the_model_runs(world, cli, tmp_path, m
         shutil.copy(world / "a b.mkv", tmp_path / name)
         rows.append({"video": name, "abnormal": [120, 180]})
 
-    def no_model(_):
+    def no_model(*_):
         raise ValueError("the model is loaded")
 
     monkeypatch.setattr(timeline, "load", no_model)

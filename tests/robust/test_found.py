@@ -101,7 +101,7 @@ def test_an_index_line_says_how_many_pictures_a_second(tmp_path):
 
 # ---- Formats that hold the video in themselves -------------------------------------------------------------
 def as_dav(path, frames, fps):
-    """Dahua's container around H.264 pictures: a header, an extension with the rate, the picture, the size."""
+    """Dahua's container around H.264 pictures: header, extension with the rate, picture, size."""
     with open(path, "wb") as file:
         for number, payload in enumerate(frames):
             extension = bytes([0x81, 0, 8, fps, 0x82, 0, 0, 0]) + struct.pack("<HH", 96, 72)
@@ -142,12 +142,13 @@ def test_a_single_picture_is_no_video(tmp_path):
 # ---- Damage ------------------------------------------------------------------------------------------------
 CODECS = {
     "h264": [*X264, "-bf", "0"], "bframes": ["-c:v", "libx264", "-bf", "3", "-g", "12"],
-    "mpeg4": ["-c:v", "mpeg4", "-g", "12"], "vp9": ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"],
+    "mpeg4": ["-c:v", "mpeg4", "-g", "12"],
+    "vp9": ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"],
 }  # fmt: skip
 
 
 def damage(path, first, last):
-    """Noise in place of what the packets from number `first` to before `last` hold, less their first bytes."""
+    """Noise in place of what the packets `first` to `last` (excluded) hold, less their first bytes."""
     listing = subprocess.run([*FFMPEG, "-i", path, "-c", "copy", "-f", "framecrc", "-"], capture_output=True)
     lines = listing.stdout.decode().splitlines()
     sizes = [int(line.split(",")[4]) for line in lines if not line.startswith("#")]
