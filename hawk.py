@@ -608,8 +608,8 @@ def choose(logits, new, temperature, top_p, penalty, generator):
 
 
 def read_chain(folder, above=(), base=None):
-    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win. `base` says
-    where it is now. ValueError if it is not there, or holds other weights than those that training started from."""
+    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win. `base`
+    says where it is. ValueError if it is not there, or not the one that training started from."""
     folders = [Path(folder), *above]
     file = folders[0] / "config.json"
     try:

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -332,7 +333,17 @@ def main(argv=None, task=None):
         log = log_file.open("a", buffering=1)
         losses = [json.loads(line).get("held_out_total", math.inf) for line in lines[:start]]
         best = min(losses, default=math.inf)
-    base = None if args.train == "all" else args.weights  # what does not train is left there
+
+    def save(folder, state):
+        base = None if args.train == "all" else args.weights  # what does not train is left there
+        with data.replaced_folder(folder) as new:
+            model.save_pretrained(new, tokenizer=tokenizer_file, base=base)
+            torch.save(state, new / "state.pt")
+            (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+            for name in ("kinds.json", "clips.json"):  # phrases and length of the clips, for apps.timeline
+                if (Path(args.data) / name).exists():
+                    shutil.copy(Path(args.data) / name, new)
+
     skipped = 0
     bad = set()
     began = time.perf_counter()
@@ -369,18 +380,14 @@ def main(argv=None, task=None):
                 values |= evaluate(objective, test_set, autocast, args, device)
                 if values["held_out_total"] < best:
                     best = values["held_out_total"]
-                    with data.replaced_folder(last.with_name("best")) as new:
-                        model.save_pretrained(new, tokenizer=tokenizer_file, base=base)
+                    save(last.with_name("best"), {})
             finite = {name: x for name, x in values.items() if math.isfinite(x)}  # JSON knows no others
             log.write(json.dumps({"step": step} | finite) + "\n")
             bar.set_postfix(loss=values["total"], samples_s=values["samples_per_s"])
             if step % args.save_every == 0 or step == args.steps or told_to_stop > 0:
                 state = {"step": step, "optimizer": optimizer.state_dict()}
                 state["objective"] = {} if objective is model else objective.state_dict()  # a task's heads
-                with data.replaced_folder(last) as new:
-                    model.save_pretrained(new, tokenizer=tokenizer_file, base=base)
-                    torch.save(state, new / "state.pt")
-                    (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+                save(last, state)
         if told_to_stop > 0:
             break
     if world > 1:

@@ -15,8 +15,11 @@ import torch
 from apps.scores import per_source
 from data import DESCRIBE_QUESTIONS, check_row
 from hawk import Encoding, KVCache
-from sample import encode_clips
+from sample import TINY, encode_clips
 
+NO_PHRASES = (
+    "no kinds.json beside the index or the weights, and no --kinds FILE: the model is asked yes or no"
+)
 TOY_KINDS = Path(__file__).parent.parent / "examples" / "kinds.json"
 YES_QUESTION = "Does anything unusual or dangerous happen in this video? Answer yes or no."
 SUBJECT_WORDS = 5  # a phrase is tried after each of the answer's first words: "A red car" is three
@@ -181,17 +184,26 @@ def read_phrases(path):
     return phrases
 
 
-def choose_score(how, kinds, config):
+def find_kinds(args):
+    """The file of phrases: --kinds, else kinds.json beside the index, else in the folder of weights, else for
+    weights/tiny that of the toy world, else None."""
+    folders = [Path(args.annotations).parent] if args.annotations else []
+    files = [folder / "kinds.json" for folder in (*folders, Path(args.weights))]
+    files += [TOY_KINDS] if Path(args.weights).resolve() == TINY else []
+    return args.kinds or next(filter(Path.is_file, files), None)
+
+
+def choose_score(how, kinds):
     """The function (model, tokenizer, clip, encoding) -> score from 0 to 1.
 
     how: "contrast", "yes", or None: contrast if there are phrases. kinds: the file of phrases. Raises
     ValueError if it is needed and missing."""
-    if kinds is None and config.vocab_size < 32000:  # a small vocabulary is that of the toy world
-        kinds = TOY_KINDS
-    if how == "yes" or (how is None and kinds is None):
+    if how == "contrast" and kinds is None:
+        raise ValueError(
+            "contrast needs phrases: --kinds FILE, or a kinds.json beside the index or the weights"
+        )
+    if how == "yes" or kinds is None:
         return yes_score
-    if kinds is None:
-        raise ValueError("contrast needs --kinds FILE with these weights")
     return partial(contrast_score, phrases=read_phrases(kinds))
 
 

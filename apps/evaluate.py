@@ -43,10 +43,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from apps.detect import (
+    NO_PHRASES,
     THRESHOLD,
     YES_QUESTION,
     choose_score,
     detection_per_source,
+    find_kinds,
     phrases_of,
     print_detection,
     read_labels,
@@ -195,8 +197,7 @@ def decisive_options(args):
     names = ["task", "limit", "keep_refusals", "batch_size", "max_new_tokens", "beams", "repetition_penalty"]
     if args.task == "detect":
         names = ["task", "limit", "batch_size"]
-        config = read_chain(args.weights)[0]
-        options["phrases"] = phrases_of(choose_score(args.detect, args.kinds, config))
+        options["phrases"] = phrases_of(choose_score(args.detect, find_kinds(args)))
     return options | {name: getattr(args, name) for name in names}
 
 
@@ -340,7 +341,7 @@ def predict(rows, asked, args, rank=0, world=1):
         return []
     model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
     detects = args.task == "detect"
-    score = choose_score(args.detect, args.kinds, model.config) if detects else None
+    score = choose_score(args.detect, find_kinds(args)) if detects else None
     loader = DataLoader(
         Clips(rows, model.config), batch_sampler=todo, num_workers=args.workers, collate_fn=list
     )
@@ -412,8 +413,10 @@ def prepare_run(args):
     load_index(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     options = record_options(args)
-    path = Path(args.annotations).parent / "kinds.json"
-    kinds = read_kinds(path) if path.exists() and args.task != "detect" else None
+    path = find_kinds(args)
+    if args.task == "detect" and not (args.detect or path):
+        note(f"note: {NO_PHRASES}")
+    kinds = read_kinds(path) if path and args.task != "detect" else None
     return options, kinds
 
 
@@ -499,7 +502,11 @@ def parse_args(argv=None):
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
     add = p.add_argument_group("--task detect").add_argument
     add("--detect", choices=["yes", "contrast"], help="default: contrast if there are phrases, else yes")
-    add("--kinds", metavar="FILE", help="phrases for contrast (default for toy weights: examples/kinds.json)")
+    add(
+        "--kinds",
+        metavar="FILE",
+        help="phrases for contrast; default: kinds.json beside the index or the weights",
+    )
     about = (
         "The paper's GPT-guided scores from any OpenAI-compatible endpoint. Every reply is kept in "
         "OUT.judge.jsonl, and none is paid for twice. The key is read from OPENAI_API_KEY."

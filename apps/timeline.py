@@ -45,7 +45,16 @@ import imageio_ffmpeg
 import numpy as np
 from tqdm import tqdm
 
-from apps.detect import choose_score, describe, numbers, phrases_of, read_intervals, read_rows
+from apps.detect import (
+    NO_PHRASES,
+    choose_score,
+    describe,
+    find_kinds,
+    numbers,
+    phrases_of,
+    read_intervals,
+    read_rows,
+)
 from apps.evaluate import differences, first_alone, gather, start_processes, weights_options
 from data import (
     CONTAINERS,
@@ -349,7 +358,7 @@ def score_names(paths):
 
 def decisive_options(args, config):
     """What decides the scores of a video, but for the video."""
-    phrases = phrases_of(choose_score(args.score, args.kinds, config))
+    phrases = phrases_of(choose_score(args.score, find_kinds(args)))
     return weights_options(args) | {"phrases": phrases, "window": args.window, "stride": args.stride}
 
 
@@ -501,7 +510,11 @@ def parse_args(argv=None):
         help="from one to the next (default: 2)",
     )
     add("--score", choices=["contrast", "yes"], help="default: contrast if there are phrases, else yes")
-    add("--kinds", metavar="FILE", help="phrases for contrast (default for toy weights: examples/kinds.json)")
+    add(
+        "--kinds",
+        metavar="FILE",
+        help="phrases for contrast; default: kinds.json beside the index or the weights",
+    )
     add("--threshold", type=number(float, 0, 1), default=0.5, help="scores that stand out (default: 0.5)")
     add(
         "--scores",
@@ -578,7 +591,7 @@ def score_videos(videos, args, rank):
     if all(video.windows for video in videos):
         return
     model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
-    score = choose_score(args.score, args.kinds, model.config)
+    score = choose_score(args.score, find_kinds(args))
     options = {"disable": rank > 0, "file": sys.stderr}
     for video in tqdm(videos, unit="video", **options):
         if video.windows:
@@ -621,8 +634,10 @@ def score_annotated(annotated, args, rank, world):
 
 def check_run(args):
     """Raises what is wrong with the index or the phrases."""
+    if not (args.score or find_kinds(args)):
+        note(f"note: {NO_PHRASES}")
     read_annotations(args.annotations)
-    choose_score(args.score, args.kinds, read_chain(args.weights)[0])
+    choose_score(args.score, find_kinds(args))
 
 
 def measure_agreement(args):
@@ -653,8 +668,10 @@ def main(argv=None):
     try:
         if args.annotations:
             return measure_agreement(args)
+        if not (args.score or find_kinds(args)):
+            note(f"note: {NO_PHRASES}")
         model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
-        score = choose_score(args.score, args.kinds, model.config)
+        score = choose_score(args.score, find_kinds(args))
     except PROBLEMS as error:
         return print_error(error)
     status = 0

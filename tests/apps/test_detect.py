@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from sklearn import metrics
 
 from apps import detect
 from data import read_clip
-from hawk import Encoding, HawkConfig
-from sample import encode_clips, load
+from hawk import Encoding
+from sample import TINY, encode_clips, load
 
 # ---- Rows --------------------------------------------------------------------------------------------------
 
@@ -85,9 +86,27 @@ def test_the_answer_changes_at_the_threshold(world, monkeypatch):
 
 
 def test_phrases_that_decide_are_named():
-    config = HawkConfig(vocab_size=1024)
-    assert "catches fire" in detect.phrases_of(detect.choose_score(None, None, config))
-    assert detect.phrases_of(detect.choose_score("yes", None, config)) is None
+    assert "catches fire" in detect.phrases_of(detect.choose_score(None, detect.TOY_KINDS))
+    assert detect.phrases_of(detect.choose_score("yes", detect.TOY_KINDS)) is None
+
+
+def test_fine_tuned_weights_never_meet_the_toy_phrases(tmp_path):
+    """kinds.json beside the index wins, then the one that training copied beside the weights."""
+
+    def found(**options):
+        given = {"kinds": None, "annotations": None, "weights": tmp_path / "last"} | options
+        return detect.find_kinds(Namespace(**given))
+
+    for folder in ("last", "data"):
+        (tmp_path / folder).mkdir()
+    index = tmp_path / "data" / "test.jsonl"
+    assert found() is found(annotations=index) is None
+    assert detect.choose_score(None, None) is detect.yes_score
+    assert found(weights=TINY) == detect.TOY_KINDS and found(kinds="mine.json") == "mine.json"
+    for folder in ("last", "data"):
+        (tmp_path / folder / "kinds.json").write_text('{"normal": "all is well", "fall": "falls"}')
+    assert found() == tmp_path / "last" / "kinds.json"
+    assert found(annotations=index) == tmp_path / "data" / "kinds.json"
 
 
 # ---- Numbers -----------------------------------------------------------------------------------------------

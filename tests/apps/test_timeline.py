@@ -730,14 +730,14 @@ def test_the_bundled_weights_find_the_event(tmp_path, capfd):
 
 
 def test_which_score_is_the_default():
-    def chosen(vocabulary, *options):
+    def chosen(*options):
         args = timeline.parse_args(["--video", "x", *options])
-        return detect.choose_score(args.score, args.kinds, HawkConfig(vocab_size=vocabulary))
+        return detect.choose_score(args.score, detect.find_kinds(args))
 
-    assert len(chosen(1024).keywords["phrases"]) == 11  # the toy world's kinds
-    assert chosen(32000) is detect.yes_score and chosen(1024, "--score", "yes") is detect.yes_score
-    with pytest.raises(ValueError, match="needs --kinds"):
-        chosen(32000, "--score", "contrast")
+    assert len(chosen().keywords["phrases"]) == 11  # the toy world's kinds
+    assert chosen("--weights", "mine") is detect.yes_score and chosen("--score", "yes") is detect.yes_score
+    with pytest.raises(ValueError, match="--kinds FILE, or a kinds.json"):
+        chosen("--weights", "mine", "--score", "contrast")
 
 
 def test_no_matplotlib_is_one_line(cli, monkeypatch):
