@@ -763,8 +763,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def read(self, i, sampling, generator):
         """-> ({branch: uint8 tensor (T, 3, H, W)}, Clip)"""
-        options = clip_options(self.config)
-        options |= {"fps": self.rows[i].get("fps", 25), "sampling": sampling, "generator": generator}
+        rate = {"fps": self.rows[i]["fps"]} if "fps" in self.rows[i] else {}
+        options = clip_options(self.config) | rate | {"sampling": sampling, "generator": generator}
         clip = read_clip(self.rows[i]["video"], **options)
         streams = {name: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for name, x in clip.streams.items()}
         return streams, clip

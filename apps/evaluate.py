@@ -292,8 +292,8 @@ class Clips(Dataset):
 
     def __getitem__(self, i):
         try:
-            row = self.rows[i]
-            return read_clip(row["video"], fps=row.get("fps", 25), **clip_options(self.config))
+            rate = {"fps": self.rows[i]["fps"]} if "fps" in self.rows[i] else {}
+            return read_clip(self.rows[i]["video"], **clip_options(self.config), **rate)
         except VideoError as error:
             return str(error)
 
