@@ -347,7 +347,7 @@ def new_figure(width, height, caption):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    text = textwrap.fill(caption, round(width * 13.5))
+    text = textwrap.fill(caption, round(width * 14.5))
     figure.supxlabel(text, fontsize=9, x=0.01, ha="left", color="0.25")
     return figure
 
@@ -380,7 +380,7 @@ def draw_streams(look, branches):
         "What each branch sees, and the optical flow from the frame before (hue: direction, red to the "
         "right, cyan to the left; brightness: speed)."
     )
-    figure = new_figure(1.35 * len(chosen) + 1, 1.35 * len(rows) + 0.7, caption)
+    figure = new_figure(max(6, 1.35 * len(chosen) + 1), 1.35 * len(rows) + 0.7, caption)
     grid = figure.subplots(len(rows), len(chosen), squeeze=False)
     for line, (name, pictures) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(name)
@@ -404,15 +404,15 @@ def draw_queries(look, branch, layer, queries, trained):
     caption = (
         f"{branch}, frame Q-Former, layer {layer + 1} of those that read the frame: cross-attention over the "
         f"{side} × {side} patches, mean over the heads. The class token is left out and the rest scaled to "
-        "the sum 1; the number is the class token's share. Where it has more than half, the map is blue: "
-        "the query looks at no place."
+        "the sum 1; the number is the class token's share. Coloured is what gets more than an even share, in "
+        "blue where the class token has more than half: the query looks at no place."
     )
     if any(trained):
         caption += (
             " Stage 0 trained query k to point at the kind of object named above it, and at the class token "
             "where there is none; queries without a name were left free."
         )
-    figure = new_figure(1.15 * (len(queries) + 1), 1.28 * len(chosen) + 0.9, caption)
+    figure = new_figure(1.15 * (len(queries) + 1), max(2.7, 1.28 * len(chosen) + 0.9), caption)
     grid = figure.subplots(len(chosen), 1 + len(queries), squeeze=False)
     for line, t in zip(grid, chosen, strict=True):
         frame = look.clip.streams[branch][t]
@@ -437,7 +437,9 @@ def draw_map(axes, frame, weights, class_share):
     looks = class_share < 0.5
     colour = np.zeros((*weights.shape, 4))
     colour[..., :3] = (1, 0.25, 0.1) if looks else (0.4, 0.6, 0.9)
-    colour[..., 3] = (0.85 if looks else 0.35) * weights / weights.max()
+    even = 1 / weights.size
+    above = np.maximum(weights - even, 0) / max(weights.max() - even, 4 * even)
+    colour[..., 3] = (0.85 if looks else 0.35) * above
     axes.imshow(colour, extent=(0, width, height, 0), interpolation="nearest")
     share = f"{100 * class_share:.0f}%"
     axes.text(0.97, 0.04, share, transform=axes.transAxes, ha="right", color="white", fontsize=8)
@@ -446,6 +448,8 @@ def draw_map(axes, frame, weights, class_share):
 def draw_video_queries(look, branches):
     """Which frames the video queries read: a column for each branch, a row for each layer."""
     T = len(look.clip.indices)
+    ticks = spread(T, 8)
+    seconds = [f"{look.clip.seconds[t]:g}" for t in ticks]
     towers = [layers_of(look.attention, f"{branch}.video_qformer") for branch in branches]
     depth = len(towers[0])
     caption = (
@@ -461,7 +465,7 @@ def draw_video_queries(look, branches):
             axes = grid[layer, column]
             picture = axes.imshow(frame_shares(weights, T).numpy(), aspect="auto", vmin=0, vmax=highest)
             axes.set_title(f"{branch}, layer {layer + 1} of {depth}", fontsize=10)
-            axes.set_xticks(range(T), [f"{second:g}" for second in look.clip.seconds], fontsize=8)
+            axes.set_xticks(ticks, seconds, fontsize=8)
     figure.colorbar(picture, ax=grid, shrink=0.7)
     for axes in grid[:, 0]:
         axes.set_ylabel("video query")

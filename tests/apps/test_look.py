@@ -13,6 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from pretended_gpu import pretended_gpu
 
 import data
 import sample
@@ -248,6 +249,19 @@ def test_without_motion_only_the_motion_tokens_change(seen, world, tmp_path):
     # a video that stands still already is what it is
     still = look.look_at(model, tokenizer, sliding(tmp_path / "still.mkv", 1), max_new_tokens=2)
     assert torch.allclose(look.without_motion(model, still), still.encoding.tokens, atol=1e-5)
+
+
+def test_on_a_gpu(seen, world):
+    """The same on a (pretended) GPU as on the CPU."""
+    _, tokenizer, expected = seen
+    with pretended_gpu() as device:
+        model = Hawk.from_pretrained(world / "weights").to(device)
+        found = look.look_at(model, tokenizer, world / "a b.mp4", max_new_tokens=5)
+        assert found.steps == expected.steps and found.answer == expected.answer
+        for name, weights in expected.attention.items():
+            assert torch.allclose(found.attention[name], weights, atol=1e-5)
+        probabilities = look.word_probabilities(model, found, look.without_motion(model, found))
+        assert probabilities.numpy().shape == (len(found.answer), model.config.vocab_size)
 
 
 def test_motion_decides_the_word(bundled):
