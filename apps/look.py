@@ -141,13 +141,13 @@ Look = namedtuple("Look", "clip flow steps attention encoding prompt answer")
 
 
 def place_of(function):
-    """ "file:function" of a function."""
+    """Where a function is, as "file:function"."""
     function = inspect.unwrap(function)
     return f"{Path(function.__code__.co_filename).name}:{function.__qualname__}"
 
 
 def caller_in_hawk():
-    """ "hawk.py:function" of the function of hawk.py that is running: the one that called a torch module."""
+    """The function of hawk.py that is running, as "hawk.py:function": it called a module of torch."""
     frame = sys._getframe()
     while frame.f_code.co_filename != hawk.__file__:
         frame = frame.f_back
@@ -520,10 +520,8 @@ def piece(tokenizer, token):
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
-def write_folder(folder, model, tokenizer, look, layer, bundled):
-    """All files of the trace of one clip. bundled: whether the weights are those of this repository."""
-    import matplotlib
-
+def draw_all(model, tokenizer, look, layer, bundled):
+    """{name: figure}. layer: see draw_queries. bundled: whether the weights are those of this repository."""
     config = model.config
     names = list(OBJECTS) if bundled else []
     trained = names + [""] * (config.n_queries - len(names))
@@ -538,8 +536,16 @@ def write_folder(folder, model, tokenizer, look, layer, bundled):
         moving = word_probabilities(model, look, look.encoding.tokens)
         still = word_probabilities(model, look, without_motion(model, look))
         figures["words"] = draw_words(look, tokenizer, moving, still)
-    folder.mkdir(parents=True, exist_ok=True)
+    return figures
+
+
+def write_pictures(folder, *drawn):
+    """Draws all figures (`drawn`: see draw_all) and writes them -> their file names."""
+    import matplotlib
+
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign is a dollar sign
+        figures = draw_all(*drawn)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
     return [f"{name}.png" for name in figures]
@@ -561,7 +567,7 @@ def look_into_folder(args):
         raise ValueError(f"--layer {args.layer}: only {depth} layers of the frame Q-Former read the frame")
     seen = look_at(model, tokenizer, args.video, args.question, args.words)
     bundled = sample.is_bundled(weights_folder(args))
-    names = write_folder(folder, model, tokenizer, seen, args.layer - 1, bundled)
+    names = write_pictures(folder, model, tokenizer, seen, args.layer - 1, bundled)
     trace = Trace()
     trace.steps = seen.steps
     answer = tokenizer.decode(seen.answer)

@@ -289,6 +289,13 @@ def test_folder(world, tmp_path, capsys):
         assert pixels(out / name).std() > 5  # something is drawn
 
 
+def test_a_dollar_sign_is_no_formula(seen, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(look, "piece", lambda tokenizer, token: "$\\frac$")  # as a formula it is an error
+    monkeypatch.setattr(look, "QUERIES_PER_PAGE", 1000)
+    assert "words.png" in look.write_pictures(tmp_path, *seen, 0, False)
+
+
 def test_three_branches_and_16_by_16_patches(world, tmp_path, monkeypatch, capsys):
     """The proportions of the 7B model: 16 × 16 patches, and only every second layer reads them."""
     pytest.importorskip("matplotlib")
