@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -564,7 +565,9 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
     last = len(video.seconds) - 1
     current = np.clip(indices, 1, last)
     previous = np.maximum(current - 1, 0)  # a lone frame is its own
-    blocks = np.split(np.arange(len(indices)), range(BLOCK, len(indices), BLOCK)) if masks else []
+    on_cpu = torch.device(device).type == "cpu"  # a GPU takes all pairs at once, when they are here
+    step = BLOCK if on_cpu else len(indices)
+    blocks = np.split(np.arange(len(indices)), range(step, len(indices), step)) if masks else []
     frames = {}
     masked = []
 
@@ -579,8 +582,9 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
         for number, frame in decode(video, size, np.unique([indices, previous, current]).tolist()):
             frames[number] = frame
             while blocks and number >= current[blocks[0][-1]]:
-                masked.append(pool.submit(mask, blocks.pop(0)))
-        masked = [future.result() for future in masked]
+                block = blocks.pop(0)
+                masked.append(pool.submit(mask, block).result if on_cpu else partial(mask, block))
+        masked = [result() for result in masked]
     streams = {name: np.stack([frames[i] for i in indices]) for name in branches}
     for name in masks:
         streams[name] = np.concatenate([block[name].cpu().numpy() for block in masked])

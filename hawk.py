@@ -408,8 +408,7 @@ class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half the m
 
 
 # ---- Hawk --------------------------------------------------------------------------------------------------
-# Of B clips: soft tokens (B, 32 for each branch, D); {branch: tight features (B, 32, tight_dim)} if compared.
-Encoding = namedtuple("Encoding", "tokens tight")
+Encoding = namedtuple("Encoding", "tokens tight")  # (B, 32 a branch, D), {compared: (B, 32, tight_dim)}
 
 
 def is_frame_level(name):
@@ -614,15 +613,16 @@ def read_chain(folder, above=(), base=None):
     file = folders[0] / "config.json"
     try:
         values = {**json.loads(file.read_text())}
-        stored = values.pop("base", None)
-        base = stored and Path(base or stored)
         mark = values.pop("base_fingerprint", None)
+        stored = values.pop("base", ())
+        base = Path(base or stored) if stored != () else None
+        there = base and base.is_dir()
         config = HawkConfig.from_dict(values)
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{file}: cannot be read ({e}); python prepare.py weights makes one") from e
     if base is None or base in folders:
         return config, folders
-    require(base.is_dir(), f"{file}: its base {base} is not there; say where: prepare.py merge --base DIR")
+    require(there, f"{file}: its base {base} is not there; say where: prepare.py merge --base DIR")
     require(mark in (None, fingerprint(base)), f"{base}: is not what {folder} was trained on, or has changed")
     return config, read_chain(base, folders)[1]
 

@@ -228,7 +228,7 @@ def test_settings_reach_what_starts_from_weights():
     """--set reaches the modules, the LoRA has the rank asked for, and under autocast the weights keep the
     type that they are stored in, float16."""
     flags = ["--weights", str(ROOT / "weights" / "tiny"), "--data", "x", "--out", "y", "--train", "lora"]
-    flags += ["--set", "lora_rank=3", "--set", "dropout=0.3", "--dtype", "bfloat16"]
+    flags += ["--set", "lora_rank=3", "--set", "dropout=0.3", "--dtype", "bfloat16", "--steps", "1"]
     task = train.HawkTask()
     args = train.parse_args(flags, task)
     model = task.objective(args, train.build(args, args.weights, torch.device("cuda"))[0], None)
@@ -247,7 +247,7 @@ def test_settings_reach_what_starts_from_weights():
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, flags, word):
-    assert train.run([*flags, "--out", str(tmp_path)]) == 2
+    assert train.run([*flags, "--out", str(tmp_path), "--steps", "1"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error:") and word in said and said.count("\n") == 1
 
