@@ -181,7 +181,7 @@ def test_unknown_words_are_not_asked():
 def test_other_data_is_refused_in_one_line(world, weights, tmp_path, capsys, task, lacking):
     row = {"video": str(world / "videos/x.mp4"), "description": "A car."}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
-    flags = ["--weights", weights, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 1]
+    flags = ["--weights", weights, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 2]
     assert towers.main([task, *map(str, flags)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error:") and lacking in said and said.count("\n") == 1
