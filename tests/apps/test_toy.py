@@ -248,3 +248,42 @@ def test_errors(tmp_path, options, capsys):
     assert make(tmp_path / "file", options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+# ---- Clutter -----------------------------------------------------------------------------------------------
+
+
+def test_clutter_stands_still_and_changes_nothing_else():
+    counts = set()
+    for index in range(60):
+        bare, texts, _ = toy_clip(11, "test", index)
+        full, told, _ = toy_clip(11, "test", index, (0, 6))
+        counts.add(len(full.clutter))
+        assert not bare.clutter and len(full.tracks) == len(bare.tracks)
+        for one, other in zip(full.tracks + full.effects, bare.tracks + bare.effects, strict=True):
+            np.testing.assert_array_equal(one.x, other.x)
+        assert told["description"] == texts["description"] and told["motion"] == texts["motion"]
+        answers = [{turn["a"] for turn in text["qa"]} for text in (told, texts)]
+        assert answers[0] == answers[1]
+        for thing in full.clutter:
+            assert np.ptp(thing.x) == np.ptp(thing.y) == 0 and 0 < thing.x[0] < 1
+            assert thing.object in (*toy.VEHICLES, *toy.WALKERS)
+            others = [track for track in full.tracks + full.clutter if track is not thing]
+            assert not any(toy.overlap(thing, other, 0.05) for other in others)
+    assert counts == set(range(7))
+
+
+def test_clutter_is_drawn_and_counted(tmp_path):
+    bare, full = (toy_clip(3, "test", 0, clutter) for clutter in ((0, 0), (5, 5)))
+    frames = [toy.render(video, rng).astype(int) for video, _, rng in (bare, full)]
+    changed = np.abs(frames[0] - frames[1]).max(-1) > 60
+    assert changed.mean() > 0.02 and (changed[0] & changed[-1]).sum() > 0.7 * changed[0].sum()
+    toy.main(["--out", str(tmp_path), "--n-test", "2", "--n-long", "1", "--clutter", "2-3"])
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    for row in rows:
+        parked = [thing for thing in row["objects"] if thing.get("parked")]
+        assert len(parked) == row["clutter"] in (2, 3)
+    assert json.loads((tmp_path / "long.jsonl").read_text())["clutter"] in range(4)
+    for wrong in ("7", "3-2", "-1", "many"):
+        with pytest.raises(SystemExit):
+            toy.main(["--out", str(tmp_path), "--n-test", "1", "--clutter", wrong])
