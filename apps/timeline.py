@@ -492,6 +492,15 @@ def write_video(seen, threshold, path):
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
+def clip_seconds(weights):
+    """How long the clips were that the weights were trained on, as apps.index measured and training noted."""
+    file = Path(weights) / "clips.json"
+    try:
+        return float(json.loads(file.read_text())["seconds"]) if file.exists() else 4.0
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not what apps.index writes ({error}); give --window S") from None
+
+
 def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
@@ -501,14 +510,10 @@ def parse_args(argv=None):
         metavar="INDEX",
         help='instead: rows {"video", "abnormal": [start, end] in seconds, a list of such, or []}',
     )
-    add("--window", type=number(float, 0.05), default=4.0, metavar="S", help="seconds (default: 4)")
-    add(
-        "--stride",
-        type=number(float, 0.05),
-        default=2.0,
-        metavar="S",
-        help="from one to the next (default: 2)",
-    )
+    told = "seconds (default: as long as the clips that the weights were trained on, else 4)"
+    add("--window", type=number(float, 0.05), metavar="S", help=told)
+    told = "seconds from one window to the next (default: half a window)"
+    add("--stride", type=number(float, 0.05), metavar="S", help=told)
     add("--score", choices=["contrast", "yes"], help="default: contrast if there are phrases, else yes")
     add(
         "--kinds",
@@ -533,6 +538,8 @@ def parse_args(argv=None):
         p.error("--scores is for --annotations")
     if args.kinds and args.score == "yes":
         p.error("--kinds is for --score contrast")
+    args.window = args.window or clip_seconds(args.weights)
+    args.stride = args.stride or args.window / 2
     if args.stride > args.window:
         p.error("--stride is longer than --window: what lies between two windows would not be seen")
     outputs = [Path(file) for file in (args.plot, args.out_video) if file]
