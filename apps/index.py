@@ -1,13 +1,13 @@
 """Your own clips -> an index to train on and one to test with.
 
-    python -m apps.index clips --out data/mine                # clips/normal/…, clips/fall/…: a folder a kind
-    python -m apps.index clips --out data/mine --csv clips.csv    # or a table: video, kind, description, group
+    python -m apps.index clips --out data/mine                  # clips/normal/…, clips/fall/…: a folder each
+    python -m apps.index clips --out data/mine --csv clips.csv  # or a table: video, kind, description, group
 
 A video is a file, or a folder of numbered pictures. Each is read once; what cannot be read is left out, and
 report.json says why. The first run writes OUT/sentences.json, {kind: the sentence that describes it}. Edit it
 and run again: "The clip shows a fall." becomes "A person falls and stays on the ground.", say. All sentences
-should begin alike, because what follows is what apps.timeline listens for (OUT/kinds.json). A description from
-the table is added behind the sentence.
+should begin alike, because apps.timeline listens for what follows (OUT/kinds.json). A description from the
+table is added behind the sentence.
 
 Clips of one recording belong on one side of the split. --group REGEX says which part of a path names the
 recording, as in '--group cam[0-9]+'; the column "group" of the table does too. Otherwise each video counts as
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 
 
 def find_in_folders(folder, pattern):
-    """The videos in FOLDER/KIND/ -> [Found]. ValueError if there are fewer than two kinds, or an empty one."""
+    """The videos in FOLDER/KIND/ -> [Found]. ValueError if there are less than two kinds, or an empty one."""
     kinds = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(kinds) < 2:
         raise ValueError(f"{folder}: needs a folder for each kind, such as {folder}/normal and {folder}/fall")

@@ -512,7 +512,7 @@ def parse_args(argv=None):
     )
     told = "seconds (default: as long as the clips that the weights were trained on, else 4)"
     add("--window", type=number(float, 0.05), metavar="S", help=told)
-    told = "seconds from one window to the next (default: half a window)"
+    told = "seconds from one window to the next (default: 2, or a window if that is shorter)"
     add("--stride", type=number(float, 0.05), metavar="S", help=told)
     add("--score", choices=["contrast", "yes"], help="default: contrast if there are phrases, else yes")
     add(
@@ -539,7 +539,7 @@ def parse_args(argv=None):
     if args.kinds and args.score == "yes":
         p.error("--kinds is for --score contrast")
     args.window = args.window or clip_seconds(args.weights)
-    args.stride = args.stride or args.window / 2
+    args.stride = args.stride or min(2.0, args.window)
     if args.stride > args.window:
         p.error("--stride is longer than --window: what lies between two windows would not be seen")
     outputs = [Path(file) for file in (args.plot, args.out_video) if file]
