@@ -40,7 +40,7 @@ from hawk import is_frame_level, require
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
 CONTAINERS += ",mxf,dv,wtv,dhav,yuv4mpegpipe,mjpeg,jpeg_pipe"
 SUPPORTED = "mp4, mkv, webm, avi, ts, wmv, dav, y4m, mjpeg and so on, and folders of numbered pictures"
-PICTURES = "-f concat -safe 0 -format_whitelist concat,image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe"
+PICTURES = "image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe"  # formats of the files of a folder
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
 SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
 HELD_BYTES = 96 << 20  # of frames, at most, that an open video holds
@@ -51,9 +51,10 @@ PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists
 
 # When each frame is shown (seconds since the first); what ffmpeg said, a text a run; notes for the user.
 # All frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks,
-# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact.
-FIELDS = "path seconds log notes frames files stamps tick keys codec"
-Video = namedtuple("Video", FIELDS, defaults=(None,) * 7)
+# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact. Else, if they promised other
+# frames than there are, how many.
+FIELDS = "path seconds log notes frames files stamps tick keys codec promised"
+Video = namedtuple("Video", FIELDS, defaults=(None,) * 8)
 
 
 class VideoError(ValueError):
@@ -109,7 +110,8 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
                 clock.cancel()
                 process.kill()
         messages.seek(0)
-        text = messages.read().decode(errors="replace")
+        text = messages.read().replace(os.fsencode(source), b"").decode(errors="replace")
+    text = re.sub(r"^(\[info\] {5}| +: ).*", "", text, flags=re.M)  # names and titles are no messages
     if log is not None:
         log.append(text)
     check_run(path, code, text, count)
@@ -149,21 +151,21 @@ def frame_options(size, terms=(), stop=False):
     select = f"select='{'+'.join(terms)}'," if terms else ""
     count = ["-frames:v", str(len(terms))] if stop else []
     times = "-fps_mode passthrough -enc_time_base demux -stats_enc_pre TIMES -stats_enc_pre_fmt {pts},{tb} "
-    rest = times + "-f rawvideo -pix_fmt rgb24 pipe:1"
+    rest = times + "-map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1"
     return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *count, *rest.split()]
 
 
 def damage(video):
     """Notes on the frames that were decoded. VideoError if most of them are damaged."""
     text = "".join(video.log)
-    runs = re.findall(r"(\d+) packets read .*; (\d+) frames decoded; (\d+) decode errors", text)
-    packets, decoded, failed = np.array(runs, dtype=int).reshape(-1, 3).sum(0).tolist()
+    runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
+    decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
     concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
-    concealed = sum(int(again or 0) + 1 for again in concealed)
+    bad = failed + sum(int(again or 0) + 1 for again in concealed)
     total = decoded + failed
-    if len(runs) == 1 and failed + concealed:  # one run over the whole video; some frames are lost in silence
-        total = max(total, packets)
-    bad = total - decoded + concealed
+    if bad and video.promised:  # some frames are lost in silence
+        bad += max(video.promised - total, 0)
+        total = max(video.promised, total)
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     notes = list(video.notes or ())
@@ -183,7 +185,11 @@ def damage(video):
 def open_folder(path, fps):
     """Video of a folder of numbered pictures, in the order of the last number in each name."""
     numbered = {}
-    for entry in os.scandir(path):
+    try:
+        entries = list(os.scandir(path))
+    except OSError as error:
+        raise VideoError(path, error.strerror) from None
+    for entry in entries:
         found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
         if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
             twin = numbered.setdefault(int(found[1]), entry.path)
@@ -200,19 +206,24 @@ def open_folder(path, fps):
 
 def read_files(video, size, numbers):
     """Yields (number, frame) of these pictures of a folder, decoded one after the other by one ffmpeg."""
+    count = 0
     with tempfile.TemporaryFile() as listing:
-        for number in numbers:  # a picture counts as a second
-            quoted = os.fsencode(os.path.abspath(video.files[number])).replace(b"'", rb"'\''")
-            listing.write(b"file 'file:%s'\noption pattern_type none\nduration 1\n" % quoted)
+        for number in numbers:  # a picture counts as a second; it cannot be a list of others
+            name = os.path.abspath(video.files[number])
+            if re.search("[\r\n]", name):
+                raise VideoError(name, "has a line break in its path; rename it")
+            quoted = os.fsencode(name).replace(b"'", rb"'\''")
+            listing.write(b"file 'file:%s'\nduration 1\noption pattern_type none\n" % quoted)
+            listing.write(f"option format_whitelist {PICTURES}\n".encode())
         listing.seek(0)
-        options = (frame_options(size), size, PICTURES.split(), video.log, listing)
-        count = 0
-        frames = ffmpeg(video.path, *options, patient=True)
-        for (stamp, frame), number in zip(frames, numbers, strict=False):
-            if stamp != count:
-                break
-            count += 1
-            yield number, frame
+        before = "-f concat -safe 0 -format_whitelist concat".split()
+        frames = ffmpeg(video.path, frame_options(size), size, before, video.log, listing, patient=True)
+        with suppress(VideoError):  # the picture is named instead
+            for (stamp, frame), number in zip(frames, numbers, strict=False):
+                if stamp != count:
+                    break
+                count += 1
+                yield number, frame
     if count < len(numbers):
         raise VideoError(video.files[numbers[count]], "cannot be decoded; remove it or replace it")
 
@@ -541,7 +552,7 @@ def read_clip(path, n_frames=32, image_size=224, branches=("appearance", "motion
         try:
             return clip_of(video, image_size, indices, branches, motion_mask, device)
         except EOFError:  # the packets promised other frames
-            video = decode_all(path, image_size)
+            video = decode_all(path, image_size)._replace(promised=len(video.seconds))
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
@@ -706,7 +717,7 @@ def check_row(row):
     for name in ("qa", "flags"):
         require(isinstance(row.get(name), list | None), f'"{name}" must be a list')
     fps = row.get("fps", 25)
-    require(type(fps) in (int, float) and fps > 0, '"fps" must be a positive number')
+    require(type(fps) in (int, float) and 0 < fps < 1e6, '"fps" must be a positive number')
     texts = [row.get("description") or "", row.get("motion") or ""]
     for turn in row.get("qa") or []:
         known = isinstance(turn, dict) and isinstance(turn.get("q"), str) and isinstance(turn.get("a"), str)
@@ -915,7 +926,7 @@ class CachedFeatures:
             raise VideoError(
                 video, f"has damaged features ({error}); remove {file} and make it again"
             ) from error
-        if os.path.exists(video) and os.path.getsize(video) != int(about["bytes"]):
+        if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
             raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
 
