@@ -13,7 +13,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import imageio_ffmpeg
 import numpy as np
@@ -91,10 +91,8 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), *before, "-i", source, "-an", "-sn", "-dn"]
     command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
     with open(times) as times, tempfile.TemporaryFile() as messages:
-        pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": messages}
-        with subprocess.Popen(
-            command, **pipes, pass_fds=[times_end], pipesize=1 << 20, process_group=0
-        ) as process:
+        pipes = {"stdin": stdin or DEVNULL, "stdout": PIPE, "stderr": messages, "pass_fds": [times_end]}
+        with Popen(command, **pipes, pipesize=1 << 20, process_group=0) as process:
             os.close(times_end)
             with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -146,13 +144,12 @@ def check_run(path, code, log, count):
         raise VideoError(path, f"cannot be read as a video ({error[1] if error else 'no frames'}){hint}")
 
 
-def frame_options(size, terms=(), stop=False):
-    """Options for size x size frames: all, or where a term holds. stop: end after as many as terms."""
+def frame_options(size, terms=()):
+    """Options for size x size frames: all, or those for which a term holds."""
     select = f"select='{'+'.join(terms)}'," if terms else ""
-    count = ["-frames:v", str(len(terms))] if stop else []
-    times = "-fps_mode passthrough -enc_time_base demux -stats_enc_pre TIMES -stats_enc_pre_fmt {pts},{tb} "
-    rest = times + "-map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1"
-    return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *count, *rest.split()]
+    output = "-fps_mode passthrough -enc_time_base demux -stats_enc_pre TIMES -stats_enc_pre_fmt {pts},{tb}"
+    output += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1"
+    return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *output.split()]
 
 
 def damage(video):
@@ -350,12 +347,13 @@ def seek(video, size, numbers):
     """As `decode`, but neighbours are decoded from a keyframe before them, by several runs at a time."""
 
     def decode_neighbours(wanted):
-        options = frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted], stop=True)
+        options = frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted])
+        stop = ["-frames:v", str(len(wanted))]
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
         before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
         before = before if wanted[0] > SEEK_MARGIN else []
         try:
-            return list(ffmpeg(video.path, options, size, before, video.log, threads=1))
+            return list(ffmpeg(video.path, stop + options, size, before, video.log, threads=1))
         except VideoError:
             return []
 
@@ -412,7 +410,7 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
             bottom, right = (2 ** max(n - 1, 1).bit_length() + 1 - n for n in images.shape[-2:])
             second = F.pad(second.transpose(0, 1), (0, right, 0, bottom))
             for _ in range(iterations):
-                flow = solve(normal_equations(first, second, flow), winsize)
+                flow = improve(flow, first, second, winsize)
         return flow
 
     blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
@@ -428,9 +426,8 @@ def correlate(images, dim, weights, sign=1):
     n = len(weights) - 1
     neighbours = images.unfold(dim, 2 * n + 1, 1).unbind(-1)
     total = neighbours[n] * weights[0]
-    pair = torch.empty_like(total)  # one buffer for all: new memory would take as long as the sums
     for k in range(1, n + 1):
-        torch.add(neighbours[n + k], neighbours[n - k], alpha=sign, out=pair)
+        pair = torch.add(neighbours[n + k], neighbours[n - k], alpha=sign)
         total.add_(pair, alpha=weights[k])
     return total
 
@@ -479,39 +476,35 @@ def polynomial_expansion(images, n, sigma):
     return torch.stack([by, bx, ayy, axx, axy], dim=1)
 
 
-def normal_equations(first, second, flow):
-    """A d = Δb of each pixel, multiplied by Aᵀ -> (5, B, h, w): AᵀA as yy, xy, xx, and AᵀΔb as y, x. `second`
-    (B, 5, padded h, w) is read where the flow points to. A is the mean of both frames'; only the rest of d is
-    unknown, so Δb = (b₁ - b₂)/2 + A·flow. Outside the image, A is the first one's, and b₂ = 0."""
+def improve(flow, first, second, winsize):
+    """A better flow (2, B, h, w), from the first frame's coefficients (5, B, h, w) and the second one's (B, 5,
+    padded h, w), read where the flow points to. A is the mean of both; only the rest of d is unknown, so
+    Δb = (b₁ - b₂)/2 + A·flow. Outside the image, A is the first one's, and b₂ = 0.
+
+    A d = Δb, multiplied by Aᵀ and summed over windows of 2·(winsize//2) + 1 pixels, is a 2x2 system a pixel."""
     h, w = flow.shape[-2:]
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
     y = dy + torch.arange(h, device=flow.device)[:, None]
     right, bottom = ((n - 1) * (1 - 1e-7) for n in (w, h))  # in OpenCV, the last pixel is outside
-    outside = (x - x.clamp(0, right)).abs_().add_((y - y.clamp(0, bottom)).abs_()).sign_()  # 0 or 1
-    x += 1e6 * outside  # so far off that zeros are read
-    grid = torch.stack([x.mul_(2 / (second.shape[-1] - 1)), y.mul_(2 / (second.shape[-2] - 1))]).sub_(1)
-    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1)
+    inside = ((x == x.clamp(0, right)) & (y == y.clamp(0, bottom))).float()
+    grid = torch.stack([x * (2 / (second.shape[-1] - 1)), y * (2 / (second.shape[-2] - 1))]).sub_(1)
+    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1).mul_(inside)
     by, bx = first[:2] - second[:2]
-    ayy, axx, axy = second[2:].add_(first[2:]).mul_(outside.add_(1))
-    by.addcmul_(ayy, dy).addcmul_(axy, dx)  # in place: new memory would take as long as the sums
+    ayy, axx, axy = second[2:].add_(first[2:]).mul_(2 - inside)  # in place: new memory takes as long as the sums
+    by.addcmul_(ayy, dy).addcmul_(axy, dx)
     bx.addcmul_(axx, dx).addcmul_(axy, dy)
-    left = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
-    right = [(ayy * by).addcmul_(axy, bx), (axy * by).addcmul_(axx, bx)]
+    equations = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
+    equations += [(ayy * by).addcmul_(axy, bx), (axy * by).addcmul_(axx, bx)]
     # Near the border, a pixel counts less.
     ramp = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472] + [1.0] * max(h, w), device=flow.device)
     weight = ((ramp[:h] * ramp[:h].flip(0))[:, None] * ramp[:w] * ramp[:w].flip(0)) ** 2
-    return torch.stack(left + right).mul_(weight)
-
-
-def solve(equations, winsize):
-    """(5, B, h, w) -> flow (2, B, h, w): sums over windows of 2·(winsize//2) + 1 pixels, then 2x2 systems."""
     m = winsize // 2
-    padded = F.pad(equations, (m, m, m, m), mode="replicate")
+    padded = F.pad(torch.stack(equations).mul_(weight), (m, m, m, m), mode="replicate")
     sums = padded.unfold(-2, 2 * m + 1, 1).sum(-1)  # fast in this direction only
     yy, xy, xx, y, x = correlate(sums, -1, [1] * (m + 1))
     determinant = yy * xx - xy * xy + 1e-3 * winsize**4  # 1e-3 is meant for sums divided by winsize²
-    return torch.stack([yy * x - xy * y, xx * y - xy * x]).div_(determinant)
+    return torch.stack([yy * x - xy * y, xx * y - xy * x]) / determinant
 
 
 # ---- 1. Video: streams -------------------------------------------------------------------------------------
