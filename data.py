@@ -51,8 +51,7 @@ PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists
 
 # When each frame is shown (seconds since the first); what ffmpeg said, a text a run; notes for the user.
 # All frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks,
-# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact. Else, if they promised other
-# frames than there are, how many.
+# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact. Else how many they promised.
 FIELDS = "path seconds log notes frames files stamps tick keys codec promised"
 Video = namedtuple("Video", FIELDS, defaults=(None,) * 8)
 
@@ -86,7 +85,7 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
     threads = min(threads or torch.get_num_threads(), 8)
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} -max_pixels 100000000"
     options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -copyts"
-    options += " -hide_banner -nostats -v level+verbose"
+    options += " -hide_banner -nostats -v repeat+level+verbose"
     times, times_end = os.pipe()  # for the time stamps of frames, one a line
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), *before, "-i", source, "-an", "-sn", "-dn"]
     command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
@@ -138,7 +137,7 @@ def check_run(path, code, log, count):
         raise VideoError(path, f"cannot be read as a video; supported are {SUPPORTED}")
     if count == 0 and (failed := re.search(r" 0 frames decoded; ([1-9]\d*) decode errors", log)):
         raise VideoError(path, f"none of its {failed[1]} frames can be decoded; it is damaged or encrypted")
-    if count == 0:
+    if not count:
         error = re.search(r"^(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*?)(?: '.*)?$", log, re.M)
         hint = "; in a pipe, an mp4 needs its index in front: ffmpeg -movflags +faststart" * (path == "-")
         raise VideoError(path, f"cannot be read as a video ({error[1] if error else 'no frames'}){hint}")
@@ -157,21 +156,19 @@ def damage(video):
     text = "".join(video.log)
     runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
-    concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
-    bad = failed + sum(int(again or 0) + 1 for again in concealed)
+    bad = failed + text.count("corrupt decoded frame")  # those are concealed
     total = decoded + failed
     if bad and video.promised:  # some frames are lost in silence
         bad += max(video.promised - total, 0)
         total = max(video.promised, total)
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
+    # references are missing also where an intact video was cut
+    errors = re.findall(r"\[error\] (?!mmco|co located|Application|.*\bref)(.+)|(Packet corrupt)", text)
     notes = list(video.notes or ())
     if bad:
         notes.append(f"{bad} of {total} frames did not decode without errors: the video is damaged")
-    # references are missing also where an intact video was cut
-    elif errors := re.findall(
-        r"\[error\] (?!mmco|co located|Application|.*\bref)(.+)|(Packet corrupt)", text
-    ):
+    elif errors:
         notes.append(f"the video may be damaged: {len(errors)} errors, first: {''.join(errors[0])}")
     sizes = dict.fromkeys(re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
     if video.files and len(sizes) > 1:
@@ -183,22 +180,22 @@ def open_folder(path, fps):
     """Video of a folder of numbered pictures, in the order of the last number in each name."""
     numbered = {}
     try:
-        entries = list(os.scandir(path))
+        for entry in os.scandir(path):
+            found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
+            if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
+                numbered.setdefault(int(found[1]), []).append(entry.path)
     except OSError as error:
         raise VideoError(path, error.strerror) from None
-    for entry in entries:
-        found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
-        if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
-            twin = numbered.setdefault(int(found[1]), entry.path)
-            if twin != entry.path:
-                names = f"{entry.name} and {os.path.basename(twin)}"
-                raise VideoError(path, f"{names} have the same number; keep one series of pictures")
+    for names in numbered.values():
+        if len(names) > 1:
+            names = " and ".join(map(os.path.basename, names[:2]))
+            raise VideoError(path, f"{names} have the same number; keep one series of pictures")
     if not numbered:
         raise VideoError(path, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
     numbers = sorted(numbered)
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gaps in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
-    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n] for n in numbers])
+    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n][0] for n in numbers])
 
 
 def read_files(video, size, numbers):
@@ -279,13 +276,12 @@ def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
         for number, frame in read_files(video, size, range(len(video.files))):
             yield video.seconds[number].item(), frame
         return
-    before = None
+    before = float("inf")
     step = Fraction(1, 25)
-    shown = Fraction(0)
+    shown = -step
     for stamp, frame in ffmpeg(path, frame_options(size), size, (), log, stdin, patient=patient or stdin):
-        if before is not None:  # a clock that steps back, as between two recordings, repeats its last step
-            step = stamp - before if stamp > before else step
-            shown += step
+        step = stamp - before if stamp > before else step  # a clock that steps back repeats its last step
+        shown += step
         before = stamp
         yield float(shown), frame
 
@@ -316,46 +312,40 @@ def decode(video, size, numbers):
     """Yields (number, frame) of these frames (ascending), bit for bit those of `ffmpeg -i PATH -vf
     scale=S:S:flags=bilinear -fps_mode passthrough`. No others leave ffmpeg, so memory does not grow with the
     video. EOFError if the packets promised others."""
+    # Seeks are faster than decoding all between few frames, and exact from clean keyframes.
+    seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
+    if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
+        table = ffmpeg(video.path, ["-bsf:v", f"filter_units=pass_types={clean}", *PACKETS])
+        seeks = sum(not line.startswith(b"#") for line in table) == len(video.keys)
     if video.frames:
         yield from ((number, video.frames[number]) for number in numbers)
     elif video.files:
         yield from read_files(video, size, numbers)
-    elif can_seek(video, numbers):
+    elif seeks:
         yield from seek(video, size, numbers)
     else:
         wanted = frame_options(size, [f"eq(n,{number})" for number in numbers])
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
         frames = ffmpeg(video.path, wanted, size, log=video.log, threads=threads)
-        for (_, frame), number in zip(frames, numbers, strict=False):
-            yield number, frame
+        yield from ((number, frame) for (_, frame), number in zip(frames, numbers, strict=False))
         decoded = re.findall(r"Input stream #0:\d+ \(video\): .*; (\d+) frames decoded", video.log[-1])
         if decoded != [str(len(video.seconds))]:
             raise EOFError
-
-
-def can_seek(video, numbers):
-    """Whether decoding from the keyframes before the wanted frames is exact, and faster than decoding all."""
-    if video.codec not in CLEAN_KEYFRAMES or len(video.keys) < len(numbers):
-        return False
-    clean = CLEAN_KEYFRAMES[video.codec]
-    table = ffmpeg(video.path, ["-bsf:v", f"filter_units=pass_types={clean}", *PACKETS]) if clean else ()
-    return not clean or sum(not line.startswith(b"#") for line in table) == len(video.keys)
 
 
 def seek(video, size, numbers):
     """As `decode`, but neighbours are decoded from a keyframe before them, by several runs at a time."""
 
     def decode_neighbours(wanted):
-        options = frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted])
-        stop = ["-frames:v", str(len(wanted))]
+        options = ["-frames:v", str(len(wanted))]
+        options += frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted])
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
         before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
         before = before if wanted[0] > SEEK_MARGIN else []
-        try:
-            return list(ffmpeg(video.path, stop + options, size, before, video.log, threads=1))
-        except VideoError:
-            return []
+        with suppress(VideoError):
+            return list(ffmpeg(video.path, options, size, before, video.log, threads=1))
+        return []
 
     neighbours = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -374,11 +364,10 @@ def thread_pool():
     """As many threads as torch has, but three at most (each keeps 60 MB), in each of which torch has one."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # glibc then keeps freed blocks of up to this size: 10% faster
-    pool = ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield pool
+        with ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
@@ -477,11 +466,10 @@ def polynomial_expansion(images, n, sigma):
 
 
 def improve(flow, first, second, winsize):
-    """A better flow (2, B, h, w), from the first frame's coefficients (5, B, h, w) and the second one's (B, 5,
-    padded h, w), read where the flow points to. A is the mean of both; only the rest of d is unknown, so
-    Δb = (b₁ - b₂)/2 + A·flow. Outside the image, A is the first one's, and b₂ = 0.
-
-    A d = Δb, multiplied by Aᵀ and summed over windows of 2·(winsize//2) + 1 pixels, is a 2x2 system a pixel."""
+    """A better flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), read where the
+    flow points to. A is the mean of both; only the rest of d is unknown, so Δb = (b₁ - b₂)/2 + A·flow. Outside
+    the image, A is the first one's, and b₂ = 0. The least-squares equations AᵀA d = AᵀΔb, summed over windows
+    of 2·(winsize//2) + 1 pixels, are a 2x2 system at each pixel."""
     h, w = flow.shape[-2:]
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
@@ -491,7 +479,7 @@ def improve(flow, first, second, winsize):
     grid = torch.stack([x * (2 / (second.shape[-1] - 1)), y * (2 / (second.shape[-2] - 1))]).sub_(1)
     second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1).mul_(inside)
     by, bx = first[:2] - second[:2]
-    ayy, axx, axy = second[2:].add_(first[2:]).mul_(2 - inside)  # in place: new memory takes as long as the sums
+    ayy, axx, axy = second[2:].add_(first[2:]).mul_(2 - inside)  # in place: new memory would slow it down
     by.addcmul_(ayy, dy).addcmul_(axy, dx)
     bx.addcmul_(axx, dx).addcmul_(axy, dy)
     equations = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
@@ -647,10 +635,8 @@ class Tokenizer:
         labels = []
         for turn in qa:
             if not ids:
-                prompt = self.sp.encode(
-                    f"[INST] <<SYS>>\n{plain_text(system) or SYSTEM}\n<</SYS>>\n\n<Video>"
-                )
-                prompt += [self.image_id] * n_visual
+                start = f"[INST] <<SYS>>\n{plain_text(system) or SYSTEM}\n<</SYS>>\n\n<Video>"
+                prompt = self.sp.encode(start) + [self.image_id] * n_visual
                 prompt += self.sp.encode(f"</Video> {plain_text(message + turn['q'])} [/INST]")
             else:
                 prompt = self.sp.encode(f"[INST] {plain_text(turn['q'])} [/INST]")
@@ -789,8 +775,7 @@ class HawkDataset(ClipDataset):
         self.max_tokens = max_tokens
         self.motion_targets = motion_targets or stage == 1
         without = [row["video"] for row in rows if self.motion_targets and row.get("motion") is None]
-        if without:
-            raise ValueError(f'{len(without)} rows have no "motion" caption; the first is for {without[0]}')
+        require(not without, f'{len(without)} rows have no "motion" caption, such as that of {without[:1]}')
 
     def sample(self, i, generator):
         row = self.rows[i]
@@ -825,9 +810,8 @@ class HawkDataset(ClipDataset):
             return [{"q": DESCRIBE_QUESTIONS[0], "a": description}] if description else qa
         annotated = bool(qa) and generator.random() < 0.5
         question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
-        if annotated or not description:
-            return qa
-        return [{"q": question, "a": description}, *qa[1:]]  # as released, the later rounds stay
+        described = [{"q": question, "a": description}, *qa[1:]]  # as released, the later rounds stay
+        return qa if annotated or not description else described
 
 
 def collate(samples, pad_id=0):
@@ -890,8 +874,7 @@ class CachedFeatures:
         self.branches = config.branches
         try:
             meta = json.loads((self.folder / "meta.json").read_text())
-            bad = self.folder / "bad_videos.jsonl"
-            entries = map(json.loads, bad.read_text().splitlines() if bad.exists() else [])
+            entries = map(json.loads, (self.folder / "bad_videos.jsonl").read_text().splitlines())
             self.bad = {entry["row"]: entry["error"] for entry in entries}
             self.choices = meta["choices"]
             meta["weights"] = {name: meta["weights"].get(name, "no such stream") for name in self.branches}
@@ -916,9 +899,8 @@ class CachedFeatures:
                 about = opened.metadata()
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
         except SafetensorError as error:
-            raise VideoError(
-                video, f"has damaged features ({error}); remove {file} and make it again"
-            ) from error
+            reason = f"has damaged features ({error}); remove {file} and make it again"
+            raise VideoError(video, reason) from error
         if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
             raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
