@@ -85,7 +85,7 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
     threads = min(threads or torch.get_num_threads(), 8)
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} -max_pixels 100000000"
     options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -copyts"
-    options += " -hide_banner -nostats -v repeat+level+verbose"
+    options += " -hide_banner -nostats -v level+verbose"
     times, times_end = os.pipe()  # for the time stamps of frames, one a line
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), *before, "-i", source, "-an", "-sn", "-dn"]
     command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
@@ -156,7 +156,8 @@ def damage(video):
     text = "".join(video.log)
     runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
-    bad = failed + text.count("corrupt decoded frame")  # those are concealed
+    concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
+    bad = failed + sum(int(again or 0) + 1 for again in concealed)
     total = decoded + failed
     if bad and video.promised:  # some frames are lost in silence
         bad += max(video.promised - total, 0)
@@ -466,10 +467,10 @@ def polynomial_expansion(images, n, sigma):
 
 
 def improve(flow, first, second, winsize):
-    """A better flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), read where the
-    flow points to. A is the mean of both; only the rest of d is unknown, so Δb = (b₁ - b₂)/2 + A·flow. Outside
-    the image, A is the first one's, and b₂ = 0. The least-squares equations AᵀA d = AᵀΔb, summed over windows
-    of 2·(winsize//2) + 1 pixels, are a 2x2 system at each pixel."""
+    """A better flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), read where
+    the flow points to. A is the mean of both; only the rest of d is unknown: Δb = (b₁ - b₂)/2 + A·flow.
+    Outside the image, A is the first one's, and b₂ = 0. The least-squares equations AᵀA d = AᵀΔb, summed over
+    windows of 2·(winsize//2) + 1 pixels, are a 2x2 system at each pixel."""
     h, w = flow.shape[-2:]
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
