@@ -158,10 +158,9 @@ def damage(video):
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
     concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
     bad = failed + sum(int(again or 0) + 1 for again in concealed)
-    total = decoded + failed
-    if bad and video.promised:  # some frames are lost in silence
-        bad += max(video.promised - total, 0)
-        total = max(video.promised, total)
+    lost = max((video.promised or 0) - decoded - failed, 0) if bad else 0  # in silence
+    bad += lost
+    total = decoded + failed + lost
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     # references are missing also where an intact video was cut
@@ -313,7 +312,7 @@ def decode(video, size, numbers):
     """Yields (number, frame) of these frames (ascending), bit for bit those of `ffmpeg -i PATH -vf
     scale=S:S:flags=bilinear -fps_mode passthrough`. No others leave ffmpeg, so memory does not grow with the
     video. EOFError if the packets promised others."""
-    # Seeks are faster than decoding all between few frames, and exact from clean keyframes.
+    # Seeks are exact from clean keyframes, and with many of them faster than decoding all.
     seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
     if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
         table = ffmpeg(video.path, ["-bsf:v", f"filter_units=pass_types={clean}", *PACKETS])
@@ -344,7 +343,7 @@ def seek(video, size, numbers):
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
         before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
         before = before if wanted[0] > SEEK_MARGIN else []
-        with suppress(VideoError):
+        with suppress(VideoError):  # then there are none
             return list(ffmpeg(video.path, options, size, before, video.log, threads=1))
         return []
 
