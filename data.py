@@ -359,14 +359,14 @@ def seek(video, size, numbers):
 BLOCK = 3  # pairs of frames whose flow a thread computes at a time: more do not fit into its cache
 
 
-@contextmanager
-def thread_pool():
-    """As many threads as torch has, but three at most (each keeps 60 MB), in each of which torch has one."""
+def in_threads(function, *items):
+    """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
+    with the first items while later ones are still made."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # glibc then keeps freed blocks of up to this size: 10% faster
     try:
         with ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+            return list(pool.map(function, *items))
     finally:
         torch.set_num_threads(threads)
 
@@ -403,9 +403,9 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
         return flow
 
     blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
-    with thread_pool() as pool:  # a thread takes whole blocks: single steps are too short to be divided
-        in_order = pool.map if len(blocks[0]) > 1 else map
-        flow = torch.cat([*in_order(coarse_to_fine, *blocks)], dim=1)
+    # A thread takes whole blocks: single steps are too short to be divided.
+    in_order = in_threads if len(blocks[0]) > 1 else map
+    flow = torch.cat([*in_order(coarse_to_fine, *blocks)], dim=1)
     return flow.permute(1, 2, 3, 0).reshape(*previous.shape, 2)
 
 
@@ -415,8 +415,9 @@ def correlate(images, dim, weights, sign=1):
     n = len(weights) - 1
     neighbours = images.unfold(dim, 2 * n + 1, 1).unbind(-1)
     total = neighbours[n] * weights[0]
+    pair = torch.empty_like(total)  # one buffer for all: new memory would take as long as the sums
     for k in range(1, n + 1):
-        pair = torch.add(neighbours[n + k], neighbours[n - k], alpha=sign)
+        torch.add(neighbours[n + k], neighbours[n - k], alpha=sign, out=pair)
         total.add_(pair, alpha=weights[k])
     return total
 
@@ -548,7 +549,7 @@ def make_clip(frames, seconds, indices, branches=("appearance", "motion"), motio
 
 
 def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
-    """Threads compute the flow of a block of pairs as soon as its last frame is here, during decoding."""
+    """Threads compute the flow of a block of pairs as soon as its last frame is decoded."""
     for name in branches:
         require(name in MASKS, f"no stream is called {name!r}, only {', '.join(MASKS)} (data.MASKS)")
     masks = {name: MASKS[name] for name in branches if MASKS[name]}
@@ -558,7 +559,6 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
     previous = np.maximum(current - 1, 0)  # a lone frame is its own
     blocks = np.split(np.arange(len(indices)), range(BLOCK, len(indices), BLOCK)) if masks else []
     frames = {}
-    masked = []
 
     def mask(block):
         pairs = [np.stack([frames[i] for i in numbers[block]]) for numbers in (previous, current)]
@@ -567,12 +567,13 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
         speed = torch.hypot(flow[..., :1], flow[..., 1:]) * (last > 0)  # a lone frame does not move
         return {name: (after * of(speed, motion_mask)).round().to(torch.uint8) for name, of in masks.items()}
 
-    with thread_pool() as pool:
+    def decoded():
         for number, frame in decode(video, size, np.unique([indices, previous, current]).tolist()):
             frames[number] = frame
             while blocks and number >= current[blocks[0][-1]]:
-                masked.append(pool.submit(mask, blocks.pop(0)))
-        masked = [future.result() for future in masked]
+                yield blocks.pop(0)
+
+    masked = in_threads(mask, decoded())
     streams = {name: np.stack([frames[i] for i in indices]) for name in branches}
     for name in masks:
         streams[name] = np.concatenate([block[name].cpu().numpy() for block in masked])
