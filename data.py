@@ -13,7 +13,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import imageio_ffmpeg
 import numpy as np
@@ -41,7 +40,7 @@ from hawk import is_frame_level, require
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
 CONTAINERS += ",mxf,dv,wtv,dhav,yuv4mpegpipe,mjpeg,jpeg_pipe"
 SUPPORTED = "mp4, mkv, webm, avi, ts, wmv, dav, y4m, mjpeg and so on, and folders of numbered pictures"
-PICTURES = "-f concat -safe 0 -format_whitelist concat,image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe"
+PICTURES = "image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe"  # formats of the files of a folder
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
 SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
 HELD_BYTES = 96 << 20  # of frames, at most, that an open video holds
@@ -52,9 +51,9 @@ PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists
 
 # When each frame is shown (seconds since the first); what ffmpeg said, a text a run; notes for the user.
 # All frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks,
-# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact.
-FIELDS = "path seconds log notes frames files stamps tick keys codec"
-Video = namedtuple("Video", FIELDS, defaults=(None,) * 7)
+# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact. Else how many they promised.
+FIELDS = "path seconds log notes frames files stamps tick keys codec promised"
+Video = namedtuple("Video", FIELDS, defaults=(None,) * 8)
 
 
 class VideoError(ValueError):
@@ -91,10 +90,8 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), *before, "-i", source, "-an", "-sn", "-dn"]
     command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
     with open(times) as times, tempfile.TemporaryFile() as messages:
-        pipes = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": messages}
-        with subprocess.Popen(
-            command, **pipes, pass_fds=[times_end], pipesize=1 << 20, process_group=0
-        ) as process:
+        pipes = {"stdin": stdin or DEVNULL, "stdout": PIPE, "stderr": messages, "pass_fds": [times_end]}
+        with Popen(command, **pipes, pipesize=1 << 20, process_group=0) as process:
             os.close(times_end)
             with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -110,7 +107,8 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
                 clock.cancel()
                 process.kill()
         messages.seek(0)
-        text = messages.read().decode(errors="replace")
+        text = messages.read().replace(os.fsencode(source), b"").decode(errors="replace")
+    text = re.sub(r"^(\[info\] {5}| +: ).*", "", text, flags=re.M)  # names and titles are no messages
     if log is not None:
         log.append(text)
     check_run(path, code, text, count)
@@ -139,41 +137,38 @@ def check_run(path, code, log, count):
         raise VideoError(path, f"cannot be read as a video; supported are {SUPPORTED}")
     if count == 0 and (failed := re.search(r" 0 frames decoded; ([1-9]\d*) decode errors", log)):
         raise VideoError(path, f"none of its {failed[1]} frames can be decoded; it is damaged or encrypted")
-    if count == 0:
+    if not count:
         error = re.search(r"^(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*?)(?: '.*)?$", log, re.M)
         hint = "; in a pipe, an mp4 needs its index in front: ffmpeg -movflags +faststart" * (path == "-")
         raise VideoError(path, f"cannot be read as a video ({error[1] if error else 'no frames'}){hint}")
 
 
-def frame_options(size, terms=(), stop=False):
-    """Options for size x size frames: all, or where a term holds. stop: end after as many as terms."""
+def frame_options(size, terms=()):
+    """Options for size x size frames: all, or those for which a term holds."""
     select = f"select='{'+'.join(terms)}'," if terms else ""
-    count = ["-frames:v", str(len(terms))] if stop else []
-    times = "-fps_mode passthrough -enc_time_base demux -stats_enc_pre TIMES -stats_enc_pre_fmt {pts},{tb} "
-    rest = times + "-f rawvideo -pix_fmt rgb24 pipe:1"
-    return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *count, *rest.split()]
+    output = "-fps_mode passthrough -enc_time_base demux -stats_enc_pre TIMES -stats_enc_pre_fmt {pts},{tb}"
+    output += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1"
+    return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *output.split()]
 
 
 def damage(video):
     """Notes on the frames that were decoded. VideoError if most of them are damaged."""
     text = "".join(video.log)
-    runs = re.findall(r"(\d+) packets read .*; (\d+) frames decoded; (\d+) decode errors", text)
-    packets, decoded, failed = np.array(runs, dtype=int).reshape(-1, 3).sum(0).tolist()
+    runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
+    decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
     concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
-    concealed = sum(int(again or 0) + 1 for again in concealed)
-    total = decoded + failed
-    if len(runs) == 1 and failed + concealed:  # one run over the whole video; some frames are lost in silence
-        total = max(total, packets)
-    bad = total - decoded + concealed
+    bad = failed + sum(int(again or 0) + 1 for again in concealed)
+    lost = max((video.promised or 0) - decoded - failed, 0) if bad else 0  # in silence
+    bad += lost
+    total = decoded + failed + lost
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
+    # references are missing also where an intact video was cut
+    errors = re.findall(r"\[error\] (?!mmco|co located|Application|.*\bref)(.+)|(Packet corrupt)", text)
     notes = list(video.notes or ())
     if bad:
         notes.append(f"{bad} of {total} frames did not decode without errors: the video is damaged")
-    # references are missing also where an intact video was cut
-    elif errors := re.findall(
-        r"\[error\] (?!mmco|co located|Application|.*\bref)(.+)|(Packet corrupt)", text
-    ):
+    elif errors:
         notes.append(f"the video may be damaged: {len(errors)} errors, first: {''.join(errors[0])}")
     sizes = dict.fromkeys(re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
     if video.files and len(sizes) > 1:
@@ -184,36 +179,45 @@ def damage(video):
 def open_folder(path, fps):
     """Video of a folder of numbered pictures, in the order of the last number in each name."""
     numbered = {}
-    for entry in os.scandir(path):
-        found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
-        if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
-            twin = numbered.setdefault(int(found[1]), entry.path)
-            if twin != entry.path:
-                names = f"{entry.name} and {os.path.basename(twin)}"
-                raise VideoError(path, f"{names} have the same number; keep one series of pictures")
+    try:
+        for entry in os.scandir(path):
+            found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
+            if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
+                numbered.setdefault(int(found[1]), []).append(entry.path)
+    except OSError as error:
+        raise VideoError(path, error.strerror) from None
+    for names in numbered.values():
+        if len(names) > 1:
+            names = " and ".join(map(os.path.basename, names[:2]))
+            raise VideoError(path, f"{names} have the same number; keep one series of pictures")
     if not numbered:
         raise VideoError(path, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
     numbers = sorted(numbered)
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gaps in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
-    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n] for n in numbers])
+    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n][0] for n in numbers])
 
 
 def read_files(video, size, numbers):
     """Yields (number, frame) of these pictures of a folder, decoded one after the other by one ffmpeg."""
+    count = 0
     with tempfile.TemporaryFile() as listing:
-        for number in numbers:  # a picture counts as a second
-            quoted = os.fsencode(os.path.abspath(video.files[number])).replace(b"'", rb"'\''")
-            listing.write(b"file 'file:%s'\noption pattern_type none\nduration 1\n" % quoted)
+        for number in numbers:  # a picture counts as a second; it cannot be a list of others
+            name = os.path.abspath(video.files[number])
+            if re.search("[\r\n]", name):
+                raise VideoError(name, "has a line break in its path; rename it")
+            quoted = os.fsencode(name).replace(b"'", rb"'\''")
+            listing.write(b"file 'file:%s'\nduration 1\noption pattern_type none\n" % quoted)
+            listing.write(f"option format_whitelist {PICTURES}\n".encode())
         listing.seek(0)
-        options = (frame_options(size), size, PICTURES.split(), video.log, listing)
-        count = 0
-        frames = ffmpeg(video.path, *options, patient=True)
-        for (stamp, frame), number in zip(frames, numbers, strict=False):
-            if stamp != count:
-                break
-            count += 1
-            yield number, frame
+        before = "-f concat -safe 0 -format_whitelist concat".split()
+        frames = ffmpeg(video.path, frame_options(size), size, before, video.log, listing, patient=True)
+        with suppress(VideoError):  # the picture is named instead
+            for (stamp, frame), number in zip(frames, numbers, strict=False):
+                if stamp != count:
+                    break
+                count += 1
+                yield number, frame
     if count < len(numbers):
         raise VideoError(video.files[numbers[count]], "cannot be decoded; remove it or replace it")
 
@@ -272,13 +276,12 @@ def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
         for number, frame in read_files(video, size, range(len(video.files))):
             yield video.seconds[number].item(), frame
         return
-    before = None
+    before = float("inf")
     step = Fraction(1, 25)
-    shown = Fraction(0)
+    shown = -step
     for stamp, frame in ffmpeg(path, frame_options(size), size, (), log, stdin, patient=patient or stdin):
-        if before is not None:  # a clock that steps back, as between two recordings, repeats its last step
-            step = stamp - before if stamp > before else step
-            shown += step
+        step = stamp - before if stamp > before else step  # a clock that steps back repeats its last step
+        shown += step
         before = stamp
         yield float(shown), frame
 
@@ -309,45 +312,40 @@ def decode(video, size, numbers):
     """Yields (number, frame) of these frames (ascending), bit for bit those of `ffmpeg -i PATH -vf
     scale=S:S:flags=bilinear -fps_mode passthrough`. No others leave ffmpeg, so memory does not grow with the
     video. EOFError if the packets promised others."""
+    # Seeks are exact from clean keyframes, and with many of them faster than decoding all.
+    seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
+    if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
+        table = ffmpeg(video.path, ["-bsf:v", f"filter_units=pass_types={clean}", *PACKETS])
+        seeks = sum(not line.startswith(b"#") for line in table) == len(video.keys)
     if video.frames:
         yield from ((number, video.frames[number]) for number in numbers)
     elif video.files:
         yield from read_files(video, size, numbers)
-    elif can_seek(video, numbers):
+    elif seeks:
         yield from seek(video, size, numbers)
     else:
         wanted = frame_options(size, [f"eq(n,{number})" for number in numbers])
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
         frames = ffmpeg(video.path, wanted, size, log=video.log, threads=threads)
-        for (_, frame), number in zip(frames, numbers, strict=False):
-            yield number, frame
+        yield from ((number, frame) for (_, frame), number in zip(frames, numbers, strict=False))
         decoded = re.findall(r"Input stream #0:\d+ \(video\): .*; (\d+) frames decoded", video.log[-1])
         if decoded != [str(len(video.seconds))]:
             raise EOFError
-
-
-def can_seek(video, numbers):
-    """Whether decoding from the keyframes before the wanted frames is exact, and faster than decoding all."""
-    if video.codec not in CLEAN_KEYFRAMES or len(video.keys) < len(numbers):
-        return False
-    clean = CLEAN_KEYFRAMES[video.codec]
-    table = ffmpeg(video.path, ["-bsf:v", f"filter_units=pass_types={clean}", *PACKETS]) if clean else ()
-    return not clean or sum(not line.startswith(b"#") for line in table) == len(video.keys)
 
 
 def seek(video, size, numbers):
     """As `decode`, but neighbours are decoded from a keyframe before them, by several runs at a time."""
 
     def decode_neighbours(wanted):
-        options = frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted], stop=True)
+        options = ["-frames:v", str(len(wanted))]
+        options += frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted])
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
         before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
         before = before if wanted[0] > SEEK_MARGIN else []
-        try:
+        with suppress(VideoError):  # then there are none
             return list(ffmpeg(video.path, options, size, before, video.log, threads=1))
-        except VideoError:
-            return []
+        return []
 
     neighbours = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -361,16 +359,15 @@ def seek(video, size, numbers):
 BLOCK = 3  # pairs of frames whose flow a thread computes at a time: more do not fit into its cache
 
 
-@contextmanager
-def thread_pool():
-    """As many threads as torch has, but three at most (each keeps 60 MB), in each of which torch has one."""
+def in_threads(function, *items):
+    """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
+    with the first items while later ones are still made."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # glibc then keeps freed blocks of up to this size: 10% faster
-    pool = ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield pool
+        with ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, *items))
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
@@ -402,13 +399,13 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
             bottom, right = (2 ** max(n - 1, 1).bit_length() + 1 - n for n in images.shape[-2:])
             second = F.pad(second.transpose(0, 1), (0, right, 0, bottom))
             for _ in range(iterations):
-                flow = solve(normal_equations(first, second, flow), winsize)
+                flow = improve(flow, first, second, winsize)
         return flow
 
     blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
-    with thread_pool() as pool:  # a thread takes whole blocks: single steps are too short to be divided
-        in_order = pool.map if len(blocks[0]) > 1 else map
-        flow = torch.cat([*in_order(coarse_to_fine, *blocks)], dim=1)
+    # A thread takes whole blocks: single steps are too short to be divided.
+    in_order = in_threads if len(blocks[0]) > 1 else map
+    flow = torch.cat([*in_order(coarse_to_fine, *blocks)], dim=1)
     return flow.permute(1, 2, 3, 0).reshape(*previous.shape, 2)
 
 
@@ -469,39 +466,34 @@ def polynomial_expansion(images, n, sigma):
     return torch.stack([by, bx, ayy, axx, axy], dim=1)
 
 
-def normal_equations(first, second, flow):
-    """A d = Δb of each pixel, multiplied by Aᵀ -> (5, B, h, w): AᵀA as yy, xy, xx, and AᵀΔb as y, x. `second`
-    (B, 5, padded h, w) is read where the flow points to. A is the mean of both frames'; only the rest of d is
-    unknown, so Δb = (b₁ - b₂)/2 + A·flow. Outside the image, A is the first one's, and b₂ = 0."""
+def improve(flow, first, second, winsize):
+    """A better flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), read where
+    the flow points to. A is the mean of both; only the rest of d is unknown: Δb = (b₁ - b₂)/2 + A·flow.
+    Outside the image, A is the first one's, and b₂ = 0. The least-squares equations AᵀA d = AᵀΔb, summed over
+    windows of 2·(winsize//2) + 1 pixels, are a 2x2 system at each pixel."""
     h, w = flow.shape[-2:]
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
     y = dy + torch.arange(h, device=flow.device)[:, None]
     right, bottom = ((n - 1) * (1 - 1e-7) for n in (w, h))  # in OpenCV, the last pixel is outside
-    outside = (x - x.clamp(0, right)).abs_().add_((y - y.clamp(0, bottom)).abs_()).sign_()  # 0 or 1
-    x += 1e6 * outside  # so far off that zeros are read
-    grid = torch.stack([x.mul_(2 / (second.shape[-1] - 1)), y.mul_(2 / (second.shape[-2] - 1))]).sub_(1)
-    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1)
+    inside = ((x == x.clamp(0, right)) & (y == y.clamp(0, bottom))).float()
+    grid = torch.stack([x * (2 / (second.shape[-1] - 1)), y * (2 / (second.shape[-2] - 1))]).sub_(1)
+    second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1).mul_(inside)
     by, bx = first[:2] - second[:2]
-    ayy, axx, axy = second[2:].add_(first[2:]).mul_(outside.add_(1))
-    by.addcmul_(ayy, dy).addcmul_(axy, dx)  # in place: new memory would take as long as the sums
+    ayy, axx, axy = second[2:].add_(first[2:]).mul_(2 - inside)  # in place: new memory would slow it down
+    by.addcmul_(ayy, dy).addcmul_(axy, dx)
     bx.addcmul_(axx, dx).addcmul_(axy, dy)
-    left = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
-    right = [(ayy * by).addcmul_(axy, bx), (axy * by).addcmul_(axx, bx)]
+    equations = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
+    equations += [(ayy * by).addcmul_(axy, bx), (axy * by).addcmul_(axx, bx)]
     # Near the border, a pixel counts less.
     ramp = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472] + [1.0] * max(h, w), device=flow.device)
     weight = ((ramp[:h] * ramp[:h].flip(0))[:, None] * ramp[:w] * ramp[:w].flip(0)) ** 2
-    return torch.stack(left + right).mul_(weight)
-
-
-def solve(equations, winsize):
-    """(5, B, h, w) -> flow (2, B, h, w): sums over windows of 2·(winsize//2) + 1 pixels, then 2x2 systems."""
     m = winsize // 2
-    padded = F.pad(equations, (m, m, m, m), mode="replicate")
+    padded = F.pad(torch.stack(equations).mul_(weight), (m, m, m, m), mode="replicate")
     sums = padded.unfold(-2, 2 * m + 1, 1).sum(-1)  # fast in this direction only
     yy, xy, xx, y, x = correlate(sums, -1, [1] * (m + 1))
     determinant = yy * xx - xy * xy + 1e-3 * winsize**4  # 1e-3 is meant for sums divided by winsize²
-    return torch.stack([yy * x - xy * y, xx * y - xy * x]).div_(determinant)
+    return torch.stack([yy * x - xy * y, xx * y - xy * x]) / determinant
 
 
 # ---- 1. Video: streams -------------------------------------------------------------------------------------
@@ -542,7 +534,7 @@ def read_clip(path, n_frames=32, image_size=224, branches=("appearance", "motion
         try:
             return clip_of(video, image_size, indices, branches, motion_mask, device)
         except EOFError:  # the packets promised other frames
-            video = decode_all(path, image_size)
+            video = decode_all(path, image_size)._replace(promised=len(video.seconds))
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
@@ -557,7 +549,7 @@ def make_clip(frames, seconds, indices, branches=("appearance", "motion"), motio
 
 
 def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
-    """Threads compute the flow of a block of pairs as soon as its last frame is here, during decoding."""
+    """Threads compute the flow of a block of pairs as soon as its last frame is decoded."""
     for name in branches:
         require(name in MASKS, f"no stream is called {name!r}, only {', '.join(MASKS)} (data.MASKS)")
     masks = {name: MASKS[name] for name in branches if MASKS[name]}
@@ -569,7 +561,6 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
     step = BLOCK if on_cpu else len(indices)
     blocks = np.split(np.arange(len(indices)), range(step, len(indices), step)) if masks else []
     frames = {}
-    masked = []
 
     def mask(block):
         pairs = [np.stack([frames[i] for i in numbers[block]]) for numbers in (previous, current)]
@@ -578,13 +569,13 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
         speed = torch.hypot(flow[..., :1], flow[..., 1:]) * (last > 0)  # a lone frame does not move
         return {name: (after * of(speed, motion_mask)).round().to(torch.uint8) for name, of in masks.items()}
 
-    with thread_pool() as pool:
+    def decoded():
         for number, frame in decode(video, size, np.unique([indices, previous, current]).tolist()):
             frames[number] = frame
             while blocks and number >= current[blocks[0][-1]]:
-                block = blocks.pop(0)
-                masked.append(pool.submit(mask, block).result if on_cpu else partial(mask, block))
-        masked = [result() for result in masked]
+                yield blocks.pop(0)
+
+    masked = in_threads(mask, decoded()) if on_cpu else list(map(mask, decoded()))
     streams = {name: np.stack([frames[i] for i in indices]) for name in branches}
     for name in masks:
         streams[name] = np.concatenate([block[name].cpu().numpy() for block in masked])
@@ -647,10 +638,8 @@ class Tokenizer:
         labels = []
         for turn in qa:
             if not ids:
-                prompt = self.sp.encode(
-                    f"[INST] <<SYS>>\n{plain_text(system) or SYSTEM}\n<</SYS>>\n\n<Video>"
-                )
-                prompt += [self.image_id] * n_visual
+                start = f"[INST] <<SYS>>\n{plain_text(system) or SYSTEM}\n<</SYS>>\n\n<Video>"
+                prompt = self.sp.encode(start) + [self.image_id] * n_visual
                 prompt += self.sp.encode(f"</Video> {plain_text(message + turn['q'])} [/INST]")
             else:
                 prompt = self.sp.encode(f"[INST] {plain_text(turn['q'])} [/INST]")
@@ -710,7 +699,7 @@ def check_row(row):
     for name in ("qa", "flags"):
         require(isinstance(row.get(name), list | None), f'"{name}" must be a list')
     fps = row.get("fps", 25)
-    require(type(fps) in (int, float) and fps > 0, '"fps" must be a positive number')
+    require(type(fps) in (int, float) and 0 < fps < 1e6, '"fps" must be a positive number')
     texts = [row.get("description") or "", row.get("motion") or ""]
     for turn in row.get("qa") or []:
         known = isinstance(turn, dict) and isinstance(turn.get("q"), str) and isinstance(turn.get("a"), str)
@@ -789,8 +778,7 @@ class HawkDataset(ClipDataset):
         self.max_tokens = max_tokens
         self.motion_targets = motion_targets or stage == 1
         without = [row["video"] for row in rows if self.motion_targets and row.get("motion") is None]
-        if without:
-            raise ValueError(f'{len(without)} rows have no "motion" caption; the first is for {without[0]}')
+        require(not without, f'{len(without)} rows have no "motion" caption, such as that of {without[:1]}')
 
     def sample(self, i, generator):
         row = self.rows[i]
@@ -825,9 +813,8 @@ class HawkDataset(ClipDataset):
             return [{"q": DESCRIBE_QUESTIONS[0], "a": description}] if description else qa
         annotated = bool(qa) and generator.random() < 0.5
         question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
-        if annotated or not description:
-            return qa
-        return [{"q": question, "a": description}, *qa[1:]]  # as released, the later rounds stay
+        described = [{"q": question, "a": description}, *qa[1:]]  # as released, the later rounds stay
+        return qa if annotated or not description else described
 
 
 def collate(samples, pad_id=0):
@@ -890,8 +877,7 @@ class CachedFeatures:
         self.branches = config.branches
         try:
             meta = json.loads((self.folder / "meta.json").read_text())
-            bad = self.folder / "bad_videos.jsonl"
-            entries = map(json.loads, bad.read_text().splitlines() if bad.exists() else [])
+            entries = map(json.loads, (self.folder / "bad_videos.jsonl").read_text().splitlines())
             self.bad = {entry["row"]: entry["error"] for entry in entries}
             self.choices = meta["choices"]
             meta["weights"] = {name: meta["weights"].get(name, "no such stream") for name in self.branches}
@@ -916,10 +902,9 @@ class CachedFeatures:
                 about = opened.metadata()
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
         except SafetensorError as error:
-            raise VideoError(
-                video, f"has damaged features ({error}); remove {file} and make it again"
-            ) from error
-        if os.path.exists(video) and os.path.getsize(video) != int(about["bytes"]):
+            reason = f"has damaged features ({error}); remove {file} and make it again"
+            raise VideoError(video, reason) from error
+        if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
             raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
 

@@ -70,6 +70,14 @@ def test_what_is_there_is_done(world, folder):
     assert not (folder / "cache/train/bad_videos.jsonl").read_text()
 
 
+def test_a_folder_of_pictures_may_be_moved(world, folder):
+    """Its own size, unlike that of a file, says nothing about what it holds."""
+    features(world, folder)
+    (folder / "a b.mp4").unlink()
+    (folder / "a b.mp4").mkdir()
+    assert cache(world, folder)[1].load(0, 0).message
+
+
 def test_another_cache_is_refused(world, folder):
     features(world, folder)
     with pytest.raises(SystemExit, match="error: .*train: has dtype 'float16', not 'float32'; use another"):

@@ -75,6 +75,33 @@ def test_folders_that_are_no_video(tmp_path):
     (tmp_path / "a" / "mask 3.png").unlink()
     (tmp_path / "a" / "frame_005.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     refused("frame_005.png.*cannot be decoded")
+    (tmp_path / "a" / "frame_000.png").write_bytes(b"RIFF\0\0\0\0WEBP, not a .png")
+    refused("frame_000.png.*cannot be decoded")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def deny(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data.os, "scandir", deny)
+    with pytest.raises(VideoError, match="Permission denied"):
+        read_clip(tmp_path, image_size=SIZE)
+
+
+def test_pictures_lead_nowhere(tmp_path):
+    """Neither a list of pictures that is called a picture, nor lines of such a list in a name."""
+    folder = pictures(tmp_path / "frames", "png", 3)
+    (tmp_path / "secret.png").write_bytes((folder / "frame_000.png").read_bytes())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "frame_001.png").write_text("ffconcat version 1.0\nfile link.png\nduration 1\n")
+    with pytest.raises(VideoError, match="frame_001.png: cannot be decoded"):
+        read_clip(folder, 3, SIZE)
+    (folder / "frame_001.png").unlink()
+    for line_break in "\n\r":
+        (folder / "frame_002.png").rename(folder / f"frame_002{line_break}file link.png")
+        with pytest.raises(VideoError, match="frame_002 file link.png: has a line break"):
+            read_clip(folder, 3, SIZE)
+        (folder / f"frame_002{line_break}file link.png").rename(folder / "frame_002.png")
 
 
 def test_names_of_pictures_are_no_patterns(tmp_path):
@@ -93,7 +120,7 @@ def test_an_index_line_says_how_many_pictures_a_second(tmp_path):
     dataset = data.ClipDataset(data.read_index(tmp_path / "a.jsonl"), HawkConfig.preset("tiny"))
     _, clip = dataset.read(0, "uniform", None)
     assert clip.seconds == [0.0, 0.2, 0.8, 1.0, 1.5, 1.8, 2.2, 2.5]
-    for wrong in ("0", '"4"', "true", "-1"):
+    for wrong in ("0", '"4"', "true", "-1", "1e999", "1" + "0" * 400):
         (tmp_path / "a.jsonl").write_text(line % wrong)
         with pytest.raises(ValueError, match='line 1: "fps"'):
             data.read_index(tmp_path / "a.jsonl")
@@ -222,3 +249,27 @@ def test_open_groups_and_cover_art_are_no_damage(tmp_path, ending):
         options = ["-i", cover, "-map", "0", "-map", "1", *options, "-disposition:v:1", "attached_pic"]
     subprocess.run([*FFMPEG, "-ss", "1", "-i", whole, *options, path], check=True)
     assert read_clip(path, 8, SIZE).notes == []
+
+
+@pytest.mark.parametrize("small", [1 << 18, 0])
+def test_titles_and_names_are_no_damage(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(data, "SMALL_FILE", small)
+    for title in (
+        "a [error] b\n[error] c",
+        "corrupt decoded frame\n",
+        "Packet corrupt",
+        "File ended prematurely",
+    ):
+        path = make(tmp_path / "a [error] Packet corrupt.mkv", "-metadata", f"title={title}")
+        assert read_clip(path, 8, SIZE).notes == []
+
+
+def test_frames_that_a_container_hides_are_not_damaged(tmp_path):
+    whole = make(
+        tmp_path / "whole.mp4", *X264, "-bf", "0", source="testsrc2=s=96x72:r=10,noise=alls=9", seconds=3
+    )
+    path = str(tmp_path / "cut.mp4")
+    subprocess.run([*FFMPEG, "-ss", "2", "-i", whole, "-c", "copy", path], check=True)  # 20 of 30 are hidden
+    damage(path, 25, 26)
+    (note,) = read_clip(path, 8, SIZE).notes
+    assert int(note.split()[0]) == 1
