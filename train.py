@@ -52,20 +52,20 @@ class HawkTask:
         """The samples of the "train" split, or of the "test" split, which are held out."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
-        options = {"augment": args.augment and train, "max_tokens": args.max_tokens}
-        options["motion_targets"] = args.motion_targets
+        options = {name: getattr(args, name) for name in ("max_tokens", "motion_targets")}
+        options["augment"] = args.augment and train
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
             options["features"] = data.CachedFeatures(*cache)
         samples = data.HawkDataset(rows, tokenizer, model.config, args.stage, args.seed, train, **options)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
             generator = data.clip_generator(args.seed, 0, 0)
+            about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
             texts = [samples.conversation(row, generator) for row in rows]
-            message = "60.0, " * model.config.n_frames  # about that of a video of two minutes
-            ids = [tokenizer.encode_conversation(qa, message, model.config.n_visual, None)[0] for qa in texts]
-            lost = sum(len(text) > args.max_tokens for text in ids)  # they do not teach when to stop
+            sizes = [len(tokenizer.encode_conversation(qa, *about)[0]) for qa in texts]
+            lost = sum(size > args.max_tokens for size in sizes)  # they do not teach when to stop
             if lost:
-                note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(ids)} rows")
+                note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples
 
     def objective(self, args, model, train_set):
@@ -77,7 +77,12 @@ class HawkTask:
         return model
 
 
-SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}
+SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
+# What may change when a run is resumed. All other options decide what is learned, or which checkpoint is best.
+FREE = (
+    "out resume weights preset set steps recipe accumulate device dtype workers features".split()
+    + [*SCALED][1:]
+)
 
 
 def parse_args(argv, task):
@@ -107,14 +112,19 @@ def parse_args(argv, task):
         p.error("how long? --steps N, or --recipe released for the published 400,000")
     args.steps = args.steps or 400_000
     args.train = args.train or ("all" if args.preset else "paper")
-    return args if args.resume else scale(args, {})
+    return args if args.resume else settle(args, {})
 
 
-def scale(args, begun):
-    """Fills in the options that follow from --steps, or, in a run that is resumed, from how it was begun."""
+def settle(args, begun):
+    """Fills in what follows from --steps, and checks the options. begun: those of the run that is resumed."""
     for name, most in SCALED.items():
         if getattr(args, name) is None:
             setattr(args, name, begun.get(name, min(most, math.ceil(args.steps / 10))))
+    for name, now in vars(args).items():
+        then = begun.get(name, now)
+        require(name in FREE or now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
+    for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
     return args
 
 
@@ -230,7 +240,7 @@ def block_signals(_):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
 
 
-# ---- Held-out loss, one step, and the loop -----------------------------------------------------------------
+# ---- Held-out loss, checkpoints, log -----------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(objective, test_set, autocast, args, device):
     """Mean held-out losses as {"held_out_…": float}."""
@@ -242,10 +252,82 @@ def evaluate(objective, test_set, autocast, args, device):
             losses = objective(**batch, per_sample=True)
         sums.update({name: loss.item() * clips for name, loss in losses.items()} | {"clips": clips})
     objective.train()
-    clips = sums.pop("clips")
+    clips = sums.pop("clips") or math.nan  # none of these could be read
     return {f"held_out_{name}": value / clips for name, value in sums.items()}
 
 
+def save(folder, args, model, objective, tokenizer, **progress):
+    """Writes weights, options, the heads of a task, and `progress`: the step, and the optimizer's state."""
+    heads = {} if objective is model else objective.state_dict()
+    base = None if args.train == "all" else args.weights  # what does not train is left there
+    with data.replaced_folder(folder) as new:
+        model.save_pretrained(new, tokenizer=tokenizer, base=base)
+        torch.save(progress | {"objective": heads}, new / "state.pt")
+        (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        for name in ("kinds.json", "clips.json"):  # phrases and length of the clips, for apps.timeline
+            if (Path(args.data) / name).exists():
+                shutil.copy(Path(args.data) / name, new)
+
+
+def restore(file, objective, optimizer, device):
+    """Loads what `save` wrote beside the weights -> the number of steps that are done."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        objective.load_state_dict(state["objective"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except Exception as error:  # a damaged file raises almost anything
+        raise ValueError(f"{file}: cannot resume from it ({type(error).__name__})") from error
+
+
+def begin_log(file, start):
+    """Keeps the lines of the first `start` steps: a resumed run repeats the others -> least held-out loss."""
+    lines = file.read_text().splitlines(keepends=True)[:start] if file.exists() else []
+    data.replace_file(file, "".join(lines))
+    return min([json.loads(line).get("held_out_total", math.inf) for line in lines], default=math.inf)
+
+
+def unreadable(args):
+    """The videos that bad_videos.jsonl lists, written by all processes."""
+    listed = Path(args.out) / "bad_videos.jsonl"
+    return {json.loads(line)["video"] for line in listed.open()} if listed.exists() else set()
+
+
+# ---- Starting ----------------------------------------------------------------------------------------------
+def join_processes(args):
+    """-> (number of this process, number of processes, device). torchrun says so to each that it starts."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    device = data.usable_device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def open_run(args, rank, world):
+    """Makes the run's folder or, with --resume, continues the run that is there -> its last checkpoint."""
+    last = Path(args.out) / "last"
+    if rank == 0:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        data.recover_folder(last)
+        data.recover_folder(last.with_name("best"))
+        if not last.exists():
+            last.with_name("bad_videos.jsonl").unlink(missing_ok=True)
+    if world > 1:
+        dist.barrier()
+    require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
+    args.resume = last.exists()
+    settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
+    even = args.batch_size % (world * args.accumulate) == 0
+    require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
+    if args.warmup >= args.steps and rank == 0:
+        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
+    return last
+
+
+# ---- One step, and the run ---------------------------------------------------------------------------------
 def train_step(module, batches, optimizer, autocast, args):
     """One optimizer step over this process's share of a batch -> (losses, gradient norm, unreadable clips).
     The loss of an unreadable clip counts as 0. A step whose gradient is not finite changes nothing."""
@@ -271,35 +353,10 @@ def train_step(module, batches, optimizer, autocast, args):
 def main(argv=None, task=None):
     task = task or HawkTask()
     args = parse_args(argv, task)
-    rank = int(os.environ.get("RANK", 0))  # torchrun sets these for each process that it starts
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    device = data.usable_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    even = args.batch_size % (world * args.accumulate) == 0
-    require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
+    rank, world, device = join_processes(args)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-    # the run's folder
-    last = Path(args.out) / "last"
-    if rank == 0:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        data.recover_folder(last)
-    if world > 1:
-        dist.barrier()
-    require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
-    args.resume = last.exists()
-    begun = json.loads((last / "args.json").read_text()) if args.resume else {}
-    scale(args, begun)
-    for name in "stage train max_tokens batch_size seed lr min_lr warmup weight_decay clip data".split():
-        now = getattr(args, name, None)  # these decide what is learned
-        then = begun.get(name, now)
-        require(now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
-    if args.warmup >= args.steps and rank == 0:
-        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
+    last = open_run(args, rank, world)
 
     # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)
@@ -311,41 +368,17 @@ def main(argv=None, task=None):
     for block in model.llama.layers if model.config.gradient_checkpointing else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # keeps no activations
     optimizer = make_optimizer(objective, args)
-    start = 0
-    if args.resume:
-        try:
-            state = torch.load(last / "state.pt", map_location=device, weights_only=True)
-            objective.load_state_dict(state["objective"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-            start = int(state["step"])
-        except Exception as error:  # a damaged file raises almost anything
-            raise ValueError(f"{last}/state.pt: cannot resume from it ({type(error).__name__})") from error
+    start = restore(last / "state.pt", objective, optimizer, device) if args.resume else 0
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     batches = load(train_set, micro_batches(len(train_set), args, start, rank, world), args, device)
 
+    log = last.with_name("log.jsonl")
+    best = begin_log(log, start) if rank == 0 else math.inf
     stop = []  # signals: the step is finished, saved, and the run ends
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
-    if rank == 0:  # a resumed run repeats the steps after the last checkpoint, and logs each once
-        log_file = last.with_name("log.jsonl")
-        lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-        data.replace_file(log_file, "".join(lines[:start]))
-        log = log_file.open("a", buffering=1)
-        losses = [json.loads(line).get("held_out_total", math.inf) for line in lines[:start]]
-        best = min(losses, default=math.inf)
-
-    def save(folder, state):
-        base = None if args.train == "all" else args.weights  # what does not train is left there
-        with data.replaced_folder(folder) as new:
-            model.save_pretrained(new, tokenizer=tokenizer_file, base=base)
-            torch.save(state, new / "state.pt")
-            (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-            for name in ("kinds.json", "clips.json"):  # phrases and length of the clips, for apps.timeline
-                if (Path(args.data) / name).exists():
-                    shutil.copy(Path(args.data) / name, new)
-
     skipped = 0
-    bad = set()
+    step = start
     began = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
@@ -354,22 +387,20 @@ def main(argv=None, task=None):
             group["lr"] = lr
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
         losses, norm, missing = train_step(module, batches, optimizer, autocast, args)
-        means = torch.stack(list(losses.values()))
-        told_to_stop = torch.tensor(float(len(stop)), device=device)
+
+        # what all processes have to know: the mean losses, and whether one of them has to stop
+        means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
         if world > 1:
             dist.all_reduce(means)
-            dist.all_reduce(told_to_stop)
-        values = dict(zip(losses, (means / world).tolist(), strict=True))
-
+        *means, told_to_stop = (means / world).tolist()
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped < 5, f"step {step}: not finite for 5 steps in a row; lower --lr or set --clip 1")
-        if missing:
-            bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
-            told = f"{len(bad)} unreadable videos for {len(train_set)} rows; see bad_videos.jsonl"
-            require(len(bad) <= max(1, 0.05 * len(train_set)), told)
+        bad = unreadable(args) if missing else ()
+        told = f"{len(bad)} unreadable videos for {len(train_set)} rows; see bad_videos.jsonl"
+        require(len(bad) <= max(1, 0.05 * len(train_set)), f"{told}, and delete it once they can be read")
 
         if rank == 0:
-            values |= {"lr": lr, "grad_norm": norm, "skipped": skipped}
+            values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
             seen = (step - start) * args.batch_size
             values["samples_per_s"] = round(seen / (time.perf_counter() - began), 2)
@@ -378,21 +409,21 @@ def main(argv=None, task=None):
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
                 values |= evaluate(objective, test_set, autocast, args, device)
-                if values["held_out_total"] < best:
-                    best = values["held_out_total"]
-                    save(last.with_name("best"), {})
             finite = {name: x for name, x in values.items() if math.isfinite(x)}  # JSON knows no others
-            log.write(json.dumps({"step": step} | finite) + "\n")
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step} | finite) + "\n")
             bar.set_postfix(loss=values["total"], samples_s=values["samples_per_s"])
-            if step % args.save_every == 0 or step == args.steps or told_to_stop > 0:
-                state = {"step": step, "optimizer": optimizer.state_dict()}
-                state["objective"] = {} if objective is model else objective.state_dict()  # a task's heads
-                save(last, state)
-        if told_to_stop > 0:
+            checkpoint_of = (args, model, objective, tokenizer_file)
+            if values.get("held_out_total", math.inf) < best:
+                best = values["held_out_total"]
+                save(last.with_name("best"), *checkpoint_of, step=step)
+            if step % args.save_every == 0 or step == args.steps or told_to_stop:
+                save(last, *checkpoint_of, step=step, optimizer=optimizer.state_dict())
+        if told_to_stop:
             break
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0 and bad:
+    if rank == 0 and (bad := unreadable(args)):
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
     if rank == 0 and stop:
         note(f"stopped and saved at step {step}; the same command with --resume continues")
