@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -52,12 +51,12 @@ class HawkTask:
         """The samples of the "train" split, or of the "test" split, which are held out."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
-        options = {name: getattr(args, name) for name in ("max_tokens", "motion_targets")}
-        options["augment"] = args.augment and train
+        features = None
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
-            options["features"] = data.CachedFeatures(*cache)
-        samples = data.HawkDataset(rows, tokenizer, model.config, args.stage, args.seed, train, **options)
+            features = data.CachedFeatures(*cache)
+        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
+        samples = data.HawkDataset(*given, features, args.max_tokens, args.motion_targets)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
             generator = data.clip_generator(args.seed, 0, 0)
             about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
@@ -71,18 +70,15 @@ class HawkTask:
     def objective(self, args, model, train_set):
         """Sets what trains -> the module whose forward(**inputs) gives losses by name, among them "total"."""
         model.set_trainable(args.train)
-        if args.features:  # what comes before the cached features cannot learn
-            for name, p in model.named_parameters():
-                p.requires_grad_(p.requires_grad and not is_frame_level(name))
+        for name, p in model.named_parameters():  # what comes before cached features cannot learn
+            p.requires_grad_(p.requires_grad and not (args.features and is_frame_level(name)))
         return model
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)  # the step is finished, saved, and the run ends
 SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
 # What may change when a run is resumed. All other options decide what is learned, or which checkpoint is best.
-FREE = (
-    "out resume weights preset set steps recipe accumulate device dtype workers features".split()
-    + [*SCALED][1:]
-)
+FREE = "out resume weights set steps accumulate device dtype workers features save_every eval_every".split()
 
 
 def parse_args(argv, task):
@@ -91,9 +87,8 @@ def parse_args(argv, task):
     add("--preset", choices=["tiny", "7b"], help="start from random weights of this size")
     add("--weights", help="start from this folder of weights")
     add = p.add_argument
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a field of the config")
-    told = "folder with train.jsonl and, for the held-out loss, test.jsonl"
-    add("--data", required=True, type=os.path.abspath, help=told)
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="fields of the config")
+    add("--data", required=True, type=os.path.abspath, help="folder of train.jsonl and, held out, test.jsonl")
     add("--out", required=True, help="folder of the run: log.jsonl, bad_videos.jsonl, weights in last/")
     add("--resume", action="store_true", help="continue from OUT/last")
     add("--device", help="default: cuda, else mps, else cpu")
@@ -104,13 +99,13 @@ def parse_args(argv, task):
     for name, default in (numbers | {"weight-decay": 0.05, "clip": 0.0, "eval-samples": 64}).items():
         add(f"--{name}", type=type(default), default=default, help=f"default {default}")
     for name, most in SCALED.items():
-        told = f"steps; default: a tenth of --steps, at most {most}"
-        add("--" + name.replace("_", "-"), type=int, help=told)
+        add("--" + name.replace("_", "-"), type=int, help=f"default: a tenth of --steps, at most {most}")
     task.add_options(p)
     args = p.parse_args(argv)
     if not (args.steps or args.recipe):
         p.error("how long? --steps N, or --recipe released for the published 400,000")
     args.steps = args.steps or 400_000
+    del args.recipe  # a run may be resumed with other --steps
     args.train = args.train or ("all" if args.preset else "paper")
     return args if args.resume else settle(args, {})
 
@@ -123,8 +118,8 @@ def settle(args, begun):
     for name, now in vars(args).items():
         then = begun.get(name, now)
         require(name in FREE or now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
-    for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be positive")
+    counts = (args.steps, args.batch_size, args.accumulate, args.save_every, args.eval_every)
+    require(min(counts) > 0, "--steps, --batch-size, --accumulate, --save-every and --eval-every are above 0")
     return args
 
 
@@ -167,10 +162,38 @@ def build(args, folder, device):
     lora_rank = 0 if args.train == "lora" and not stored.lora_rank else config.lora_rank
     # on a GPU, under autocast, frozen weights keep the type they are stored in
     dtype = None if device.type == "cuda" and args.dtype != "float32" else torch.float32
-    config_there = replace(config, lora_rank=lora_rank)
-    model = Hawk.from_pretrained(folder, dtype=dtype, config=config_there, base=base)
+    there = HawkConfig(**vars(config) | {"lora_rank": lora_rank})
+    model = Hawk.from_pretrained(folder, dtype=dtype, config=there, base=base)
     model.config = config
     return model, tokenizer
+
+
+def begin(args):
+    """Joins the processes that torchrun starts, and makes the run's folder or, to resume, finds it
+    -> (number of this process, number of processes, device, folder of the last checkpoint)."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    device = data.usable_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    last = Path(args.out) / "last"
+    if rank == 0:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        data.recover_folder(last)
+        data.recover_folder(last.with_name("best"))
+        last.with_name("bad_videos.jsonl").open("a" if last.exists() else "w").close()
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.barrier()
+    require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
+    args.resume = last.exists()
+    settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
+    even = args.batch_size % (world * args.accumulate) == 0
+    require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
+    if args.warmup >= args.steps and rank == 0:
+        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
+    return rank, world, device, last
 
 
 def learning_rate(step, args):
@@ -211,23 +234,25 @@ def load(dataset, order, args, device):
     """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
     readable, the batch holds the first clip that is, as 0 clips: in DDP others wait for its backward pass."""
     listed = Path(args.out) / "bad_videos.jsonl"
-    options = {"num_workers": args.workers, "worker_init_fn": block_signals, "collate_fn": data.collate}
+    options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
+    # a scheduler signals all processes, but workers and their ffmpeg must outlast the loop's last step
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     loader = iter(DataLoader(dataset, batch_sampler=order, **options))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
         for error in batch["errors"]:
             line = json.dumps(error) + "\n"
-            if not listed.exists() or line not in listed.read_text():
+            if line not in listed.read_text():
                 with listed.open("a") as file:
                     file.write(line)
         clips = len(batch.get("input_ids", ()))
         unread = len(batch["errors"])
-        i = 0
-        while "input_ids" not in batch:
-            require(i < len(dataset), f"not one of the videos can be read; see {listed}")
-            batch = data.collate([dataset[i]])
-            i += 1
+        if not clips:
+            others = (data.collate([dataset[i]]) for i in range(len(dataset)))
+            batch = next((other for other in others if "input_ids" in other), None)
+            require(batch, f"not one of the videos can be read; see {listed}")
         names = batch.keys() - {"errors", "index", "indices", "streams"}
         inputs = {name: batch[name].to(device) for name in names}
         streams = {name: x.to(device) for name, x in batch["streams"].items()}  # uint8 frames, or features
@@ -235,9 +260,9 @@ def load(dataset, order, args, device):
         yield inputs, clips, unread
 
 
-def block_signals(_):
-    """A scheduler signals all processes, but workers and their ffmpeg must outlast the loop's last step."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+def bad_videos(args):
+    """The videos that bad_videos.jsonl lists, by whichever process."""
+    return {json.loads(line)["video"] for line in (Path(args.out) / "bad_videos.jsonl").open()}
 
 
 # ---- Held-out loss, checkpoints, log -----------------------------------------------------------------------
@@ -257,7 +282,7 @@ def evaluate(objective, test_set, autocast, args, device):
 
 
 def save(folder, args, model, objective, tokenizer, **progress):
-    """Writes weights, options, the heads of a task, and `progress`: the step, and the optimizer's state."""
+    """Writes weights, options, the heads of a task, and `progress`: the step, and what the loop carries."""
     heads = {} if objective is model else objective.state_dict()
     base = None if args.train == "all" else args.weights  # what does not train is left there
     with data.replaced_folder(folder) as new:
@@ -270,61 +295,14 @@ def save(folder, args, model, objective, tokenizer, **progress):
 
 
 def restore(file, objective, optimizer, device):
-    """Loads what `save` wrote beside the weights -> the number of steps that are done."""
+    """Reads what `save` wrote beside the weights -> (steps that are done, least held-out loss)."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
         objective.load_state_dict(state["objective"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        return int(state["step"]), float(state.get("best", math.inf))
     except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f"{file}: cannot resume from it ({type(error).__name__})") from error
-
-
-def begin_log(file, start):
-    """Keeps the lines of the first `start` steps: a resumed run repeats the others -> least held-out loss."""
-    lines = file.read_text().splitlines(keepends=True)[:start] if file.exists() else []
-    data.replace_file(file, "".join(lines))
-    return min([json.loads(line).get("held_out_total", math.inf) for line in lines], default=math.inf)
-
-
-def unreadable(args):
-    """The videos that bad_videos.jsonl lists, written by all processes."""
-    listed = Path(args.out) / "bad_videos.jsonl"
-    return {json.loads(line)["video"] for line in listed.open()} if listed.exists() else set()
-
-
-# ---- Starting ----------------------------------------------------------------------------------------------
-def join_processes(args):
-    """-> (number of this process, number of processes, device). torchrun says so to each that it starts."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    device = data.usable_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
-def open_run(args, rank, world):
-    """Makes the run's folder or, with --resume, continues the run that is there -> its last checkpoint."""
-    last = Path(args.out) / "last"
-    if rank == 0:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        data.recover_folder(last)
-        data.recover_folder(last.with_name("best"))
-        if not last.exists():
-            last.with_name("bad_videos.jsonl").unlink(missing_ok=True)
-    if world > 1:
-        dist.barrier()
-    require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
-    args.resume = last.exists()
-    settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
-    even = args.batch_size % (world * args.accumulate) == 0
-    require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
-    if args.warmup >= args.steps and rank == 0:
-        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
-    return last
 
 
 # ---- One step, and the run ---------------------------------------------------------------------------------
@@ -353,10 +331,8 @@ def train_step(module, batches, optimizer, autocast, args):
 def main(argv=None, task=None):
     task = task or HawkTask()
     args = parse_args(argv, task)
-    rank, world, device = join_processes(args)
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    rank, world, device, last = begin(args)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    last = open_run(args, rank, world)
 
     # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)
@@ -368,14 +344,17 @@ def main(argv=None, task=None):
     for block in model.llama.layers if model.config.gradient_checkpointing else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # keeps no activations
     optimizer = make_optimizer(objective, args)
-    start = restore(last / "state.pt", objective, optimizer, device) if args.resume else 0
+    start, best = restore(last / "state.pt", objective, optimizer, device) if args.resume else (0, math.inf)
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     batches = load(train_set, micro_batches(len(train_set), args, start, rank, world), args, device)
+    run = (args, model, objective, tokenizer_file)  # what a checkpoint is made of
 
     log = last.with_name("log.jsonl")
-    best = begin_log(log, start) if rank == 0 else math.inf
-    stop = []  # signals: the step is finished, saved, and the run ends
-    for number in (signal.SIGTERM, signal.SIGINT):
+    if rank == 0:  # a resumed run repeats the steps after the last checkpoint, and logs each once
+        lines = log.read_text().splitlines(keepends=True)[:start] if log.exists() else []
+        data.replace_file(log, "".join(lines))
+    stop = []
+    for number in STOPPING:
         signal.signal(number, lambda number, _: stop.append(number))
     skipped = 0
     step = start
@@ -386,24 +365,24 @@ def main(argv=None, task=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-        losses, norm, missing = train_step(module, batches, optimizer, autocast, args)
+        losses, norm, unread = train_step(module, batches, optimizer, autocast, args)
 
-        # what all processes have to know: the mean losses, and whether one of them has to stop
+        # what all processes have to know: the mean losses, and whether one of them was told to stop
         means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
         if world > 1:
             dist.all_reduce(means)
         *means, told_to_stop = (means / world).tolist()
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped < 5, f"step {step}: not finite for 5 steps in a row; lower --lr or set --clip 1")
-        bad = unreadable(args) if missing else ()
+        bad = bad_videos(args) if unread else ()
         told = f"{len(bad)} unreadable videos for {len(train_set)} rows; see bad_videos.jsonl"
         require(len(bad) <= max(1, 0.05 * len(train_set)), f"{told}, and delete it once they can be read")
 
         if rank == 0:
             values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
-            seen = (step - start) * args.batch_size
-            values["samples_per_s"] = round(seen / (time.perf_counter() - began), 2)
+            seconds = time.perf_counter() - began
+            values["samples_per_s"] = round((step - start) * args.batch_size / seconds, 2)
             if set(COMPARED) <= set(model.config.branches):  # near 1, biases alone meet the consistency loss
                 biases = [model.branch(name).encoder_1.bias for name in COMPARED]
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
@@ -413,17 +392,16 @@ def main(argv=None, task=None):
             with log.open("a") as file:
                 file.write(json.dumps({"step": step} | finite) + "\n")
             bar.set_postfix(loss=values["total"], samples_s=values["samples_per_s"])
-            checkpoint_of = (args, model, objective, tokenizer_file)
             if values.get("held_out_total", math.inf) < best:
                 best = values["held_out_total"]
-                save(last.with_name("best"), *checkpoint_of, step=step)
+                save(last.with_name("best"), *run, step=step)
             if step % args.save_every == 0 or step == args.steps or told_to_stop:
-                save(last, *checkpoint_of, step=step, optimizer=optimizer.state_dict())
+                save(last, *run, step=step, best=best, optimizer=optimizer.state_dict())
         if told_to_stop:
             break
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0 and (bad := unreadable(args)):
+    if rank == 0 and (bad := bad_videos(args)):
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
     if rank == 0 and stop:
         note(f"stopped and saved at step {step}; the same command with --resume continues")
@@ -436,16 +414,16 @@ def run(argv=None, task=None):
     try:
         main(argv, task)
         return 0
-    except (ValueError, OSError, RuntimeError) as error:
-        message = str(error).strip().split("\n")[-1]
-        if "DataLoader worker (pid" in str(error):
-            message = "a loader worker died, perhaps for want of memory; start again with --resume"
-        elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).strip().split("\n")[-1]
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        message = "a loader worker died, perhaps for want of memory; start again with --resume"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
