@@ -19,6 +19,7 @@ from collections import Counter, namedtuple
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import safetensors.torch
@@ -142,7 +143,7 @@ def infer_config(file, llama, held, overrides):
     c = asdict(published) | {"tight_dim": published.llama_dim // 16}
     for name, fields in SHAPES.items():
         c |= zip(fields, held[name].read().shape if name in held else (), strict=False)
-    del c[None]
+    c.pop(None, None)
     for field, pattern in LAYERS.items():
         c[field] = sum(re.fullmatch(pattern, name) is not None for name in held) or c[field]
     c["image_size"] = round(max(0, c["image_size"] - 1) ** 0.5) * c["patch_size"]  # less the class token
@@ -223,23 +224,20 @@ def complete(held, motion, args, config):
 def weights(args):
     """Turns the released files into one folder that Hawk.from_pretrained opens.
 
-    --llama is a Hugging Face folder, --vit eva_vit_g.pth, --qformer blip2_pretrained_flant5xxl.pth; a Hugging
-    Face folder of BLIP-2 can be both. --hawk is finetune.pth or pretrained.pth. Without it the result is
-    a start for training, a better one with Video-LLaMA's VL_LLaMA_2_7B_Finetuned.pth as --video-llama. Where
-    --hawk holds no motion Q-Former, it is rebuilt from the released training's seed ("replay")."""
+    Without --hawk the result is a start for training, a better one with --video-llama. Where --hawk holds no
+    motion Q-Former, it is rebuilt from the seed of the released training ("replay")."""
     given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
-    names = Counter(name for path in set(given) if path.is_file() for name in open_tensors(path))
-    twice = [name for name, count in names.items() if count > 1 and not re.fullmatch(LEFT_OUT, name)]
-    require(
-        not twice, f"{', '.join(map(str, given))}: {twice[:1]} is in two files, and unknown in one of them"
-    )
     held = {}
-    for path in sorted(given, key=Path.is_file):  # of a tensor in a folder and in a file the file's counts
+    alone = set()  # names of tensors that do not lie in a folder: of two of the same name, such a one counts
+    for path in sorted(dict.fromkeys(given), key=Path.is_file):
         shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in shards if path.is_dir() else [path]:
             for name, (key, _) in open_tensors(file).items():
+                twice = name in alone and not re.fullmatch(LEFT_OUT, name)
+                require(not twice, f"{file}: {key} is in another file, too, and unknown in one of them")
                 held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
+        alone.update(open_tensors(path) if path.is_file() else ())
     require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
     llama = read_json(args.llama / "config.json", *LLAMA.values())
     config = infer_config(args.llama / "config.json", llama, held, data.settings(args.set))
@@ -267,7 +265,7 @@ def weights(args):
         surplus = f"{origin} {tuple(read().shape)} is unknown to the model"
         require(origin in used or re.fullmatch(known, name), surplus)
     dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
-    write_folder(args.out, config, ours, dtypes, args.llama / "tokenizer.model")
+    write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
     data.replace_file(args.out / "provenance.json", json.dumps(record, indent=1) + "\n")
 
@@ -278,9 +276,10 @@ def parameters(config):
         return dict(Hawk(config).named_parameters())
 
 
-def write_folder(out, config, held, dtypes, tokenizer):
+def write_folder(out, config, held, dtypes, source):
     """Writes one of our folders, or nothing. held: {our name: Held}. dtypes: {tower: other than as stored}.
-    After each shard the mapped files are closed, because what was read of them counts as our memory."""
+    source: the folder with the tokenizer and, for apps.timeline, phrases and length of the clips. After each
+    shard the mapped files are closed, because what was read of them counts as our memory."""
     for name, like in parameters(config).items():
         origin, read = held[name]
         tensor = read()
@@ -288,7 +287,9 @@ def write_folder(out, config, held, dtypes, tokenizer):
         require(tensor.shape == like.shape and tensor.is_floating_point(), misfit)
     tensors = {}
     with data.replaced_folder(out) as folder:
-        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        for name in ("tokenizer.model", "kinds.json", "clips.json"):
+            if name == "tokenizer.model" or (source / name).exists():
+                (folder / name).write_bytes((source / name).read_bytes())
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         for number, (name, (origin, read)) in enumerate(tqdm(held.items(), desc="writing"), 1):
             dtype = dtypes.get(name.partition(".")[0])
@@ -307,6 +308,7 @@ def features(args):
 
     Reads DATA/train.jsonl and test.jsonl, writes OUT/train and OUT/test: --crops files for each clip. What is
     there is done: a second run resumes. A folder of other weights or settings is refused."""
+    require(args.crops > 0, "--crops must be at least 1")
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
     require(splits, f"{args.data}: holds neither train.jsonl nor test.jsonl")
     model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
@@ -362,14 +364,13 @@ def merge(args):
     config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
     held = {name: Held(name, p.detach) for name, p in model.named_parameters() if "lora_" not in name}
     for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
+        if hasattr(layer, "lora_A"):  # merged when it is written: all at once would fill the memory
             held[f"{name}.weight"] = Held(name, partial(merged, layer))
     before = model.config.branches
     pattern = "motion" if "motion" in before else before[-1]
     for branch in sorted(set(config.branches) - set(before)):
         print(f"{branch}: copied from {pattern}")
-        parts = model.branch(pattern).named_parameters(prefix=branch)
-        held |= {name: Held(name, p.detach) for name, p in parts}
+        held |= {name: Held(name, p.detach) for name, p in model.branch(pattern).named_parameters(branch)}
     wanted = parameters(config)
     for name in held.keys() - wanted:  # encoder_1 has no purpose without another branch to compare with
         if name.partition(".")[0] in set(before) - set(config.branches) or ".encoder_1." in name:
@@ -377,11 +378,10 @@ def merge(args):
     misfits = sorted(held.keys() ^ wanted)
     require(not misfits, f"--set {' '.join(args.set)}: is not how these weights are shaped {misfits[:1]}")
     dtypes = dict.fromkeys(("vit", "llama", *config.branches), args.dtype)
-    write_folder(args.out, config, held, dtypes, args.weights / "tokenizer.model")
+    write_folder(args.out, config, held, dtypes, args.weights)
 
 
-def merged(layer):
-    """W + scale · B A in float32. It is computed when it is written: all at once would fill the memory."""
+def merged(layer):  # in float32
     return (layer.weight.float() + layer.scale * (layer.lora_B.float() @ layer.lora_A.float())).detach()
 
 
@@ -427,15 +427,16 @@ def index_row(path, source, description, qa=()):
 
 
 def write_splits(out, splits):
-    """Writes OUT/train.jsonl and so on. splits: {name: rows}; without rows there is no file."""
+    """Writes OUT/train.jsonl and so on, once all are whole. splits: {name: rows}; without rows there is no file."""
     out.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        temporary = out / f"{split}.jsonl.tmp"
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        temporary.replace(out / f"{split}.jsonl")
-        if not (out / f"{split}.jsonl").stat().st_size:
-            (out / f"{split}.jsonl").unlink()
+    with TemporaryDirectory(dir=out) as folder:
+        for split, rows in splits.items():
+            with Path(folder, split).open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        for split in splits:
+            made = Path(folder, split).replace(out / f"{split}.jsonl")
+            if not made.stat().st_size:
+                made.unlink()
     print(f"note: stage 1 also needs motion captions: python -m apps.captions {out}", file=sys.stderr)
 
 
@@ -446,8 +447,8 @@ def hawk(args):
     else for any JSON files: then those whose names end in "test" are for testing. --videos holds UCF_Crime,
     DoTA and so on. OUT/report.json lists what is missing or broken. Refusals ("As an AI …") get a flag."""
     find = args.annotations.rglob
-    published = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
-    files = [*published.values()] or sorted(find("*.json")) or [args.annotations]
+    whole = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
+    files = [*whole.values()] or sorted(find("*.json")) or [args.annotations]
     videos = args.videos.resolve()
     places = {}  # {published path in lower case: {published path: path on this disk}}
     for path in sorted(videos.rglob("*")):
@@ -492,25 +493,34 @@ def hawk_row(entry, videos, places):
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
+PATHS = {  # options that name files and folders
+    "llama": "folder of meta-llama/Llama-2-7b-chat-hf", "vit": "eva_vit_g.pth, or a folder of BLIP-2",
+    "qformer": "blip2_pretrained_flant5xxl.pth, or a folder of BLIP-2", "out": "folder to write",
+    "hawk": "finetune.pth or pretrained.pth", "video-llama": "VL_LLaMA_2_7B_Finetuned.pth",
+    "weights": "folder of weights, such as last/ of a run", "data": "folder of train.jsonl, test.jsonl",
+    "base": "where the folder is now that the weights are based on", "annotations": "JSON file, or a folder",
+    "videos": "folder of UCF_Crime, DoTA and so on",
+}  # fmt: skip
+JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights data out",
+        merge: "weights base out", hawk: "annotations videos out"}  # fmt: skip
+
+
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
-    paths = {weights: "llama vit qformer", features: "weights data", merge: "weights"}
-    for run, names in (paths | {hawk: "annotations videos"}).items():
+    for run, names in JOBS.items():
         job = jobs.add_parser(run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__)
         job.set_defaults(run=run)
         add = job.add_argument
-        for name in (*names.split(), "out"):
-            add(f"--{name}", type=Path, required=True)
+        for name in names.split():
+            needed = name not in ("hawk", "video-llama", "base")
+            add(f"--{name}", type=Path, required=needed, metavar="PATH", help=PATHS[name])
         if run is weights:
-            add("--hawk", type=Path)
-            add("--video-llama", type=Path)
-            add("--motion-qformer", choices=("auto", "checkpoint", "replay", "blip2"), default="auto")
+            sources = ("auto", "checkpoint", "replay", "blip2")
+            add("--motion-qformer", choices=sources, default="auto", help="where it is from; auto: as found")
         if run in (weights, merge):
-            add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+            add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
             add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as released, as stored")
-        if run is merge:
-            add("--base", type=Path, help="where the folder is now that the weights are based on")
         if run is features:
             add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")
             add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")

@@ -77,8 +77,8 @@ class HawkTask:
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # the step is finished, saved, and the run ends
 SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
-# What may change when a run is resumed. All other options decide what is learned, or which checkpoint is best.
-FREE = "out resume weights set steps accumulate device dtype workers features save_every eval_every".split()
+# May change when a run is resumed. All other options decide what is learned, or which checkpoint is best.
+FREE = "out resume weights set recipe steps accumulate device dtype workers features save_every eval_every"
 
 
 def parse_args(argv, task):
@@ -105,7 +105,6 @@ def parse_args(argv, task):
     if not (args.steps or args.recipe):
         p.error("how long? --steps N, or --recipe released for the published 400,000")
     args.steps = args.steps or 400_000
-    del args.recipe  # a run may be resumed with other --steps
     args.train = args.train or ("all" if args.preset else "paper")
     return args if args.resume else settle(args, {})
 
@@ -117,7 +116,10 @@ def settle(args, begun):
             setattr(args, name, begun.get(name, min(most, math.ceil(args.steps / 10))))
     for name, now in vars(args).items():
         then = begun.get(name, now)
-        require(name in FREE or now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
+        require(
+            name in FREE.split() or now == then,
+            f"--{name.replace('_', '-')} {now}: this run began with {then}",
+        )
     counts = (args.steps, args.batch_size, args.accumulate, args.save_every, args.eval_every)
     require(min(counts) > 0, "--steps, --batch-size, --accumulate, --save-every and --eval-every are above 0")
     return args
@@ -191,7 +193,7 @@ def begin(args):
     settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
     even = args.batch_size % (world * args.accumulate) == 0
     require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
-    if args.warmup >= args.steps and rank == 0:
+    if args.warmup >= args.steps > 1 and rank == 0:
         note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
     return rank, world, device, last
 
@@ -230,9 +232,10 @@ def micro_batches(n, args, start, rank, world):
         yield numbers
 
 
-def load(dataset, order, args, device):
+def load(dataset, order, args, device, most=math.inf):
     """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
-    readable, the batch holds the first clip that is, as 0 clips: in DDP others wait for its backward pass."""
+    readable, the batch holds the first clip that is, as 0 clips: in DDP others wait for its backward pass.
+    ValueError if none is, or if all processes together have found more than `most` unreadable videos."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
@@ -247,8 +250,11 @@ def load(dataset, order, args, device):
             if line not in listed.read_text():
                 with listed.open("a") as file:
                     file.write(line)
-        clips = len(batch.get("input_ids", ()))
         unread = len(batch["errors"])
+        bad = unreadable(listed) if unread else ()
+        told = f"{len(bad)} unreadable videos for {len(dataset)} rows; see {listed.name}"
+        require(len(bad) <= most, f"{told}, and delete it once they can be read")
+        clips = len(batch.get("input_ids", ()))
         if not clips:
             others = (data.collate([dataset[i]]) for i in range(len(dataset)))
             batch = next((other for other in others if "input_ids" in other), None)
@@ -260,9 +266,8 @@ def load(dataset, order, args, device):
         yield inputs, clips, unread
 
 
-def bad_videos(args):
-    """The videos that bad_videos.jsonl lists, by whichever process."""
-    return {json.loads(line)["video"] for line in (Path(args.out) / "bad_videos.jsonl").open()}
+def unreadable(listed):
+    return {json.loads(line)["video"] for line in listed.open()}
 
 
 # ---- Held-out loss, checkpoints, log -----------------------------------------------------------------------
@@ -307,14 +312,12 @@ def restore(file, objective, optimizer, device):
 
 # ---- One step, and the run ---------------------------------------------------------------------------------
 def train_step(module, batches, optimizer, autocast, args):
-    """One optimizer step over this process's share of a batch -> (losses, gradient norm, unreadable clips).
-    The loss of an unreadable clip counts as 0. A step whose gradient is not finite changes nothing."""
+    """One optimizer step over this process's share of a batch -> (losses, gradient norm). The loss of an
+    unreadable clip counts as 0. A step whose gradient is not finite changes nothing."""
     sums = Counter()
-    unread = 0
     for k in range(args.accumulate):
-        batch, clips, missing = next(batches)
-        unread += missing
-        weight = clips / (clips + missing) / args.accumulate
+        batch, clips, unread = next(batches)
+        weight = clips / (clips + unread) / args.accumulate
         # DDP averages the gradients over the processes once, in the last backward pass
         module.require_backward_grad_sync = k == args.accumulate - 1
         with autocast:  # each clip counts the same, however many processes share a batch
@@ -325,7 +328,7 @@ def train_step(module, batches, optimizer, autocast, args):
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums, norm, unread
+    return sums, norm
 
 
 def main(argv=None, task=None):
@@ -346,7 +349,8 @@ def main(argv=None, task=None):
     optimizer = make_optimizer(objective, args)
     start, best = restore(last / "state.pt", objective, optimizer, device) if args.resume else (0, math.inf)
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-    batches = load(train_set, micro_batches(len(train_set), args, start, rank, world), args, device)
+    order = micro_batches(len(train_set), args, start, rank, world)
+    batches = load(train_set, order, args, device, most=max(1, 0.05 * len(train_set)))
     run = (args, model, objective, tokenizer_file)  # what a checkpoint is made of
 
     log = last.with_name("log.jsonl")
@@ -358,14 +362,14 @@ def main(argv=None, task=None):
         signal.signal(number, lambda number, _: stop.append(number))
     skipped = 0
     step = start
-    began = time.perf_counter()
+    t0 = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-        losses, norm, unread = train_step(module, batches, optimizer, autocast, args)
+        losses, norm = train_step(module, batches, optimizer, autocast, args)
 
         # what all processes have to know: the mean losses, and whether one of them was told to stop
         means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
@@ -374,15 +378,12 @@ def main(argv=None, task=None):
         *means, told_to_stop = (means / world).tolist()
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped < 5, f"step {step}: not finite for 5 steps in a row; lower --lr or set --clip 1")
-        bad = bad_videos(args) if unread else ()
-        told = f"{len(bad)} unreadable videos for {len(train_set)} rows; see bad_videos.jsonl"
-        require(len(bad) <= max(1, 0.05 * len(train_set)), f"{told}, and delete it once they can be read")
 
         if rank == 0:
             values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
-            seconds = time.perf_counter() - began
-            values["samples_per_s"] = round((step - start) * args.batch_size / seconds, 2)
+            rate = (step - start) * args.batch_size / (time.perf_counter() - t0)
+            values["samples_per_s"] = round(rate, 2)
             if set(COMPARED) <= set(model.config.branches):  # near 1, biases alone meet the consistency loss
                 biases = [model.branch(name).encoder_1.bias for name in COMPARED]
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
@@ -401,7 +402,7 @@ def main(argv=None, task=None):
             break
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0 and (bad := bad_videos(args)):
+    if rank == 0 and (bad := unreadable(last.with_name("bad_videos.jsonl"))):
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
     if rank == 0 and stop:
         note(f"stopped and saved at step {step}; the same command with --resume continues")
