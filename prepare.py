@@ -4,7 +4,6 @@
     python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
     python prepare.py merge --weights runs/x/last --out weights/x
     python prepare.py hawk --annotations PATH --videos DIR --out data/hawk
-
 Top to bottom: weights (names, sizes, the motion Q-Former that no file holds), features, merge, hawk.
 """
 
@@ -138,7 +137,6 @@ def infer_config(file, llama, held, overrides):
         require(llama.get(key) in (None, value), f"{file}: {key} must be {value!r}, not {llama.get(key)!r}")
     scaled = {key: value for key, value in rope.items() if value not in ("default", None, 1.0)}
     require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
-
     # as published, unless the files say otherwise; a tensor that is missing is reported later
     c = asdict(published) | {"tight_dim": published.llama_dim // 16}
     for name, fields in SHAPES.items():
@@ -244,7 +242,6 @@ def weights(args):
     data.Tokenizer(args.llama / "tokenizer.model", config.vocab_size)  # before anything large is written
     if llama.get("tie_word_embeddings") and "model.embed_tokens.weight" in held:
         held.setdefault("lm_head.weight", held["model.embed_tokens.weight"])
-
     motion = args.motion_qformer
     if motion == "auto":
         motion = "replay" if args.hawk else "blip2"
@@ -278,8 +275,7 @@ def parameters(config):
 
 def write_folder(out, config, held, dtypes, source):
     """Writes one of our folders, or nothing. held: {our name: Held}. dtypes: {tower: other than as stored}.
-    source: the folder with the tokenizer and, for apps.timeline, phrases and length of the clips. After each
-    shard the mapped files are closed, because what was read of them counts as our memory."""
+    source: the folder that holds the tokenizer and, for apps.timeline, phrases."""
     for name, like in parameters(config).items():
         origin, read = held[name]
         tensor = read()
@@ -287,9 +283,9 @@ def write_folder(out, config, held, dtypes, source):
         require(tensor.shape == like.shape and tensor.is_floating_point(), misfit)
     tensors = {}
     with data.replaced_folder(out) as folder:
-        for name in ("tokenizer.model", "kinds.json", "clips.json"):
-            if name == "tokenizer.model" or (source / name).exists():
-                (folder / name).write_bytes((source / name).read_bytes())
+        phrases = [name for name in ("kinds.json", "clips.json") if (source / name).exists()]
+        for name in ("tokenizer.model", *phrases):
+            (folder / name).write_bytes((source / name).read_bytes())
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         for number, (name, (origin, read)) in enumerate(tqdm(held.items(), desc="writing"), 1):
             dtype = dtypes.get(name.partition(".")[0])
@@ -299,7 +295,7 @@ def write_folder(out, config, held, dtypes, source):
                 part = f"-{number}" if number < len(held) else ""
                 save_tensors(tensors, folder / f"model{part}.safetensors")
                 tensors.clear()
-                open_tensors.cache_clear()
+                open_tensors.cache_clear()  # what was read of mapped files counts as our memory
 
 
 # ---- 2. features: what is frozen in training, computed once for all clips ----------------------------------
@@ -421,13 +417,12 @@ def video_path(videos, name):
 def index_row(path, source, description, qa=()):
     """A row of an index, flagged if its description is a refusal. Motion captions: apps/captions.py."""
     told = re.sub(r"""(?<=\w)[,:]? ["“][^"”]*["”]""", "", description)  # without what people in it say
-    refused = any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
-    flags = ["refusal"] if refused else []
+    flags = ["refusal"] * any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
     return {"video": str(path), "source": source, "description": description, "qa": list(qa), "flags": flags}
 
 
 def write_splits(out, splits):
-    """Writes OUT/train.jsonl and so on, once all are whole. splits: {name: rows}; without rows there is no file."""
+    """Writes OUT/train.jsonl and so on when all are whole. splits: {name: rows}; none without rows."""
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out) as folder:
         for split, rows in splits.items():
@@ -444,8 +439,8 @@ def hawk(args):
     """Turns Hawk's annotations into index files, and finds each video, whose folder may have been renamed.
 
     --annotations is a JSON file or a folder, searched for all_videos_train.json and all_videos_test.json, or
-    else for any JSON files: then those whose names end in "test" are for testing. --videos holds UCF_Crime,
-    DoTA and so on. OUT/report.json lists what is missing or broken. Refusals ("As an AI …") get a flag."""
+    else for any JSON files: then those whose names end in "test" are for testing. OUT/report.json lists
+    what is missing or broken. Refusals ("As an AI …") get a flag."""
     find = args.annotations.rglob
     whole = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
     files = [*whole.values()] or sorted(find("*.json")) or [args.annotations]
@@ -488,17 +483,17 @@ def hawk_row(entry, videos, places):
             return "found", index_row(path, source, row["description"], row["qa"])
         return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
-        reason = f"needs video, QA and description ({type(e).__name__}: {e})"
-        return "broken", {"source": source, "reason": reason}
+        return "broken", {"source": source, "reason": f"needs video, QA and description ({e!r})"}
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
+OPTIONAL = ("hawk", "video-llama", "base")
 PATHS = {  # options that name files and folders
     "llama": "folder of meta-llama/Llama-2-7b-chat-hf", "vit": "eva_vit_g.pth, or a folder of BLIP-2",
     "qformer": "blip2_pretrained_flant5xxl.pth, or a folder of BLIP-2", "out": "folder to write",
     "hawk": "finetune.pth or pretrained.pth", "video-llama": "VL_LLaMA_2_7B_Finetuned.pth",
-    "weights": "folder of weights, such as last/ of a run", "data": "folder of train.jsonl, test.jsonl",
-    "base": "where the folder is now that the weights are based on", "annotations": "JSON file, or a folder",
+    "weights": "folder of weights", "base": "where the folder is now that the weights are based on",
+    "data": "folder of train.jsonl and test.jsonl", "annotations": "JSON file, or a folder of such files",
     "videos": "folder of UCF_Crime, DoTA and so on",
 }  # fmt: skip
 JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights data out",
@@ -513,11 +508,14 @@ def main(argv=None):
         job.set_defaults(run=run)
         add = job.add_argument
         for name in names.split():
-            needed = name not in ("hawk", "video-llama", "base")
-            add(f"--{name}", type=Path, required=needed, metavar="PATH", help=PATHS[name])
+            add(f"--{name}", type=Path, required=name not in OPTIONAL, help=PATHS[name])
         if run is weights:
-            sources = ("auto", "checkpoint", "replay", "blip2")
-            add("--motion-qformer", choices=sources, default="auto", help="where it is from; auto: as found")
+            add(
+                "--motion-qformer",
+                choices="auto checkpoint replay blip2".split(),
+                default="auto",
+                help="source",
+            )
         if run in (weights, merge):
             add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
             add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as released, as stored")

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -58,12 +57,11 @@ class HawkTask:
         given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
         samples = data.HawkDataset(*given, features, args.max_tokens, args.motion_targets)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
-            generator = data.clip_generator(args.seed, 0, 0)
             about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
-            texts = [samples.conversation(row, generator) for row in rows]
-            sizes = [len(tokenizer.encode_conversation(qa, *about)[0]) for qa in texts]
-            lost = sum(size > args.max_tokens for size in sizes)  # they do not teach when to stop
-            if lost:
+            epoch_0 = [data.clip_generator(args.seed, 0, i) for i in range(len(rows))]
+            texts = map(samples.conversation, rows, epoch_0)
+            lost = sum(len(tokenizer.encode_conversation(qa, *about)[0]) > args.max_tokens for qa in texts)
+            if lost:  # these do not teach when to stop
                 note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples
 
@@ -171,8 +169,7 @@ def build(args, folder, device):
 
 
 def begin(args):
-    """Joins the processes that torchrun starts, and makes the run's folder or, to resume, finds it
-    -> (number of this process, number of processes, device, folder of the last checkpoint)."""
+    """Joins the other processes, and makes or finds the run -> (rank, processes, device, last checkpoint)."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and torch.cuda.is_available():
@@ -235,7 +232,7 @@ def micro_batches(n, args, start, rank, world):
 def load(dataset, order, args, device, most=math.inf):
     """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
     readable, the batch holds the first clip that is, as 0 clips: in DDP others wait for its backward pass.
-    ValueError if none is, or if all processes together have found more than `most` unreadable videos."""
+    ValueError if none is, or if all processes have found more than `most` unreadable videos."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
@@ -251,9 +248,11 @@ def load(dataset, order, args, device, most=math.inf):
                 with listed.open("a") as file:
                     file.write(line)
         unread = len(batch["errors"])
-        bad = unreadable(listed) if unread else ()
-        told = f"{len(bad)} unreadable videos for {len(dataset)} rows; see {listed.name}"
-        require(len(bad) <= most, f"{told}, and delete it once they can be read")
+        bad = {json.loads(line)["video"] for line in listed.open()} if unread else ()
+        told = (
+            f"{len(bad)} unreadable videos for {len(dataset)} rows; see {listed.name}; when mended, delete it"
+        )
+        require(len(bad) <= most, told)
         clips = len(batch.get("input_ids", ()))
         if not clips:
             others = (data.collate([dataset[i]]) for i in range(len(dataset)))
@@ -264,10 +263,6 @@ def load(dataset, order, args, device, most=math.inf):
         streams = {name: x.to(device) for name, x in batch["streams"].items()}  # uint8 frames, or features
         inputs["streams"] = {name: x / 255 if x.dtype == torch.uint8 else x for name, x in streams.items()}
         yield inputs, clips, unread
-
-
-def unreadable(listed):
-    return {json.loads(line)["video"] for line in listed.open()}
 
 
 # ---- Held-out loss, checkpoints, log -----------------------------------------------------------------------
@@ -296,7 +291,7 @@ def save(folder, args, model, objective, tokenizer, **progress):
         (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
         for name in ("kinds.json", "clips.json"):  # phrases and length of the clips, for apps.timeline
             if (Path(args.data) / name).exists():
-                shutil.copy(Path(args.data) / name, new)
+                (new / name).write_bytes((Path(args.data) / name).read_bytes())
 
 
 def restore(file, objective, optimizer, device):
@@ -352,7 +347,6 @@ def main(argv=None, task=None):
     order = micro_batches(len(train_set), args, start, rank, world)
     batches = load(train_set, order, args, device, most=max(1, 0.05 * len(train_set)))
     run = (args, model, objective, tokenizer_file)  # what a checkpoint is made of
-
     log = last.with_name("log.jsonl")
     if rank == 0:  # a resumed run repeats the steps after the last checkpoint, and logs each once
         lines = log.read_text().splitlines(keepends=True)[:start] if log.exists() else []
@@ -361,7 +355,6 @@ def main(argv=None, task=None):
     for number in STOPPING:
         signal.signal(number, lambda number, _: stop.append(number))
     skipped = 0
-    step = start
     t0 = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
@@ -370,7 +363,6 @@ def main(argv=None, task=None):
             group["lr"] = lr
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
         losses, norm = train_step(module, batches, optimizer, autocast, args)
-
         # what all processes have to know: the mean losses, and whether one of them was told to stop
         means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
         if world > 1:
@@ -378,7 +370,6 @@ def main(argv=None, task=None):
         *means, told_to_stop = (means / world).tolist()
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped < 5, f"step {step}: not finite for 5 steps in a row; lower --lr or set --clip 1")
-
         if rank == 0:
             values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
@@ -402,10 +393,11 @@ def main(argv=None, task=None):
             break
     if world > 1:
         dist.destroy_process_group()
-    if rank == 0 and (bad := unreadable(last.with_name("bad_videos.jsonl"))):
+    bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
+    if rank == 0 and bad:
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
     if rank == 0 and stop:
-        note(f"stopped and saved at step {step}; the same command with --resume continues")
+        note("stopped, and saved; the same command with --resume continues")
     if signal.SIGINT in stop:
         raise KeyboardInterrupt
 
