@@ -259,8 +259,8 @@ def weights(args):
     used = {found.origin for found in ours.values()}
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
     for name, (origin, read) in held.items():
-        surplus = f"{origin} {tuple(read().shape)} is unknown to the model"
-        require(origin in used or re.fullmatch(known, name), surplus)
+        fits = origin in used or re.fullmatch(known, name)
+        require(fits, f"{origin} {tuple(read().shape)} is unknown to the model")
     dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
     write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
@@ -359,9 +359,12 @@ def merge(args):
     model = Hawk.from_pretrained(args.weights, dtype=None, base=args.base)
     config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
     held = {name: Held(name, p.detach) for name, p in model.named_parameters() if "lora_" not in name}
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):  # merged when it is written: all at once would fill the memory
-            held[f"{name}.weight"] = Held(name, partial(merged, layer))
+
+    def merged(x):  # W + scale · B A in float32, when it is written: all at once would fill the memory
+        return (x.weight.float() + x.scale * (x.lora_B.float() @ x.lora_A.float())).detach()
+
+    lora = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    held |= {f"{name}.weight": Held(name, partial(merged, layer)) for name, layer in lora.items()}
     before = model.config.branches
     pattern = "motion" if "motion" in before else before[-1]
     for branch in sorted(set(config.branches) - set(before)):
@@ -375,10 +378,6 @@ def merge(args):
     require(not misfits, f"--set {' '.join(args.set)}: is not how these weights are shaped {misfits[:1]}")
     dtypes = dict.fromkeys(("vit", "llama", *config.branches), args.dtype)
     write_folder(args.out, config, held, dtypes, args.weights)
-
-
-def merged(layer):  # in float32
-    return (layer.weight.float() + layer.scale * (layer.lora_B.float() @ layer.lora_A.float())).detach()
 
 
 # ---- 4. hawk: the published annotations, and videos as they lie on this disk -> index files of ours --------
@@ -487,7 +486,6 @@ def hawk_row(entry, videos, places):
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
-OPTIONAL = ("hawk", "video-llama", "base")
 PATHS = {  # options that name files and folders
     "llama": "folder of meta-llama/Llama-2-7b-chat-hf", "vit": "eva_vit_g.pth, or a folder of BLIP-2",
     "qformer": "blip2_pretrained_flant5xxl.pth, or a folder of BLIP-2", "out": "folder to write",
@@ -507,15 +505,11 @@ def main(argv=None):
         job = jobs.add_parser(run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__)
         job.set_defaults(run=run)
         add = job.add_argument
-        for name in names.split():
-            add(f"--{name}", type=Path, required=name not in OPTIONAL, help=PATHS[name])
+        for key in names.split():
+            add(f"--{key}", type=Path, required=key not in ("hawk", "video-llama", "base"), help=PATHS[key])
         if run is weights:
-            add(
-                "--motion-qformer",
-                choices="auto checkpoint replay blip2".split(),
-                default="auto",
-                help="source",
-            )
+            ways = ["auto", "checkpoint", "replay", "blip2"]
+            add("--motion-qformer", choices=ways, default="auto", help="its source; auto: what is there")
         if run in (weights, merge):
             add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
             add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as released, as stored")

@@ -58,9 +58,8 @@ class HawkTask:
         samples = data.HawkDataset(*given, features, args.max_tokens, args.motion_targets)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
             about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
-            epoch_0 = [data.clip_generator(args.seed, 0, i) for i in range(len(rows))]
-            texts = map(samples.conversation, rows, epoch_0)
-            lost = sum(len(tokenizer.encode_conversation(qa, *about)[0]) > args.max_tokens for qa in texts)
+            qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
+            lost = sum(len(tokenizer.encode_conversation(qa, *about)[0]) > args.max_tokens for qa in qas)
             if lost:  # these do not teach when to stop
                 note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples
@@ -212,7 +211,7 @@ def make_optimizer(module, args):
     return torch.optim.AdamW([decayed, others], lr=args.lr, betas=(0.9, 0.999))
 
 
-# ---- Samples: their order, and loading them ----------------------------------------------------------------
+# ---- Samples, held-out loss, checkpoints -------------------------------------------------------------------
 def micro_batches(n, args, start, rank, world):
     """Yields this process's micro-batches from step `start` on: lists of sample numbers (epoch * n + index).
     All epochs form one line of positions; a micro-batch takes the next few for all processes together."""
@@ -231,8 +230,8 @@ def micro_batches(n, args, start, rank, world):
 
 def load(dataset, order, args, device, most=math.inf):
     """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
-    readable, the batch holds the first clip that is, as 0 clips: in DDP others wait for its backward pass.
-    ValueError if none is, or if all processes have found more than `most` unreadable videos."""
+    readable, it holds the first clip that is, as 0 clips: in DDP others wait for its backward pass.
+    ValueError if no clip is readable, or if all processes have found more than `most` that are not."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
@@ -265,7 +264,6 @@ def load(dataset, order, args, device, most=math.inf):
         yield inputs, clips, unread
 
 
-# ---- Held-out loss, checkpoints, log -----------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(objective, test_set, autocast, args, device):
     """Mean held-out losses as {"held_out_…": float}."""
@@ -331,7 +329,6 @@ def main(argv=None, task=None):
     args = parse_args(argv, task)
     rank, world, device, last = begin(args)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
     # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)
     tokenizer = data.Tokenizer(tokenizer_file, model.config.vocab_size)
@@ -373,8 +370,7 @@ def main(argv=None, task=None):
         if rank == 0:
             values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
-            rate = (step - start) * args.batch_size / (time.perf_counter() - t0)
-            values["samples_per_s"] = round(rate, 2)
+            values["samples_per_s"] = round((step - start) * args.batch_size / (time.perf_counter() - t0), 2)
             if set(COMPARED) <= set(model.config.branches):  # near 1, biases alone meet the consistency loss
                 biases = [model.branch(name).encoder_1.bias for name in COMPARED]
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
