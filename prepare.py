@@ -4,7 +4,6 @@
     python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
     python prepare.py merge --weights runs/x/last --out weights/x
     python prepare.py hawk --annotations PATH --videos DIR --out data/hawk
-
 Top to bottom: weights (names, sizes, the motion Q-Former that no file holds), features, merge, hawk.
 """
 
@@ -19,6 +18,7 @@ from collections import Counter, namedtuple
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import safetensors.torch
@@ -137,12 +137,11 @@ def infer_config(file, llama, held, overrides):
         require(llama.get(key) in (None, value), f"{file}: {key} must be {value!r}, not {llama.get(key)!r}")
     scaled = {key: value for key, value in rope.items() if value not in ("default", None, 1.0)}
     require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
-
     # as published, unless the files say otherwise; a tensor that is missing is reported later
     c = asdict(published) | {"tight_dim": published.llama_dim // 16}
     for name, fields in SHAPES.items():
         c |= zip(fields, held[name].read().shape if name in held else (), strict=False)
-    del c[None]
+    c.pop(None, None)
     for field, pattern in LAYERS.items():
         c[field] = sum(re.fullmatch(pattern, name) is not None for name in held) or c[field]
     c["image_size"] = round(max(0, c["image_size"] - 1) ** 0.5) * c["patch_size"]  # less the class token
@@ -223,30 +222,26 @@ def complete(held, motion, args, config):
 def weights(args):
     """Turns the released files into one folder that Hawk.from_pretrained opens.
 
-    --llama is a Hugging Face folder, --vit eva_vit_g.pth, --qformer blip2_pretrained_flant5xxl.pth; a Hugging
-    Face folder of BLIP-2 can be both. --hawk is finetune.pth or pretrained.pth. Without it the result is
-    a start for training, a better one with Video-LLaMA's VL_LLaMA_2_7B_Finetuned.pth as --video-llama. Where
-    --hawk holds no motion Q-Former, it is rebuilt from the released training's seed ("replay")."""
+    Without --hawk the result is a start for training, a better one with --video-llama. Where --hawk holds no
+    motion Q-Former, it is rebuilt from the seed of the released training ("replay")."""
     given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
-    names = Counter(name for path in set(given) if path.is_file() for name in open_tensors(path))
-    twice = [name for name, count in names.items() if count > 1 and not re.fullmatch(LEFT_OUT, name)]
-    require(
-        not twice, f"{', '.join(map(str, given))}: {twice[:1]} is in two files, and unknown in one of them"
-    )
     held = {}
-    for path in sorted(given, key=Path.is_file):  # of a tensor in a folder and in a file the file's counts
+    alone = set()  # names of tensors that do not lie in a folder: of two of the same name, such a one counts
+    for path in sorted(dict.fromkeys(given), key=Path.is_file):
         shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in shards if path.is_dir() else [path]:
             for name, (key, _) in open_tensors(file).items():
+                twice = name in alone and not re.fullmatch(LEFT_OUT, name)
+                require(not twice, f"{file}: {key} is in another file, too, and unknown in one of them")
                 held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
+        alone.update(open_tensors(path) if path.is_file() else ())
     require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
     llama = read_json(args.llama / "config.json", *LLAMA.values())
     config = infer_config(args.llama / "config.json", llama, held, data.settings(args.set))
     data.Tokenizer(args.llama / "tokenizer.model", config.vocab_size)  # before anything large is written
     if llama.get("tie_word_embeddings") and "model.embed_tokens.weight" in held:
         held.setdefault("lm_head.weight", held["model.embed_tokens.weight"])
-
     motion = args.motion_qformer
     if motion == "auto":
         motion = "replay" if args.hawk else "blip2"
@@ -264,10 +259,10 @@ def weights(args):
     used = {found.origin for found in ours.values()}
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
     for name, (origin, read) in held.items():
-        surplus = f"{origin} {tuple(read().shape)} is unknown to the model"
-        require(origin in used or re.fullmatch(known, name), surplus)
+        fits = origin in used or re.fullmatch(known, name)
+        require(fits, f"{origin} {tuple(read().shape)} is unknown to the model")
     dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
-    write_folder(args.out, config, ours, dtypes, args.llama / "tokenizer.model")
+    write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
     data.replace_file(args.out / "provenance.json", json.dumps(record, indent=1) + "\n")
 
@@ -278,9 +273,9 @@ def parameters(config):
         return dict(Hawk(config).named_parameters())
 
 
-def write_folder(out, config, held, dtypes, tokenizer):
+def write_folder(out, config, held, dtypes, source):
     """Writes one of our folders, or nothing. held: {our name: Held}. dtypes: {tower: other than as stored}.
-    After each shard the mapped files are closed, because what was read of them counts as our memory."""
+    source: the folder that holds the tokenizer and, for apps.timeline, phrases."""
     for name, like in parameters(config).items():
         origin, read = held[name]
         tensor = read()
@@ -288,7 +283,9 @@ def write_folder(out, config, held, dtypes, tokenizer):
         require(tensor.shape == like.shape and tensor.is_floating_point(), misfit)
     tensors = {}
     with data.replaced_folder(out) as folder:
-        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        phrases = [name for name in ("kinds.json", "clips.json") if (source / name).exists()]
+        for name in ("tokenizer.model", *phrases):
+            (folder / name).write_bytes((source / name).read_bytes())
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         for number, (name, (origin, read)) in enumerate(tqdm(held.items(), desc="writing"), 1):
             dtype = dtypes.get(name.partition(".")[0])
@@ -298,7 +295,7 @@ def write_folder(out, config, held, dtypes, tokenizer):
                 part = f"-{number}" if number < len(held) else ""
                 save_tensors(tensors, folder / f"model{part}.safetensors")
                 tensors.clear()
-                open_tensors.cache_clear()
+                open_tensors.cache_clear()  # what was read of mapped files counts as our memory
 
 
 # ---- 2. features: what is frozen in training, computed once for all clips ----------------------------------
@@ -307,6 +304,7 @@ def features(args):
 
     Reads DATA/train.jsonl and test.jsonl, writes OUT/train and OUT/test: --crops files for each clip. What is
     there is done: a second run resumes. A folder of other weights or settings is refused."""
+    require(args.crops > 0, "--crops must be at least 1")
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
     require(splits, f"{args.data}: holds neither train.jsonl nor test.jsonl")
     model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
@@ -361,15 +359,17 @@ def merge(args):
     model = Hawk.from_pretrained(args.weights, dtype=None, base=args.base)
     config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
     held = {name: Held(name, p.detach) for name, p in model.named_parameters() if "lora_" not in name}
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
-            held[f"{name}.weight"] = Held(name, partial(merged, layer))
+
+    def merged(x):  # W + scale · B A in float32, when it is written: all at once would fill the memory
+        return (x.weight.float() + x.scale * (x.lora_B.float() @ x.lora_A.float())).detach()
+
+    lora = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    held |= {f"{name}.weight": Held(name, partial(merged, layer)) for name, layer in lora.items()}
     before = model.config.branches
     pattern = "motion" if "motion" in before else before[-1]
     for branch in sorted(set(config.branches) - set(before)):
         print(f"{branch}: copied from {pattern}")
-        parts = model.branch(pattern).named_parameters(prefix=branch)
-        held |= {name: Held(name, p.detach) for name, p in parts}
+        held |= {name: Held(name, p.detach) for name, p in model.branch(pattern).named_parameters(branch)}
     wanted = parameters(config)
     for name in held.keys() - wanted:  # encoder_1 has no purpose without another branch to compare with
         if name.partition(".")[0] in set(before) - set(config.branches) or ".encoder_1." in name:
@@ -377,12 +377,7 @@ def merge(args):
     misfits = sorted(held.keys() ^ wanted)
     require(not misfits, f"--set {' '.join(args.set)}: is not how these weights are shaped {misfits[:1]}")
     dtypes = dict.fromkeys(("vit", "llama", *config.branches), args.dtype)
-    write_folder(args.out, config, held, dtypes, args.weights / "tokenizer.model")
-
-
-def merged(layer):
-    """W + scale · B A in float32. It is computed when it is written: all at once would fill the memory."""
-    return (layer.weight.float() + layer.scale * (layer.lora_B.float() @ layer.lora_A.float())).detach()
+    write_folder(args.out, config, held, dtypes, args.weights)
 
 
 # ---- 4. hawk: the published annotations, and videos as they lie on this disk -> index files of ours --------
@@ -421,21 +416,21 @@ def video_path(videos, name):
 def index_row(path, source, description, qa=()):
     """A row of an index, flagged if its description is a refusal. Motion captions: apps/captions.py."""
     told = re.sub(r"""(?<=\w)[,:]? ["“][^"”]*["”]""", "", description)  # without what people in it say
-    refused = any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
-    flags = ["refusal"] if refused else []
+    flags = ["refusal"] * any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
     return {"video": str(path), "source": source, "description": description, "qa": list(qa), "flags": flags}
 
 
 def write_splits(out, splits):
-    """Writes OUT/train.jsonl and so on. splits: {name: rows}; without rows there is no file."""
+    """Writes OUT/train.jsonl and so on when all are whole. splits: {name: rows}; none without rows."""
     out.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        temporary = out / f"{split}.jsonl.tmp"
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        temporary.replace(out / f"{split}.jsonl")
-        if not (out / f"{split}.jsonl").stat().st_size:
-            (out / f"{split}.jsonl").unlink()
+    with TemporaryDirectory(dir=out) as folder:
+        for split, rows in splits.items():
+            with Path(folder, split).open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        for split in splits:
+            made = Path(folder, split).replace(out / f"{split}.jsonl")
+            if not made.stat().st_size:
+                made.unlink()
     print(f"note: stage 1 also needs motion captions: python -m apps.captions {out}", file=sys.stderr)
 
 
@@ -443,11 +438,11 @@ def hawk(args):
     """Turns Hawk's annotations into index files, and finds each video, whose folder may have been renamed.
 
     --annotations is a JSON file or a folder, searched for all_videos_train.json and all_videos_test.json, or
-    else for any JSON files: then those whose names end in "test" are for testing. --videos holds UCF_Crime,
-    DoTA and so on. OUT/report.json lists what is missing or broken. Refusals ("As an AI …") get a flag."""
+    else for any JSON files: then those whose names end in "test" are for testing. OUT/report.json lists
+    what is missing or broken. Refusals ("As an AI …") get a flag."""
     find = args.annotations.rglob
-    published = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
-    files = [*published.values()] or sorted(find("*.json")) or [args.annotations]
+    whole = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
+    files = [*whole.values()] or sorted(find("*.json")) or [args.annotations]
     videos = args.videos.resolve()
     places = {}  # {published path in lower case: {published path: path on this disk}}
     for path in sorted(videos.rglob("*")):
@@ -487,30 +482,37 @@ def hawk_row(entry, videos, places):
             return "found", index_row(path, source, row["description"], row["qa"])
         return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
-        reason = f"needs video, QA and description ({type(e).__name__}: {e})"
-        return "broken", {"source": source, "reason": reason}
+        return "broken", {"source": source, "reason": f"needs video, QA and description ({e!r})"}
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
+PATHS = {  # options that name files and folders
+    "llama": "folder of meta-llama/Llama-2-7b-chat-hf", "vit": "eva_vit_g.pth, or a folder of BLIP-2",
+    "qformer": "blip2_pretrained_flant5xxl.pth, or a folder of BLIP-2", "out": "folder to write",
+    "hawk": "finetune.pth or pretrained.pth", "video-llama": "VL_LLaMA_2_7B_Finetuned.pth",
+    "weights": "folder of weights", "base": "where the folder is now that the weights are based on",
+    "data": "folder of train.jsonl and test.jsonl", "annotations": "JSON file, or a folder of such files",
+    "videos": "folder of UCF_Crime, DoTA and so on",
+}  # fmt: skip
+JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights data out",
+        merge: "weights base out", hawk: "annotations videos out"}  # fmt: skip
+
+
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
-    paths = {weights: "llama vit qformer", features: "weights data", merge: "weights"}
-    for run, names in (paths | {hawk: "annotations videos"}).items():
+    for run, names in JOBS.items():
         job = jobs.add_parser(run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__)
         job.set_defaults(run=run)
         add = job.add_argument
-        for name in (*names.split(), "out"):
-            add(f"--{name}", type=Path, required=True)
+        for key in names.split():
+            add(f"--{key}", type=Path, required=key not in ("hawk", "video-llama", "base"), help=PATHS[key])
         if run is weights:
-            add("--hawk", type=Path)
-            add("--video-llama", type=Path)
-            add("--motion-qformer", choices=("auto", "checkpoint", "replay", "blip2"), default="auto")
+            ways = ["auto", "checkpoint", "replay", "blip2"]
+            add("--motion-qformer", choices=ways, default="auto", help="its source; auto: what is there")
         if run in (weights, merge):
-            add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+            add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
             add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as released, as stored")
-        if run is merge:
-            add("--base", type=Path, help="where the folder is now that the weights are based on")
         if run is features:
             add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")
             add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")

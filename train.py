@@ -15,12 +15,10 @@ import argparse
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -52,32 +50,32 @@ class HawkTask:
         """The samples of the "train" split, or of the "test" split, which are held out."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
-        options = {"augment": args.augment and train, "max_tokens": args.max_tokens}
-        options["motion_targets"] = args.motion_targets
+        features = None
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
-            options["features"] = data.CachedFeatures(*cache)
-        samples = data.HawkDataset(rows, tokenizer, model.config, args.stage, args.seed, train, **options)
+            features = data.CachedFeatures(*cache)
+        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
+        samples = data.HawkDataset(*given, features, args.max_tokens, args.motion_targets)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
-            generator = data.clip_generator(args.seed, 0, 0)
-            texts = [samples.conversation(row, generator) for row in rows]
-            message = "60.0, " * model.config.n_frames  # about that of a video of two minutes
-            ids = [tokenizer.encode_conversation(qa, message, model.config.n_visual, None)[0] for qa in texts]
-            lost = sum(len(text) > args.max_tokens for text in ids)  # they do not teach when to stop
-            if lost:
-                note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(ids)} rows")
+            about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
+            qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
+            lost = sum(len(tokenizer.encode_conversation(qa, *about)[0]) > args.max_tokens for qa in qas)
+            if lost:  # these do not teach when to stop
+                note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples
 
     def objective(self, args, model, train_set):
         """Sets what trains -> the module whose forward(**inputs) gives losses by name, among them "total"."""
         model.set_trainable(args.train)
-        if args.features:  # what comes before the cached features cannot learn
-            for name, p in model.named_parameters():
-                p.requires_grad_(p.requires_grad and not is_frame_level(name))
+        for name, p in model.named_parameters():  # what comes before cached features cannot learn
+            p.requires_grad_(p.requires_grad and not (args.features and is_frame_level(name)))
         return model
 
 
-SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}
+STOPPING = (signal.SIGTERM, signal.SIGINT)  # the step is finished, saved, and the run ends
+SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
+# May change when a run is resumed. All other options decide what is learned, or which checkpoint is best.
+FREE = "out resume weights set recipe steps accumulate device dtype workers features save_every eval_every"
 
 
 def parse_args(argv, task):
@@ -86,9 +84,8 @@ def parse_args(argv, task):
     add("--preset", choices=["tiny", "7b"], help="start from random weights of this size")
     add("--weights", help="start from this folder of weights")
     add = p.add_argument
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set a field of the config")
-    told = "folder with train.jsonl and, for the held-out loss, test.jsonl"
-    add("--data", required=True, type=os.path.abspath, help=told)
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="fields of the config")
+    add("--data", required=True, type=os.path.abspath, help="folder of train.jsonl and, held out, test.jsonl")
     add("--out", required=True, help="folder of the run: log.jsonl, bad_videos.jsonl, weights in last/")
     add("--resume", action="store_true", help="continue from OUT/last")
     add("--device", help="default: cuda, else mps, else cpu")
@@ -99,22 +96,29 @@ def parse_args(argv, task):
     for name, default in (numbers | {"weight-decay": 0.05, "clip": 0.0, "eval-samples": 64}).items():
         add(f"--{name}", type=type(default), default=default, help=f"default {default}")
     for name, most in SCALED.items():
-        told = f"steps; default: a tenth of --steps, at most {most}"
-        add("--" + name.replace("_", "-"), type=int, help=told)
+        add("--" + name.replace("_", "-"), type=int, help=f"default: a tenth of --steps, at most {most}")
     task.add_options(p)
     args = p.parse_args(argv)
     if not (args.steps or args.recipe):
         p.error("how long? --steps N, or --recipe released for the published 400,000")
     args.steps = args.steps or 400_000
     args.train = args.train or ("all" if args.preset else "paper")
-    return args if args.resume else scale(args, {})
+    return args if args.resume else settle(args, {})
 
 
-def scale(args, begun):
-    """Fills in the options that follow from --steps, or, in a run that is resumed, from how it was begun."""
+def settle(args, begun):
+    """Fills in what follows from --steps, and checks the options. begun: those of the run that is resumed."""
     for name, most in SCALED.items():
         if getattr(args, name) is None:
             setattr(args, name, begun.get(name, min(most, math.ceil(args.steps / 10))))
+    for name, now in vars(args).items():
+        then = begun.get(name, now)
+        require(
+            name in FREE.split() or now == then,
+            f"--{name.replace('_', '-')} {now}: this run began with {then}",
+        )
+    counts = (args.steps, args.batch_size, args.accumulate, args.save_every, args.eval_every)
+    require(min(counts) > 0, "--steps, --batch-size, --accumulate, --save-every and --eval-every are above 0")
     return args
 
 
@@ -157,10 +161,37 @@ def build(args, folder, device):
     lora_rank = 0 if args.train == "lora" and not stored.lora_rank else config.lora_rank
     # on a GPU, under autocast, frozen weights keep the type they are stored in
     dtype = None if device.type == "cuda" and args.dtype != "float32" else torch.float32
-    config_there = replace(config, lora_rank=lora_rank)
-    model = Hawk.from_pretrained(folder, dtype=dtype, config=config_there, base=base)
+    there = HawkConfig(**vars(config) | {"lora_rank": lora_rank})
+    model = Hawk.from_pretrained(folder, dtype=dtype, config=there, base=base)
     model.config = config
     return model, tokenizer
+
+
+def begin(args):
+    """Joins the other processes, and makes or finds the run -> (rank, processes, device, last checkpoint)."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    device = data.usable_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    last = Path(args.out) / "last"
+    if rank == 0:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        data.recover_folder(last)
+        data.recover_folder(last.with_name("best"))
+        last.with_name("bad_videos.jsonl").open("a" if last.exists() else "w").close()
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.barrier()
+    require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
+    args.resume = last.exists()
+    settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
+    even = args.batch_size % (world * args.accumulate) == 0
+    require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
+    if args.warmup >= args.steps > 1 and rank == 0:
+        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
+    return rank, world, device, last
 
 
 def learning_rate(step, args):
@@ -180,7 +211,7 @@ def make_optimizer(module, args):
     return torch.optim.AdamW([decayed, others], lr=args.lr, betas=(0.9, 0.999))
 
 
-# ---- Samples: their order, and loading them ----------------------------------------------------------------
+# ---- Samples, held-out loss, checkpoints -------------------------------------------------------------------
 def micro_batches(n, args, start, rank, world):
     """Yields this process's micro-batches from step `start` on: lists of sample numbers (epoch * n + index).
     All epochs form one line of positions; a micro-batch takes the next few for all processes together."""
@@ -197,27 +228,35 @@ def micro_batches(n, args, start, rank, world):
         yield numbers
 
 
-def load(dataset, order, args, device):
+def load(dataset, order, args, device, most=math.inf):
     """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
-    readable, the batch holds the first clip that is, as 0 clips: in DDP others wait for its backward pass."""
+    readable, it holds the first clip that is, as 0 clips: in DDP others wait for its backward pass.
+    ValueError if no clip is readable, or if all processes have found more than `most` that are not."""
     listed = Path(args.out) / "bad_videos.jsonl"
-    options = {"num_workers": args.workers, "worker_init_fn": block_signals, "collate_fn": data.collate}
+    options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
+    # a scheduler signals all processes, but workers and their ffmpeg must outlast the loop's last step
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     loader = iter(DataLoader(dataset, batch_sampler=order, **options))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
         for error in batch["errors"]:
             line = json.dumps(error) + "\n"
-            if not listed.exists() or line not in listed.read_text():
+            if line not in listed.read_text():
                 with listed.open("a") as file:
                     file.write(line)
-        clips = len(batch.get("input_ids", ()))
         unread = len(batch["errors"])
-        i = 0
-        while "input_ids" not in batch:
-            require(i < len(dataset), f"not one of the videos can be read; see {listed}")
-            batch = data.collate([dataset[i]])
-            i += 1
+        bad = {json.loads(line)["video"] for line in listed.open()} if unread else ()
+        told = (
+            f"{len(bad)} unreadable videos for {len(dataset)} rows; see {listed.name}; when mended, delete it"
+        )
+        require(len(bad) <= most, told)
+        clips = len(batch.get("input_ids", ()))
+        if not clips:
+            others = (data.collate([dataset[i]]) for i in range(len(dataset)))
+            batch = next((other for other in others if "input_ids" in other), None)
+            require(batch, f"not one of the videos can be read; see {listed}")
         names = batch.keys() - {"errors", "index", "indices", "streams"}
         inputs = {name: batch[name].to(device) for name in names}
         streams = {name: x.to(device) for name, x in batch["streams"].items()}  # uint8 frames, or features
@@ -225,12 +264,6 @@ def load(dataset, order, args, device):
         yield inputs, clips, unread
 
 
-def block_signals(_):
-    """A scheduler signals all processes, but workers and their ffmpeg must outlast the loop's last step."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
-
-
-# ---- Held-out loss, one step, and the loop -----------------------------------------------------------------
 @torch.no_grad()
 def evaluate(objective, test_set, autocast, args, device):
     """Mean held-out losses as {"held_out_…": float}."""
@@ -242,19 +275,42 @@ def evaluate(objective, test_set, autocast, args, device):
             losses = objective(**batch, per_sample=True)
         sums.update({name: loss.item() * clips for name, loss in losses.items()} | {"clips": clips})
     objective.train()
-    clips = sums.pop("clips")
+    clips = sums.pop("clips") or math.nan  # none of these could be read
     return {f"held_out_{name}": value / clips for name, value in sums.items()}
 
 
+def save(folder, args, model, objective, tokenizer, **progress):
+    """Writes weights, options, the heads of a task, and `progress`: the step, and what the loop carries."""
+    heads = {} if objective is model else objective.state_dict()
+    base = None if args.train == "all" else args.weights  # what does not train is left there
+    with data.replaced_folder(folder) as new:
+        model.save_pretrained(new, tokenizer=tokenizer, base=base)
+        torch.save(progress | {"objective": heads}, new / "state.pt")
+        (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        for name in ("kinds.json", "clips.json"):  # phrases and length of the clips, for apps.timeline
+            if (Path(args.data) / name).exists():
+                (new / name).write_bytes((Path(args.data) / name).read_bytes())
+
+
+def restore(file, objective, optimizer, device):
+    """Reads what `save` wrote beside the weights -> (steps that are done, least held-out loss)."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        objective.load_state_dict(state["objective"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"]), float(state.get("best", math.inf))
+    except Exception as error:  # a damaged file raises almost anything
+        raise ValueError(f"{file}: cannot resume from it ({type(error).__name__})") from error
+
+
+# ---- One step, and the run ---------------------------------------------------------------------------------
 def train_step(module, batches, optimizer, autocast, args):
-    """One optimizer step over this process's share of a batch -> (losses, gradient norm, unreadable clips).
-    The loss of an unreadable clip counts as 0. A step whose gradient is not finite changes nothing."""
+    """One optimizer step over this process's share of a batch -> (losses, gradient norm). The loss of an
+    unreadable clip counts as 0. A step whose gradient is not finite changes nothing."""
     sums = Counter()
-    unread = 0
     for k in range(args.accumulate):
-        batch, clips, missing = next(batches)
-        unread += missing
-        weight = clips / (clips + missing) / args.accumulate
+        batch, clips, unread = next(batches)
+        weight = clips / (clips + unread) / args.accumulate
         # DDP averages the gradients over the processes once, in the last backward pass
         module.require_backward_grad_sync = k == args.accumulate - 1
         with autocast:  # each clip counts the same, however many processes share a batch
@@ -265,42 +321,14 @@ def train_step(module, batches, optimizer, autocast, args):
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums, norm, unread
+    return sums, norm
 
 
 def main(argv=None, task=None):
     task = task or HawkTask()
     args = parse_args(argv, task)
-    rank = int(os.environ.get("RANK", 0))  # torchrun sets these for each process that it starts
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    device = data.usable_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    even = args.batch_size % (world * args.accumulate) == 0
-    require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    rank, world, device, last = begin(args)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-    # the run's folder
-    last = Path(args.out) / "last"
-    if rank == 0:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        data.recover_folder(last)
-    if world > 1:
-        dist.barrier()
-    require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
-    args.resume = last.exists()
-    begun = json.loads((last / "args.json").read_text()) if args.resume else {}
-    scale(args, begun)
-    for name in "stage train max_tokens batch_size seed lr min_lr warmup weight_decay clip data".split():
-        now = getattr(args, name, None)  # these decide what is learned
-        then = begun.get(name, now)
-        require(now == then, f"--{name.replace('_', '-')} {now}: this run began with {then}")
-    if args.warmup >= args.steps and rank == 0:
-        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
-
     # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)
     tokenizer = data.Tokenizer(tokenizer_file, model.config.vocab_size)
@@ -311,91 +339,61 @@ def main(argv=None, task=None):
     for block in model.llama.layers if model.config.gradient_checkpointing else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # keeps no activations
     optimizer = make_optimizer(objective, args)
-    start = 0
-    if args.resume:
-        try:
-            state = torch.load(last / "state.pt", map_location=device, weights_only=True)
-            objective.load_state_dict(state["objective"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-            start = int(state["step"])
-        except Exception as error:  # a damaged file raises almost anything
-            raise ValueError(f"{last}/state.pt: cannot resume from it ({type(error).__name__})") from error
+    start, best = restore(last / "state.pt", objective, optimizer, device) if args.resume else (0, math.inf)
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-    batches = load(train_set, micro_batches(len(train_set), args, start, rank, world), args, device)
-
-    stop = []  # signals: the step is finished, saved, and the run ends
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+    order = micro_batches(len(train_set), args, start, rank, world)
+    batches = load(train_set, order, args, device, most=max(1, 0.05 * len(train_set)))
+    run = (args, model, objective, tokenizer_file)  # what a checkpoint is made of
+    log = last.with_name("log.jsonl")
     if rank == 0:  # a resumed run repeats the steps after the last checkpoint, and logs each once
-        log_file = last.with_name("log.jsonl")
-        lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-        data.replace_file(log_file, "".join(lines[:start]))
-        log = log_file.open("a", buffering=1)
-        losses = [json.loads(line).get("held_out_total", math.inf) for line in lines[:start]]
-        best = min(losses, default=math.inf)
-
-    def save(folder, state):
-        base = None if args.train == "all" else args.weights  # what does not train is left there
-        with data.replaced_folder(folder) as new:
-            model.save_pretrained(new, tokenizer=tokenizer_file, base=base)
-            torch.save(state, new / "state.pt")
-            (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-            for name in ("kinds.json", "clips.json"):  # phrases and length of the clips, for apps.timeline
-                if (Path(args.data) / name).exists():
-                    shutil.copy(Path(args.data) / name, new)
-
+        lines = log.read_text().splitlines(keepends=True)[:start] if log.exists() else []
+        data.replace_file(log, "".join(lines))
+    stop = []
+    for number in STOPPING:
+        signal.signal(number, lambda number, _: stop.append(number))
     skipped = 0
-    bad = set()
-    began = time.perf_counter()
+    t0 = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
-        losses, norm, missing = train_step(module, batches, optimizer, autocast, args)
-        means = torch.stack(list(losses.values()))
-        told_to_stop = torch.tensor(float(len(stop)), device=device)
+        losses, norm = train_step(module, batches, optimizer, autocast, args)
+        # what all processes have to know: the mean losses, and whether one of them was told to stop
+        means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
         if world > 1:
             dist.all_reduce(means)
-            dist.all_reduce(told_to_stop)
-        values = dict(zip(losses, (means / world).tolist(), strict=True))
-
+        *means, told_to_stop = (means / world).tolist()
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped < 5, f"step {step}: not finite for 5 steps in a row; lower --lr or set --clip 1")
-        if missing:
-            bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
-            told = f"{len(bad)} unreadable videos for {len(train_set)} rows; see bad_videos.jsonl"
-            require(len(bad) <= max(1, 0.05 * len(train_set)), told)
-
         if rank == 0:
-            values |= {"lr": lr, "grad_norm": norm, "skipped": skipped}
+            values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
-            seen = (step - start) * args.batch_size
-            values["samples_per_s"] = round(seen / (time.perf_counter() - began), 2)
+            values["samples_per_s"] = round((step - start) * args.batch_size / (time.perf_counter() - t0), 2)
             if set(COMPARED) <= set(model.config.branches):  # near 1, biases alone meet the consistency loss
                 biases = [model.branch(name).encoder_1.bias for name in COMPARED]
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
                 values |= evaluate(objective, test_set, autocast, args, device)
-                if values["held_out_total"] < best:
-                    best = values["held_out_total"]
-                    save(last.with_name("best"), {})
             finite = {name: x for name, x in values.items() if math.isfinite(x)}  # JSON knows no others
-            log.write(json.dumps({"step": step} | finite) + "\n")
+            with log.open("a") as file:
+                file.write(json.dumps({"step": step} | finite) + "\n")
             bar.set_postfix(loss=values["total"], samples_s=values["samples_per_s"])
-            if step % args.save_every == 0 or step == args.steps or told_to_stop > 0:
-                state = {"step": step, "optimizer": optimizer.state_dict()}
-                state["objective"] = {} if objective is model else objective.state_dict()  # a task's heads
-                save(last, state)
-        if told_to_stop > 0:
+            if values.get("held_out_total", math.inf) < best:
+                best = values["held_out_total"]
+                save(last.with_name("best"), *run, step=step)
+            if step % args.save_every == 0 or step == args.steps or told_to_stop:
+                save(last, *run, step=step, best=best, optimizer=optimizer.state_dict())
+        if told_to_stop:
             break
     if world > 1:
         dist.destroy_process_group()
+    bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
     if rank == 0 and bad:
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
     if rank == 0 and stop:
-        note(f"stopped and saved at step {step}; the same command with --resume continues")
+        note("stopped, and saved; the same command with --resume continues")
     if signal.SIGINT in stop:
         raise KeyboardInterrupt
 
@@ -405,16 +403,16 @@ def run(argv=None, task=None):
     try:
         main(argv, task)
         return 0
-    except (ValueError, OSError, RuntimeError) as error:
-        message = str(error).strip().split("\n")[-1]
-        if "DataLoader worker (pid" in str(error):
-            message = "a loader worker died, perhaps for want of memory; start again with --resume"
-        elif isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).strip().split("\n")[-1]
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        message = "a loader worker died, perhaps for want of memory; start again with --resume"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -276,6 +276,21 @@ def test_a_refused_answer_does_not_flag_the_description():
     assert prepare.index_row("x.mp4", "s", "As an AI, I cannot see it.", qa)["flags"] == ["refusal"]
 
 
+def test_an_index_is_replaced_when_all_of_it_is_whole(tmp_path):
+    """Else a held-out row of the old split could be in the new one's train.jsonl."""
+
+    def rows():
+        yield row
+        raise ValueError
+
+    row = prepare.index_row("x.mp4", "webvid", "A dog runs.")
+    prepare.write_splits(tmp_path, {"train": [row], "test": [row]})
+    with pytest.raises(ValueError):
+        prepare.write_splits(tmp_path, {"train": [row] * 3, "test": rows()})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert len(read_index(tmp_path / "train.jsonl")) == 1
+
+
 def test_one_line_says_where_motion_captions_are_made(tmp_path, capsys):
     row = prepare.index_row("x.mp4", "webvid", "A dog runs.")
     prepare.write_splits(tmp_path, {"train": [row] * 3, "test": []})

@@ -84,6 +84,8 @@ def test_another_cache_is_refused(world, folder):
         features(world, folder, "--dtype", "float32")
     with pytest.raises(SystemExit, match="has choices 1, not 2"):
         features(world, folder, "--crops", "2")
+    with pytest.raises(SystemExit, match="--crops must be at least 1"):
+        features(world, folder, "--crops", "0")
     shutil.copy(folder / "c.mp4", folder / "a b.mp4")
     with pytest.raises(data.VideoError, match="a b.mp4: is another video now; remove .*0.safetensors"):
         cache(world, folder)[1].load(0, 0)

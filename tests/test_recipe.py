@@ -337,7 +337,7 @@ def test_videos_of_which_none_can_be_read_end_the_run(world, tmp_path, main):
         main(*options(world, tmp_path, 1))
 
 
-def test_parts_that_are_stored_in_different_types_train(world, tmp_path, main):
+def test_parts_that_are_stored_in_different_types_train(world, tmp_path, main, capsys):
     """As `prepare.py weights` writes them: ViT in float16, LLaMA in bfloat16, the rest in float32."""
     model = Hawk.from_pretrained(world / "weights")
     model.vit.half()
@@ -350,6 +350,7 @@ def test_parts_that_are_stored_in_different_types_train(world, tmp_path, main):
     [line] = log_of(tmp_path)
     assert math.isfinite(line["total"]) and math.isfinite(line["held_out_total"])
     assert "nowhere.mp4" in (tmp_path / "run/bad_videos.jsonl").read_text()  # a held-out one
+    assert "note: 1 videos could not be read" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing_changes_nothing(world, tmp_path, main, monkeypatch):
@@ -425,12 +426,32 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(world, tmp_path
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
+def test_the_best_checkpoint_is_found_again_where_a_kill_left_it(world, tmp_path, main):
+    index(tmp_path, world / "a b.mp4")
+    main(*options(world, tmp_path, 1))
+    (tmp_path / "run/best").rename(tmp_path / "run/best.old")
+    main(*options(world, tmp_path, 1, "--resume"))
+    assert (tmp_path / "run/best/config.json").exists() and not (tmp_path / "run/best.old").exists()
+
+
+def test_held_out_videos_that_cannot_be_read_end_no_run(world, tmp_path, main):
+    """Of those that are asked for; others of the split can be read."""
+    index(tmp_path, world / "broken.mp4", world / "a b.mp4")
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW | {"video": str(world / "a b.mp4")}) + "\n")
+    main(*options(world, tmp_path, 1, "--eval-samples", 1))
+    [line] = log_of(tmp_path)
+    assert math.isfinite(line["total"]) and "held_out_total" not in line
+    assert (tmp_path / "run/last").exists() and not (tmp_path / "run/best").exists()
+
+
 def test_many_unreadable_videos_end_even_a_short_run(world, tmp_path, main, capsys):
     good = world / "a b.mp4"
     index(tmp_path, good, good, good, "one.mp4", good, good, "two.mp4", good)
     with pytest.raises(ValueError, match="2 unreadable videos for 8 rows; see bad_videos.jsonl"):
         main(*options(world, tmp_path, 8))
     index(tmp_path, good, good, good, "one.mp4", good, good, good, good)
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "run/bad_videos.jsonl", tmp_path / "b")  # of a run that is not there any more
     main(*options(world, tmp_path, 8, "--out", tmp_path / "b"))
     assert "note: 1 videos could not be read (of 8 rows)" in capsys.readouterr().err
 

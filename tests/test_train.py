@@ -132,6 +132,8 @@ def test_resume_refuses_other_options(world, tmp_path):
     for option, value in (("--stage", 1), ("--batch-size", 2), ("--seed", 5), ("--max-tokens", 99)):
         done = run("train.py", *options(world, tmp_path, 2, "--resume", option, value), check=False)
         assert done.returncode == 2 and f"error: {option} {value}: this run began with" in done.stderr
+    done = run("train.py", *options(world, tmp_path, 2, "--resume", "--augment"), check=False)
+    assert done.returncode == 2 and "error: --augment True: this run began with False" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -227,8 +229,9 @@ def test_rows_that_are_cut_are_counted(world, tmp_path, capsys):
 def test_settings_reach_what_starts_from_weights():
     """--set reaches the modules, the LoRA has the rank asked for, and under autocast the weights keep the
     type that they are stored in, float16."""
-    flags = ["--weights", str(ROOT / "weights" / "tiny"), "--data", "x", "--out", "y", "--train", "lora"]
-    flags += ["--set", "lora_rank=3", "--set", "dropout=0.3", "--dtype", "bfloat16", "--steps", "1"]
+    flags = ["--weights", str(ROOT / "weights" / "tiny"), "--data", "x", "--out", "y", "--steps", "1"]
+    flags += ["--train", "lora"]
+    flags += ["--set", "lora_rank=3", "--set", "dropout=0.3", "--dtype", "bfloat16"]
     task = train.HawkTask()
     args = train.parse_args(flags, task)
     model = task.objective(args, train.build(args, args.weights, torch.device("cuda"))[0], None)
@@ -244,10 +247,11 @@ def test_settings_reach_what_starts_from_weights():
         (["--weights", "nowhere", "--data", "x"], "nowhere"),
         (["--preset", "tiny", "--data", "nowhere"], "nowhere"),
         (["--preset", "tiny", "--data", "x", "--batch-size", "3", "--accumulate", "2"], "--batch-size"),
+        (["--preset", "tiny", "--data", "x", "--save-every", "0"], "--save-every"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, flags, word):
-    assert train.run([*flags, "--out", str(tmp_path), "--steps", "2"]) == 2
+    assert train.run([*flags, "--out", str(tmp_path), "--steps", "1"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error:") and word in said and said.count("\n") == 1
 

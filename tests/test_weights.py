@@ -490,6 +490,10 @@ BAD = {  # how to spoil the files, and what the message says
     "not a state dict": (lambda d: torch.save([1, 2], d / "hawk.pth"), ["hawk.pth", "other than tensors"]),
     "no such file": (removed("vit.pth"), ["vit.pth", "is missing"]),
     "no tokenizer": (removed("llama/tokenizer.model"), ["tokenizer.model", "no such tokenizer file"]),
+    "nothing that is known": (
+        lambda folder: [torch.save({x: TEN}, folder / f"{x}.pth") for x in ("vit", "qformer", "hawk")],
+        ["missing in llama, vit.pth"],
+    ),
     "broken config": (written("llama/config.json", b"{"), ["config.json", "JSON"]),
     "grouped keys": (configure(num_key_value_heads=2), ["config.json", "num_key_value_heads"]),
     "scaled positions": (configure(rope_scaling={"factor": 2}), ["config.json", "rope_scaling", "factor"]),
@@ -692,6 +696,7 @@ def test_merge_is_told_where_the_base_is_now(convert, tmp_path):
     tuned.set_trainable("paper")
     tuned.save_pretrained("tuned", base="base", tokenizer="base/tokenizer.model")
     Path("base").rename("moved")
+    Path("tuned/kinds.json").write_text("{}")
     with pytest.raises(
         SystemExit, match="error: tuned/config.json: its base .*base is not there.*--base DIR"
     ):
@@ -699,6 +704,7 @@ def test_merge_is_told_where_the_base_is_now(convert, tmp_path):
     prepare.main(["merge", "--weights", "tuned", "--base", "moved", "--out", "merged"])
     merged = dict(Hawk.from_pretrained("merged").named_parameters())
     assert all(torch.equal(p, merged[name]) for name, p in tuned.named_parameters())
+    assert Path("merged/kinds.json").read_text() == "{}"  # phrases of one's own move along
 
 
 def merge_branches(source, branches):

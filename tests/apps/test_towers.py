@@ -125,6 +125,10 @@ def test_stage_0_resumes_with_its_heads(world, tmp_path):
     """Which are in no folder of weights."""
     flags = ["--preset", "tiny", *SETTINGS, "--eval-every", 100]
     whole = run("towers", world, tmp_path / "whole", "--steps", 3, *flags)
+    best = Hawk.from_pretrained(tmp_path / "whole/best")
+    assert torch.equal(
+        best.appearance.queries, best.motion.queries
+    )  # the best checkpoint has the copies, too
     step = train.train_step
 
     def step_and_stop(*arguments):
@@ -181,7 +185,7 @@ def test_unknown_words_are_not_asked():
 def test_other_data_is_refused_in_one_line(world, weights, tmp_path, capsys, task, lacking):
     row = {"video": str(world / "videos/x.mp4"), "description": "A car."}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
-    flags = ["--weights", weights, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 2]
+    flags = ["--weights", weights, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 1]
     assert towers.main([task, *map(str, flags)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error:") and lacking in said and said.count("\n") == 1
