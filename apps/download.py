@@ -31,6 +31,9 @@ HUB = {  # repository on the Hugging Face hub, and the pattern of the files that
 }
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 URLS = {"vit": f"{LAVIS}/eva_vit_g.pth", "qformer": f"{LAVIS}/blip2_pretrained_flant5xxl.pth"}
+# What to expect without a connection, in GB: computed from the number of parameters and how they are stored
+# (Hawk's checkpoint with the two moments of its optimizer), not read from the servers.
+ABOUT = {"llama": 13.5, "vit": 2.0, "qformer": 0.4, "hawk": 1.4, "hawk-pretrained": 1.4}
 HINTS = {
     "GatedRepoError": "accept its licence at https://huggingface.co/REPO, then run `hf auth login` here",
     "RepositoryNotFoundError": "it is not on the hub (any more), or is private: try `hf auth login`",
@@ -127,7 +130,14 @@ def download(names, out, dry_run):
     """Lists the files with their sizes, then downloads those that are not there yet."""
     files = []
     for name in names:
-        files += hub_files(name, out) if name in HUB else url_files(name, out)
+        try:
+            files += hub_files(name, out) if name in HUB else url_files(name, out)
+        except ValueError as error:
+            if not dry_run:
+                raise
+            size = f"about {ABOUT[name]:.1f} GB" if name in ABOUT else "of unknown size"
+            address = f"https://huggingface.co/{HUB[name][0]}" if name in HUB else URLS[name]
+            print(f"{name}: {size}, {address}\n    (not asked: {error})")
     missing = [file for file in files if not file.done]
     for file in files:
         print(f"{file.size / 1e9:8.3f} GB  {file.file}" + ("" if file in missing else "  (there already)"))
@@ -153,7 +163,11 @@ def parse_args(argv):
     add("--what", nargs="+", choices=[*HUB, *URLS], default=["llama", "vit", "qformer", "hawk"],
         help="default: llama vit qformer hawk. blip2 holds vit and qformer in one; video-llama and "
         "hawk-pretrained are other weights to start training from")  # fmt: skip
-    add("--dry-run", action="store_true", help="only list the files and their sizes")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="only list the files and their sizes, without a connection roughly",
+    )
     return parser.parse_args(argv)
 
 

@@ -135,7 +135,8 @@ def read_windows(path, config, length, stride, fps=25):
                 yield round(start, 3), round(end, 3), clip
         except OverflowError as error:
             raise VideoError(path, f"has too many frames to hold, {error}; use a shorter --window") from None
-    for remark in damage(Video(path, None, log)):
+    video = open_video(path, size, fps) if os.path.isdir(path) else Video(path, None, log)
+    for remark in damage(video._replace(log=log)):
         note(f"{path}: {remark}")
 
 

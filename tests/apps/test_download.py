@@ -6,8 +6,11 @@ published repositories still hold these files.
 
 import json
 import re
+import subprocess
+import sys
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ import pytest
 
 from apps import download
 
+ROOT = Path(__file__).parents[2]
 INDEX = {
     "vision_model.a": "model-00001-of-00003.safetensors",
     "language_model.b": "model-00002-of-00003.safetensors",
@@ -169,3 +173,32 @@ def test_clear_messages(hub, monkeypatch, capsys):
     assert "eva_vit_g.pth.gone: cannot be reached" in error_of("vit")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached" in error_of("hawk")
+
+
+def test_dry_run_without_a_connection_says_roughly_what_to_expect(monkeypatch, tmp_path, capsys):
+    def offline(name, out):
+        raise ValueError(f"{name}: cannot be reached, or the connection was lost: try again (OSError)")
+
+    monkeypatch.setattr(download, "hub_files", offline)
+    monkeypatch.setattr(download, "url_files", offline)
+    assert download.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("about ") == 4 and "13.5 GB" in told and "eva_vit_g.pth" in told
+    assert download.main(["--out", str(tmp_path)]) == 2
+
+
+def test_the_card_of_the_published_weights_names_options_that_exist():
+    """docs/PUBLISHED.md: five commands, and a fine-tune."""
+    text = (ROOT / "docs" / "PUBLISHED.md").read_text()
+    commands = [line.split() for line in text.splitlines() if line.startswith("python ")]
+    assert len(commands) == 8
+    helps = {}
+    for _, *words in commands:
+        program = words[: 2 if words[0] in ("-m", "prepare.py") else 1]
+        if tuple(program) not in helps:
+            done = subprocess.run(
+                [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
+            )
+            helps[tuple(program)] = re.findall(r"--[\w-]+", done.stdout)
+        used = [word for word in words if word.startswith("--")]
+        assert set(used) <= set(helps[tuple(program)]), (program, used)
