@@ -1,20 +1,26 @@
-"""Your own clips -> an index to train on and one to test with.
+"""Clips of your own -> an index to train on, and one to test with.
 
-    python -m apps.index clips --out data/mine                  # clips/normal/…, clips/fall/…: a folder each
-    python -m apps.index clips --out data/mine --csv clips.csv  # or a table: video, kind, description, group
+    python -m apps.index clips --out data/mine                   # a folder a kind: clips/normal, clips/fall …
+    python -m apps.index clips --out data/mine --csv clips.csv   # or a table: video, description, kind, group
 
-A video is a file, or a folder of numbered pictures. Each is read once; what cannot be read is left out, and
-report.json says why. The first run writes OUT/sentences.json, {kind: the sentence that describes it}. Edit it
-and run again: "The clip shows a fall." becomes "A person falls and stays on the ground.", say. All sentences
-should begin alike, because apps.timeline listens for what follows (OUT/kinds.json). A description from the
-table is added behind the sentence.
+A clip is a video file, or a folder of numbered pictures. Each is read once, the same way as in training. What
+cannot be read is left out, counted, and listed with the reason in OUT/report.json. What was read stands in
+OUT/checked.jsonl: the next run, or one after a kill, reads only what is new or has changed.
 
-Clips of one recording belong on one side of the split. --group REGEX says which part of a path names the
-recording, as in '--group cam[0-9]+'; the column "group" of the table does too. Otherwise each video counts as
-a recording of its own.
+Every description begins with the sentence of its kind, and text from the table follows. The first run writes
+the sentences to OUT/sentences.json. Edit them and run again, or give a file of your own (--sentences). From
+them comes OUT/kinds.json, {kind: phrase}, by which evaluation and timeline know the kinds: what follows the
+words with which all sentences begin, or else the whole sentence. A phrase must stand in no description of
+another kind. Sentences that begin alike are learned fastest.
+
+Clips cut from one recording stay on one side of the split. What a recording is, the table says (column
+"group"), or --group REGEX, the part of each name that it matches, or else the name before its last number:
+cam3_0007.mp4 is of cam3_. If that makes all clips of a kind one recording, each clip counts as its own. The
+last lines of the output say which rule was used.
 """
 
 import csv
+import io
 import json
 import os
 import re
@@ -29,209 +35,400 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from apps.detect import YES_QUESTION
-from data import VideoError, open_video, read_clip, replace_file
+from apps.detect import SUBJECT_WORDS, YES_QUESTION
+from apps.scores import appendable, as_line, read_lines
+from data import VideoError, read_clip, replace_file
 from sample import PROBLEMS, Parser, note, number, print_error
 
 NORMAL = "normal"  # the kind in which nothing is abnormal
-KIND_QUESTION = "What happens in the video?"
+KIND_QUESTION = "What kind of event is it?"
+TRIES = 20  # of the split
+COLUMNS = ("video", "description", "kind")
+PICTURE = r"(?i).*\.(jpe?g|png|tiff?|bmp)"
+SHOWS = "The clip shows {}."
+SHOWN = {  # a start for OUT/sentences.json; for other kinds the name of the folder must do
+    NORMAL: "nothing unusual",
+    "accident": "an accident",
+    "collision": "a collision",
+    "crash": "a crash",
+    "fall": "somebody who falls to the ground",
+    "falling": "somebody who is falling to the ground",
+    "fight": "a fight",
+    "fighting": "people who are fighting",
+    "fire": "a fire",
+    "intrusion": "somebody who must not be there",
+    "robbery": "a robbery",
+    "theft": "a theft",
+}
 
 
-class Found(NamedTuple):
+class Clip(NamedTuple):
     """A video before it is read."""
 
     video: Path
     kind: str
-    description: str  # of this video alone; "" for none
-    group: str
+    text: str  # about this clip alone; "" for none
+    name: str  # how the folder or the table calls it
+    group: str  # the recording that it was cut from; "" until that is known
 
 
 # ---- What there is -----------------------------------------------------------------------------------------
+def find_in_folders(folder, out):
+    """The clips in FOLDER/KIND/ -> [Clip]. Raises ValueError; see the messages."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is no folder; give the one that holds normal/, fall/ and so on")
+    kinds = sorted(path for path in visible(folder) if path.is_dir() and path.resolve() != out.resolve())
+    if not kinds:
+        raise ValueError(f"{folder}: has no class folders; sort the clips into {folder}/{NORMAL} and so on")
+    clips = []
+    for path in kinds:
+        found = visible(path)
+        if not found:
+            raise ValueError(f"{path}: is empty; put clips of this kind there, or remove the folder")
+        if all(re.fullmatch(PICTURE, video.name) for video in found):
+            raise ValueError(f"{path}: is one clip made of pictures; put this folder into that of its kind")
+        clips += [Clip(video, path.name.lower(), "", f"{path.name}/{video.name}", "") for video in found]
+    check_kinds(clips, folder)
+    check_names(clips)
+    return clips
 
 
-def find_in_folders(folder, pattern):
-    """The videos in FOLDER/KIND/ -> [Found]. ValueError if there are less than two kinds, or an empty one."""
-    kinds = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def visible(folder):
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def check_kinds(clips, where):
+    kinds = {clip.kind for clip in clips}
     if len(kinds) < 2:
-        raise ValueError(f"{folder}: needs a folder for each kind, such as {folder}/normal and {folder}/fall")
-    found = []
-    for kind in kinds:
-        videos = sorted(path for path in kind.iterdir() if not path.name.startswith("."))
-        if not videos:
-            raise ValueError(f"{kind}: is empty; put clips of this kind there, or remove the folder")
-        found += [Found(path, kind.name.lower(), "", group_of(path, pattern)) for path in videos]
-    return found
+        raise ValueError(f"{where}: has only one kind ({', '.join(kinds) or 'none'}); two or more are needed")
 
 
-def find_in_table(file, folder, pattern):
-    """The rows of a CSV file with columns video and kind, perhaps also description and group -> [Found]."""
-    found = []
-    with open(file, newline="", encoding="utf-8-sig") as opened:
-        reader = csv.DictReader(opened, strict=True)
-        try:
-            missing = {"video", "kind"} - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"has no column {' and no '.join(sorted(missing))}")
-            for row in reader:
-                if not row["video"] or not row["kind"]:
-                    raise ValueError("needs a video and a kind")
-                path = folder / row["video"]
-                group = row.get("group") or group_of(path, pattern)
-                description = (row.get("description") or "").strip()
-                found.append(Found(path, row["kind"].strip().lower(), description, group))
-        except (csv.Error, ValueError) as error:
-            raise ValueError(f"{file}, line {reader.line_num}: {error}") from None
-    if len({row.kind for row in found}) < 2:
-        raise ValueError(f"{file}: needs rows of two kinds or more")
-    return found
+def check_names(clips):
+    """ValueError for two clips of one name in two class folders: a copy in the wrong one, perhaps."""
+    first = {}
+    for clip in clips:
+        other = first.setdefault(clip.video.name, clip)
+        if other is not clip:
+            hint = "rename one; if they are one clip, keep it where it belongs"
+            raise ValueError(f"{clip.video}: has the same name as {other.video}; {hint}")
 
 
-def group_of(path, pattern):
-    """What names the recording in a path: the first match of the pattern, else the whole path."""
-    match = re.search(pattern, str(path)) if pattern else None
-    return match[0] if match else str(path)
-
-
-def check_video(path):
-    """(its length in seconds, None), or (None, why it cannot be read)."""
+def find_in_table(file, folder):
+    """The rows of a CSV file -> [Clip]. folder: what paths are relative to. ValueError names the line."""
     try:
-        read_clip(path, 4, 32, ("appearance",))
-        seconds = open_video(path, 32).seconds
-        return float(seconds[-1] * len(seconds) / max(len(seconds) - 1, 1)), None
-    except VideoError as error:
-        return None, str(error)
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: is not UTF-8; save it as such") from None
+    semicolons = ";" in text.partition("\n")[0]  # as spreadsheets write where the comma is for decimals
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",", strict=True)
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{file}: has no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
+    clips = []
+    first = {}
+    try:
+        for row in reader:
+            clips.append(table_clip(row, folder))
+            line = first.setdefault(os.path.realpath(clips[-1].video), reader.line_num)
+            if line != reader.line_num:
+                raise ValueError(f"{clips[-1].name} stands in line {line} already; keep one of the two")
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{file}, line {reader.reader.line_num}: {error}") from None
+    check_kinds(clips, file)
+    return clips
 
 
-# ---- What it is called -------------------------------------------------------------------------------------
+def table_clip(row, folder):
+    video, text, kind, group = ((row.get(name) or "").strip() for name in (*COLUMNS, "group"))
+    if not video or not kind:
+        raise ValueError("needs a video and a kind")
+    return Clip(folder / video, kind.lower(), " ".join(text.split()), video, group)
 
 
-def read_sentences(file, kinds):
-    """{kind: sentence}, from the file; what it lacks is made up and added to it."""
-    sentences = json.loads(file.read_text()) if file.exists() else {}
-    if not isinstance(sentences, dict) or not all(isinstance(x, str) and x for x in sentences.values()):
-        raise ValueError(f'{file}: must be JSON like {{"fall": "The clip shows a fall."}}')
-    for kind in kinds:
-        words = "nothing unusual" if kind == NORMAL else re.sub(r"[\W_]+", " ", kind).strip()
-        sentences.setdefault(kind, f"The clip shows {words}.")
-    replace_file(file, json.dumps(sentences, indent=1, ensure_ascii=False) + "\n")
-    return {kind: sentences[kind] for kind in kinds}
+# ---- Which recording a clip is of --------------------------------------------------------------------------
+def find_groups(clips, pattern):
+    """([Clip] with groups, the rule in words). pattern: of --group, or None."""
+    if pattern:
+        names = [re.search(pattern, clip.name) for clip in clips]
+        groups = [found[0] if found else clip.name for found, clip in zip(names, clips, strict=True)]
+        return with_groups(clips, groups), f"a recording is what --group {pattern} finds in a name"
+    if any(clip.group for clip in clips):
+        groups = [clip.group or clip.name for clip in clips]
+        return with_groups(clips, groups), 'a recording is what the column "group" says'
+    grouped = with_groups(clips, [before_last_number(clip.video) for clip in clips])
+    if any(n < 2 for n in groups_of_kinds(grouped).values()):
+        rule = "each clip is a recording of its own, as their names do not tell recordings apart"
+        return with_groups(clips, [clip.name for clip in clips]), rule + " (--group REGEX can)"
+    return grouped, "a recording is the part of the file names before the last number"
 
 
-def phrases_of(sentences):
-    """{kind: what its sentence says after the words with which all begin}, without the full stop."""
-    words = [sentence.rstrip(". ").split() for sentence in sentences.values()]
-    alike = len(os.path.commonprefix(words))
-    rests = [" ".join(some[alike:]) for some in words]
-    return dict(zip(sentences, rests, strict=True))
+def with_groups(clips, groups):
+    return [clip._replace(group=group) for clip, group in zip(clips, groups, strict=True)]
 
 
-def check_phrases(phrases, rows, file):
-    """ValueError if a phrase is empty, or stands in a description of another kind."""
-    for kind, phrase in phrases.items():
-        if not phrase:
-            raise ValueError(f"{file}: the sentence of {kind} says no more than the others; edit it")
-        other = [row for row in rows if row["kind"] != kind and phrase.lower() in row["description"].lower()]
-        if other:
-            told = f"the phrase of {kind}, {phrase!r}, also stands in a description of {other[0]['kind']}"
-            raise ValueError(f"{file}: {told}: {other[0]['description']!r}; edit one of the two")
+def before_last_number(video):
+    """cam3_0007.mp4 -> cam3_; a name without a number is a recording of its own."""
+    stem = video.name if video.is_dir() else video.stem
+    found = re.fullmatch(r"(.*)(?<!\d)\d+\D*", stem)
+    return found[1] if found else stem
 
 
-def make_row(found, sentence, phrase):
-    """A line of the index: the description, and the questions of apps.evaluate and apps.timeline."""
-    answers = {
-        YES_QUESTION: "No" if found.kind == NORMAL else "Yes",
-        KIND_QUESTION: phrase.capitalize() + ".",
-    }
-    row = {"video": str(found.video.absolute()), "source": "own", "kind": found.kind}
-    row["description"] = f"{sentence} {found.description}".strip()
-    return row | {"qa": [{"q": q, "a": a} for q, a in answers.items()]}
+def groups_of_kinds(clips):
+    """{kind: how many recordings it has}, for kinds of more than one clip"""
+    counts = Counter(clip.kind for clip in clips)
+    pairs = Counter(kind for kind, _ in {(clip.kind, clip.group) for clip in clips})
+    return {kind: n for kind, n in pairs.items() if counts[kind] > 1}
 
 
-# ---- Which side it is on -----------------------------------------------------------------------------------
-
-
-def held_out(found, share, seed):
-    """The groups that are for testing: taken at random until each kind has its share, as far as every kind
-    keeps a group to train on."""
-    total = Counter(row.kind for row in found)
+def held_out(clips, share, seed):
+    """The groups to test with. In random order each is taken that brings the shares of the kinds closer to
+    the wanted one, and every kind keeps a group to train on. Of some orders the first counts that leaves the
+    fewest kinds without a clip to test with, and comes within 0.1 of the wanted shares if any does."""
+    total = Counter(clip.kind for clip in clips)
     groups = {}
-    for row in found:
-        groups.setdefault(row.group, Counter())[row.kind] += 1
-    left = {kind: sum(kind in counts for counts in groups.values()) for kind in total}
-    tested = Counter()
-    chosen = set()
-    for name in np.random.default_rng(seed).permutation(sorted(groups)).tolist():
-        counts = groups[name]
-        wanted = any(tested[kind] + counts[kind] / 2 <= share * total[kind] for kind in counts)
-        if share and wanted and all(left[kind] > 1 for kind in counts):
-            chosen.add(name)
-            tested += counts
-            left = {kind: n - (kind in counts) for kind, n in left.items()}
-    return chosen
+    for clip in clips:
+        groups.setdefault(clip.group, Counter())[clip.kind] += 1
+    rng = np.random.default_rng(seed)
+
+    def distance(tested):
+        return sum((tested[kind] / total[kind] - share) ** 2 for kind in total)
+
+    def choose():
+        left = Counter(kind for counts in groups.values() for kind in counts)  # groups to train on
+        tested = Counter()
+        chosen = set()
+        for name in rng.permutation(sorted(groups)).tolist():
+            counts = groups[name]
+            if distance(tested + counts) < distance(tested) and all(left[kind] > 1 for kind in counts):
+                chosen.add(name)
+                tested += counts
+                left.subtract(counts.keys())
+        return len(total) - len(tested), int(10 * (distance(tested) / len(total)) ** 0.5), chosen
+
+    return min((choose() for _ in range(TRIES)), key=lambda choice: choice[:2])[2]
 
 
-def write_index(args):
-    pattern = args.group and re.compile(args.group)
-    if args.csv:
-        found = find_in_table(args.csv, args.folder, pattern)
-    else:
-        found = find_in_folders(args.folder, pattern)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = pool.map(check_video, [row.video for row in found])
-        checked = list(tqdm(checked, total=len(found), desc="reading", unit="video"))
-    bad = [reason for _, reason in checked if reason]
-    good = [row for row, (_, reason) in zip(found, checked, strict=True) if not reason]
-    kinds = sorted({row.kind for row in found})
-    lost = sorted(set(kinds) - {row.kind for row in good})
-    if lost:
-        raise ValueError(f"no video of {lost[0]} can be read; the first reason: {bad[0]}")
+# ---- Can it be read? ---------------------------------------------------------------------------------------
+def check_clips(clips, out, fps):
+    """{video: {"seconds", "notes", "error"}}; what OUT/checked.jsonl knows already is not read again."""
+    file = out / "checked.jsonl"
+    known = {line["video"]: line for line in read_lines(file, lambda line: line["video"] + line["error"])}
+    stamps = {str(clip.video): stamp(clip.video, fps) for clip in clips}
+    fresh = [video for video in stamps if known.get(video, {}).get("stamp") != stamps[video]]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with appendable(file) as record:
+            checked = pool.map(lambda video: check(video, fps), fresh)
+            bar = tqdm(checked, "reading", len(fresh), unit="clip", disable=not fresh)
+            for video, found in zip(fresh, bar, strict=True):
+                known[video] = {"video": video, "stamp": stamps[video]} | found
+                record.write(as_line(known[video]))
+                record.flush()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after ctrl-C nothing more is read
+    return {video: known[video] for video in stamps}
 
-    file = args.out / "sentences.json"
+
+def stamp(video, fps):
+    """What differs once the video, or the speed of its pictures, has changed; [] if there is no such file."""
+    try:
+        status = os.stat(video)
+        return [status.st_size, status.st_mtime_ns, fps if video.is_dir() else None]
+    except (OSError, ValueError):
+        return []
+
+
+def check(video, fps):
+    """Reads a clip as training does, but small and without flow. "error" is "" if it can be read."""
+    try:
+        clip = read_clip(video, image_size=64, branches=("appearance",), fps=fps)
+    except VideoError as error:
+        return {"seconds": 0, "notes": [], "error": str(error)}
+    n = len(clip.seconds)
+    seconds = (
+        (clip.seconds[-1] - clip.seconds[0]) * n / max(n - 1, 1)
+    )  # the last one is shown for a while, too
+    return {"seconds": round(float(seconds), 1), "notes": clip.notes, "error": ""}
+
+
+# ---- What is said of it ------------------------------------------------------------------------------------
+def read_sentences(file, kinds):
+    """{kind: sentence} from the file; {} if there is none. Raises ValueError that names the file."""
+    try:
+        sentences = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from None
+    if not isinstance(sentences, dict) or not all(isinstance(text, str) for text in sentences.values()):
+        raise ValueError(f'{file}: must be JSON like {{"fall": "A person falls to the ground."}}')
+    for kind, text in sentences.items():
+        if kind in kinds and not without_stop(text):
+            raise ValueError(f"{file}: the sentence of {kind} is empty")
+    return sentences
+
+
+def all_sentences(args, kinds):
+    """({kind: sentence}, the file they are from). OUT/sentences.json gets those that it lacks."""
+    file = args.sentences or args.out / "sentences.json"
+    if args.sentences and not file.exists():
+        raise ValueError(f"{file}: there is no such file; without --sentences, sentences are made up")
     sentences = read_sentences(file, kinds)
-    phrases = phrases_of(sentences)
-    rows = [make_row(row, sentences[row.kind], phrases[row.kind]) for row in good]
-    check_phrases(phrases, rows, file)
+    missing = [kind for kind in kinds if kind not in sentences]
+    if args.sentences and missing:
+        raise ValueError(f"{file}: has no sentence for {missing[0]}")
+    if missing:
+        sentences |= {kind: SHOWS.format(SHOWN.get(kind, words(kind))) for kind in missing}
+        replace_file(file, json.dumps(sentences, indent=1, ensure_ascii=False) + "\n")
+    return {kind: sentences[kind].strip() for kind in kinds}, file
+
+
+def words(kind):
+    return re.sub(r"[\W_]+", " ", kind).strip() or kind
+
+
+def without_stop(sentence):
+    return sentence.strip().rstrip(".!? ")
+
+
+def make_row(clip, sentence, fps, yes_no):
+    """A line of the index. yes_no: whether it also asks what apps.detect asks weights without phrases."""
+    if clip.text.lower().startswith(without_stop(sentence).lower()):
+        text = clip.text
+    else:
+        end = "" if sentence.endswith((".", "!", "?")) else "."
+        text = f"{sentence}{end} {clip.text}".strip()
+    row = {"video": os.path.abspath(clip.video), "source": "own", "kind": clip.kind, "description": text}
+    row["qa"] = [{"q": KIND_QUESTION, "a": sentence}]
+    if yes_no:
+        row["qa"].append({"q": YES_QUESTION, "a": "No" if clip.kind == NORMAL else "Yes"})
+    return row | ({"fps": fps} if clip.video.is_dir() else {})
+
+
+def find_phrases(sentences, rows, file):
+    """{kind: phrase}: of each sentence what follows the words with which all begin, as far as apps.detect
+    tries them, or, if that does not tell the kinds apart, all of it. ValueError if that does not either."""
+    split = [without_stop(sentence).split() for sentence in sentences.values()]
+    alike = min(len(os.path.commonprefix(split)), SUBJECT_WORDS)
+    for start in (alike, 0):
+        phrases = {kind: " ".join(some[start:]) for kind, some in zip(sentences, split, strict=True)}
+        clash = find_clash(phrases, rows)
+        if not clash:
+            return phrases
+    raise ValueError(f"{file}: sentences must tell the kinds apart; {clash}")
+
+
+def find_clash(phrases, rows):
+    """Says which phrase stands in a description of another kind; "" if none does."""
+    for kind, phrase in phrases.items():
+        for row in rows:
+            if row["kind"] != kind and phrase.lower() in " ".join(row["description"].lower().split()):
+                return f"that of {kind} also stands in {row['description']!r} ({row['kind']}, {row['video']})"
+    return ""
+
+
+# ---- All of it ---------------------------------------------------------------------------------------------
+def make_index(args):
+    folder = args.folder or args.csv.parent
+    clips = find_in_table(args.csv, folder) if args.csv else find_in_folders(folder, args.out)
+    clips, rule = find_groups(clips, args.group)
+    args.out.mkdir(parents=True, exist_ok=True)
+    kinds = sorted({clip.kind for clip in clips})
+    sentences, file = all_sentences(args, kinds)
+    rows = {clip: make_row(clip, sentences[clip.kind], args.fps, args.yes_no) for clip in clips}
+    phrases = find_phrases(sentences, rows.values(), file)  # before the long part
+
+    checked = check_clips(clips, args.out, args.fps)
+    errors = {clip: checked[str(clip.video)]["error"] for clip in clips}
+    good = [clip for clip in clips if not errors[clip]]
+    for kind in sorted(set(kinds) - {clip.kind for clip in good}):
+        first = next(error for clip, error in errors.items() if clip.kind == kind)
+        raise ValueError(f"not one clip of {kind} can be read; the first: {first}")
     chosen = held_out(good, args.test, args.seed)
     splits = {"train": [], "test": []}
-    for place, row in zip(good, rows, strict=True):
-        splits["test" if place.group in chosen else "train"].append(row)
-    for split, some in splits.items():
-        replace_file(args.out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in some))
-    if not splits["test"]:
-        (args.out / "test.jsonl").unlink()
-    replace_file(args.out / "kinds.json", json.dumps(phrases, indent=1) + "\n")
-    seconds = statistics.median(length for length, _ in checked if length is not None)
-    replace_file(args.out / "clips.json", json.dumps({"seconds": round(seconds, 2)}) + "\n")
-    replace_file(args.out / "report.json", json.dumps({"unreadable": bad}, indent=1) + "\n")
-    print(f"{'kind':24}{'train':>8}{'test':>8}  sentence")
+    for clip in good:
+        splits["test" if clip.group in chosen else "train"].append(rows[clip])
+
+    counts = {kind: {} for kind in kinds}
     for kind in kinds:
-        counts = [sum(row["kind"] == kind for row in some) for some in splits.values()]
-        print(f"{kind:24}{counts[0]:8}{counts[1]:8}  {sentences[kind]}")
-    if bad:
-        note(
-            f"note: {len(bad)} of {len(found)} videos cannot be read and are left out: {args.out}/report.json"
-        )
-    note(f"note: the sentences can be edited: {file}; then run this again")
+        for split, some in splits.items():
+            counts[kind][split] = sum(row["kind"] == kind for row in some)
+        counts[kind]["unreadable"] = sum(clip.kind == kind for clip in clips) - sum(counts[kind].values())
+    report = {"rule": rule, "seed": args.seed, "test": args.test, "kinds": counts}
+    report["unreadable"] = [
+        {"video": str(clip.video), "kind": clip.kind, "reason": error}
+        for clip, error in errors.items()
+        if error
+    ]
+    report["notes"] = [f"{clip.video}: {text}" for clip in good for text in checked[str(clip.video)]["notes"]]
+    lengths = [checked[str(clip.video)]["seconds"] for clip in good]
+    write(args.out, splits, phrases, statistics.median(lengths), report)
+    tell(args, sentences, file, report)
+
+
+def write(out, splits, phrases, seconds, report):
+    """All files of OUT. train.jsonl disappears first and comes last, so that a run that is killed in between
+    leaves nothing to train on with the other half of another split."""
+    (out / "train.jsonl").unlink(missing_ok=True)
+    (out / "test.jsonl").unlink(missing_ok=True)
+    replace_file(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    replace_file(out / "kinds.json", json.dumps(phrases, indent=1, ensure_ascii=False) + "\n")
+    replace_file(out / "clips.json", json.dumps({"seconds": seconds}) + "\n")  # how long a clip is
+    for split in ("test", "train"):
+        lines = "".join(json.dumps(row) + "\n" for row in splits[split])
+        if lines:
+            replace_file(out / f"{split}.jsonl", lines)
+
+
+def tell(args, sentences, file, report):
+    """Prints a table of the kinds, and notes on what a user may want to change."""
+    print(f"{'kind':20}{'train':>7}{'test':>7}{'unreadable':>12}  description begins with")
+    for kind, counts in report["kinds"].items():
+        print(f"{kind:20}{counts['train']:7}{counts['test']:7}{counts['unreadable']:12}  {sentences[kind]}")
+    sys.stdout.flush()
+    note(f"note: {report['rule']}; seed {args.seed}")
+    bad = len(report["unreadable"])
+    if bad or report["notes"]:
+        told = f"{bad} clips cannot be read and are left out, {len(report['notes'])} notes on damage"
+        note(f"note: {told}: {args.out}/report.json")
+    alone = [kind for kind, counts in report["kinds"].items() if args.test and not counts["test"]]
+    if alone:
+        note(f"note: no clip of {', '.join(alone)} is held out: too few clips or recordings")
+    if NORMAL not in sentences:
+        note(f"note: no kind is called {NORMAL!r}, so every clip counts as abnormal")
+    if not args.sentences:
+        note(f"note: edit the sentences in {file}, then run the same command again")
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
+def regex(text):
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(error) from None
+    return text
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    add = p.add_argument
+    add("folder", nargs="?", type=Path, help="holds a folder for each kind; with --csv, the videos")
+    add("--out", type=Path, required=True, help="folder for train.jsonl, test.jsonl, kinds.json and so on")
+    add("--csv", type=Path, metavar="FILE", help="a table with columns video, description, kind (and group)")
+    add("--sentences", type=Path, metavar="FILE", help="JSON {kind: sentence} (default: OUT/sentences.json)")
+    add("--test", type=number(float, 0, 0.9), default=0.2, help="share that is held out (default: 0.2)")
+    add("--group", type=regex, metavar="REGEX", help="what names the recording in KIND/FILE or in the table")
+    add("--fps", type=number(float, 0.001), default=25.0, help="pictures a second of folders (default: 25)")
+    add("--yes-no", action="store_true", help="also ask whether anything unusual happens (needs more steps)")
+    add("--seed", type=number(int, 0), default=0, help="of the split (default: 0)")
+    args = p.parse_args(argv)
+    if not args.folder and not args.csv:
+        p.error("give the folder that holds a folder for each kind, or --csv FILE")
+    return args
 
 
 def main(argv=None):
-    p = Parser(__doc__)
-    add = p.add_argument
-    add("folder", type=Path, help="with a folder for each kind, or that of the videos in --csv")
-    add("--csv", type=Path, help="a table with columns video and kind, perhaps description and group")
-    add("--out", type=Path, required=True, help="folder to write the index to")
-    add("--test", type=number(float, 0, 0.9), default=0.2, help="share that is held out (default: 0.2)")
-    add("--group", metavar="REGEX", help="part of a path that names the recording (default: each its own)")
-    add("--seed", type=number(int, 0), default=0, help="of the split (default: 0)")
-    args = p.parse_args(argv)
+    args = parse_args(argv)
     try:
-        write_index(args)
-    except re.error as error:
-        return print_error(f"--group {args.group}: {error}")
+        make_index(args)
     except PROBLEMS as error:
         return print_error(error)
     return 0

@@ -1,37 +1,52 @@
-"""Class folders or a table become an index; what was fine-tuned on it finds its own kinds."""
+"""Class folders or a table become an index; what was fine-tuned on it says its sentences."""
 
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 
-from apps import index, timeline, toy
+import sample
+from apps import detect, index, timeline, toy
 from data import read_index
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("normal", "fire", "crossing")
+KINDS = ("crossing", "fire", "normal")
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """CLIPS/KIND/….mp4, eight or more of each of three kinds, drawn."""
+    """CLIPS/KIND/camN_NUMBER.mp4, eight drawn clips of each of three kinds."""
     folder = tmp_path_factory.mktemp("clips")
     made = tmp_path_factory.mktemp("made")
+    (made / "videos").mkdir()
     counts = Counter()
     for number in range(200):
         kind = toy.toy_clip(5, "train", number)[0].kind
-        if kind not in KINDS or counts[kind] == 8:
-            continue
-        counts[kind] += 1
-        (made / "videos").mkdir(exist_ok=True)
-        row = toy.make_toy_clip(made, 5, "train", number)
-        (folder / kind).mkdir(exist_ok=True)
-        (made / row["video"]).rename(folder / kind / f"cam{number % 4}_{number}.mp4")
+        if kind in KINDS and counts[kind] < 8:
+            counts[kind] += 1
+            row = toy.make_toy_clip(made, 5, "train", number)
+            (folder / kind).mkdir(exist_ok=True)
+            (made / row["video"]).rename(folder / kind / f"cam{number % 4}_{number}.mp4")
     assert set(counts.values()) == {8}
+    return folder
+
+
+@pytest.fixture
+def few(clips, tmp_path):
+    """A copy of four clips of two kinds, to spoil."""
+    folder = tmp_path / "clips"
+    for kind in ("fire", "normal"):
+        (folder / kind).mkdir(parents=True)
+        for video in sorted((clips / kind).iterdir())[:2]:
+            shutil.copy(video, folder / kind)
     return folder
 
 
@@ -43,128 +58,340 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def rows_of(out):
+    return {split: read_index(out / f"{split}.jsonl") for split in ("train", "test")}
+
+
+def table_of(printed):
+    return {line.split()[0]: [int(cell) for cell in line.split()[1:4]] for line in printed.splitlines()[1:]}
+
+
 def test_folders_become_an_index(clips, tmp_path, capsys):
-    (tmp_path / "clips").symlink_to(clips)
-    out = tmp_path / "mine"
-    assert run(clips, "--out", out, "--test", 0.25) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in table[1:]] == [[kind, "6", "2"] for kind in sorted(KINDS)]
-    rows = {split: read_index(out / f"{split}.jsonl") for split in ("train", "test")}
-    videos = {split: {row["video"] for row in some} for split, some in rows.items()}
-    assert not videos["train"] & videos["test"] and len(videos["train"] | videos["test"]) == 24
-    kinds = read(out / "kinds.json")
-    assert kinds == {"crossing": "crossing", "fire": "fire", "normal": "nothing unusual"}
-    for row in rows["train"]:
+    assert run(clips, "--out", tmp_path, "--test", 0.25) == 0
+    out, err = capsys.readouterr()
+    assert table_of(out) == dict.fromkeys(KINDS, [6, 2, 0])
+    assert "the part of the file names before the last number" in err
+    rows = rows_of(tmp_path)
+    assert [row["kind"] for row in rows["test"]] == sorted(KINDS * 2)
+    every = rows["train"] + rows["test"]
+    assert {row["video"] for row in every} == {str(path) for path in clips.rglob("*.mp4")}
+    kinds = read(tmp_path / "kinds.json")
+    assert kinds == {"crossing": "crossing", "fire": "a fire", "normal": "nothing unusual"}
+    for row in every:
         assert row["description"] == f"The clip shows {kinds[row['kind']]}."
-        assert row["qa"][0]["a"] == ("No" if row["kind"] == "normal" else "Yes")
-    assert read(out / "clips.json") == {"seconds": 4.0}
-    # the same seed, the same split; another, another
-    before = (out / "test.jsonl").read_bytes()
-    assert run(clips, "--out", out, "--test", 0.25) == 0 and (out / "test.jsonl").read_bytes() == before
-    assert run(clips, "--out", out, "--test", 0.25, "--seed", 1) == 0
-    assert (out / "test.jsonl").read_bytes() != before
-
-
-def test_sentences_can_be_edited_and_decide_the_phrases(clips, tmp_path, capsys):
-    said = {"normal": "A street on which all is well.", "fire": "A street on which something burns."}
-    (tmp_path / "sentences.json").write_text(json.dumps(said))
-    assert run(clips, "--out", tmp_path) == 0
-    assert read(tmp_path / "sentences.json") == said | {"crossing": "The clip shows crossing."}
-    said["crossing"] = "A street on which someone runs across."
-    (tmp_path / "sentences.json").write_text(json.dumps(said))
-    assert run(clips, "--out", tmp_path) == 0
-    phrases = {"normal": "all is well", "fire": "something burns", "crossing": "someone runs across"}
-    assert read(tmp_path / "kinds.json") == phrases
-    capsys.readouterr()
-    for sentence, words in (("A street on which all is well. Not really, something burns.", "also stands in"),
-                            ("A street on which", "says no more")):  # fmt: skip
-        (tmp_path / "sentences.json").write_text(json.dumps(said | {"normal": sentence}))
-        assert run(clips, "--out", tmp_path) == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"error: {tmp_path / 'sentences.json'}: ") and words in error
+        assert row["qa"] == [{"q": index.KIND_QUESTION, "a": row["description"]}]
+        assert detect.label_of(row) == (row["kind"] != "normal")
+    assert read(tmp_path / "clips.json") == {"seconds": 4.0}
+    assert detect.read_phrases(tmp_path / "kinds.json") == ["crossing", "a fire"]
 
 
 def test_a_recording_is_on_one_side(clips, tmp_path):
-    assert run(clips, "--out", tmp_path, "--group", "cam[0-9]+", "--test", 0.3) == 0
+    assert run(clips, "--out", tmp_path, "--test", 0.25, "--seed", 1) == 0
     sides = {}
-    for split in ("train", "test"):
-        for row in read_index(tmp_path / f"{split}.jsonl"):
+    for split, rows in rows_of(tmp_path).items():
+        for row in rows:
             sides.setdefault(Path(row["video"]).name.split("_")[0], set()).add(split)
     assert len(sides) == 4 and all(len(side) == 1 for side in sides.values())
-    assert {"train"} in sides.values() and {"test"} in sides.values()
 
 
-def test_a_table(clips, tmp_path):
-    videos = sorted(path.relative_to(clips) for path in clips.rglob("*.mp4"))
-    lines = [f'{path},{path.parts[0].upper()},"A camera, high up.",{path.name[:4]}' for path in videos]
-    table = tmp_path / "a.csv"
-    table.write_text("\ufeffvideo,kind,description,group\n" + "\n".join(lines) + "\n")
-    assert run(clips, "--csv", table, "--out", tmp_path / "out") == 0
-    rows = read_index(tmp_path / "out/train.jsonl")
-    assert {row["kind"] for row in rows} == set(KINDS)
-    assert all(row["description"].endswith(". A camera, high up.") for row in rows)
+def test_the_seed_decides(clips, tmp_path):
+    tests = []
+    for seed in (0, 1, 0):  # in a name KIND/camN_NUMBER.mp4 each number is another recording
+        assert run(clips, "--out", tmp_path, "--group", r"\d+(?=\.)", "--seed", seed) == 0
+        tests.append((tmp_path / "test.jsonl").read_bytes())
+    assert tests[0] == tests[2] != tests[1]
 
 
-def test_what_cannot_be_read_is_left_out_and_told(clips, tmp_path, capsys):
-    shutil.copytree(clips, tmp_path / "clips")
-    (tmp_path / "clips/fire/notes.mp4").write_text("no video")
-    assert run(tmp_path / "clips", "--out", tmp_path / "out") == 0
-    assert "1 of 25 videos cannot be read" in capsys.readouterr().err
-    (reason,) = read(tmp_path / "out/report.json")["unreadable"]
-    assert "notes.mp4: cannot be read as a video" in reason
+def some(*names):
+    return [index.Clip(Path(name), Path(name).parent.name, "", name, "") for name in names]
+
+
+def test_what_a_recording_is():
+    """The rules, in the order in which they count."""
+    names = ["a/cam3_0007.mp4", "a/cam4_1.mp4", "b/cam3_8x.mp4", "b/street.mp4"]
+    clips, rule = index.find_groups(some(*names), None)
+    assert [clip.group for clip in clips] == ["cam3_", "cam4_", "cam3_", "street"]
+    assert "before the last number" in rule
+    # names that would make all clips of a kind one recording tell nothing
+    numbered = some("a/a_1.mp4", "a/a_2.mp4", "b/x1.mp4", "b/y2.mp4")
+    clips, rule = index.find_groups(numbered, None)
+    assert len({clip.group for clip in clips}) == 4 and "each clip is a recording of its own" in rule
+    clips, rule = index.find_groups(some(*names), "cam[0-9]")
+    assert [clip.group for clip in clips] == ["cam3", "cam4", "cam3", "b/street.mp4"] and "cam[0-9]" in rule
+    told = [clip._replace(group=group) for clip, group in zip(some(*names), ["x", "", "x", "y"], strict=True)]
+    clips, rule = index.find_groups(told, None)
+    assert [clip.group for clip in clips] == ["x", "a/cam4_1.mp4", "x", "y"] and "column" in rule
+
+
+@pytest.mark.parametrize(
+    "n, share, tested", [(2, 0.2, 0), (3, 0.2, 1), (10, 0.2, 2), (10, 0, 0), (2, 0.9, 1)]
+)
+def test_the_share_that_is_held_out(n, share, tested):
+    clips = [clip._replace(group=clip.name) for clip in some(*(f"{k}/{i}" for k in "ab" for i in range(n)))]
+    chosen = index.held_out(clips, share, 0)
+    assert Counter(name[0] for name in chosen) == Counter(a=tested, b=tested)
+
+
+def test_sentences_can_be_edited_and_decide_the_phrases(clips, tmp_path, capsys):
+    out = tmp_path / "mine"
+    assert run(clips, "--out", out) == 0
+    said = read(out / "sentences.json")
+    assert said == {kind: f"The clip shows {phrase}." for kind, phrase in read(out / "kinds.json").items()}
+    # they need not begin alike; what is there is never overwritten, what is missing is made up
+    (out / "sentences.json").write_text(json.dumps({"fire": "Something burns!", "other": "Kept."}))
+    assert run(clips, "--out", out) == 0
+    assert read(out / "sentences.json")["other"] == "Kept."
+    assert read(out / "kinds.json")["fire"] == "Something burns"
+    assert read(out / "kinds.json")["normal"] == "The clip shows nothing unusual"
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps({kind: f"A street with {kind}" for kind in KINDS}))
+    before = given.read_bytes()
+    assert run(clips, "--out", out, "--sentences", given) == 0
+    assert read(out / "kinds.json") == {kind: kind for kind in KINDS} and given.read_bytes() == before
+    assert {row["description"] for row in rows_of(out)["train"]} == {
+        f"A street with {kind}." for kind in KINDS
+    }
+
+
+@pytest.mark.parametrize("said, words", [
+    ({"fire": "It burns.", "normal": "It burns. Not really."}, "that of fire also stands in 'It burns. Not"),
+    ({"fire": "It burns.", "normal": "it  BURNS"}, "sentences must tell the kinds apart"),
+    ({"fire": "It burns.", "normal": " . "}, "the sentence of normal is empty"),
+    ({"fire": "It burns.", "normal": 3}, "must be JSON like"),
+    ({"fire": "It burns."}, "has no sentence for normal"),
+    (None, "is not JSON"),
+])  # fmt: skip
+def test_sentences_that_are_refused(few, tmp_path, capsys, said, words):
+    file = tmp_path / "said.json"
+    file.write_text(json.dumps(said) if said else "{")
+    assert run(few, "--out", tmp_path / "out", "--sentences", file) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {file}: ") and words in err and err.count("\n") == 1
+    assert not (tmp_path / "out/train.jsonl").exists()
+
+
+def test_a_table(clips, tmp_path, capsys):
+    lines = [
+        f'{path.relative_to(clips)},"Seen from above, {k}.",{path.parent.name.upper()},{path.name[:4]}'
+        for k, path in enumerate(sorted(clips.rglob("*.mp4")))
+    ]
+    table = clips / "a.csv"
+    table.write_text("\ufeffvideo,description,kind,group\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        assert run("--csv", table, "--out", tmp_path) == 0  # paths are relative to the table
+    finally:
+        table.unlink()
+    assert 'the column "group"' in capsys.readouterr().err
+    rows = rows_of(tmp_path)
+    phrases = read(tmp_path / "kinds.json")
+    for row in rows["train"] + rows["test"]:
+        assert re.fullmatch(
+            rf"The clip shows {phrases[row['kind']]}\. Seen from above, \d+\.", row["description"]
+        )
+    cameras = [{Path(row["video"]).name[:4] for row in some} for some in rows.values()]
+    assert not cameras[0] & cameras[1]
+
+
+def test_a_phrase_that_others_use_gives_way_to_the_whole_sentence(few, tmp_path):
+    videos = [str(path) for path in sorted(few.rglob("*.mp4"))]
+    texts = ["", "", "Far from a fire.", ""]
+    kinds = ["fire", "fire", "normal", "normal"]
+    lines = [";".join(cells) for cells in zip(videos, texts, kinds, strict=True)]  # as spreadsheets may write
+    (tmp_path / "a.csv").write_text("video;description;kind\n" + "\n".join(lines) + "\n")
+    assert run("--csv", tmp_path / "a.csv", "--out", tmp_path / "out") == 0
+    phrases = {"fire": "The clip shows a fire", "normal": "The clip shows nothing unusual"}
+    assert read(tmp_path / "out/kinds.json") == phrases
+
+
+def test_yes_and_no(few, tmp_path, capsys):
+    assert run(few, "--out", tmp_path, "--yes-no", "--test", 0) == 0
+    answers = {row["kind"]: row["qa"][1] for row in read_index(tmp_path / "train.jsonl")}
+    assert answers == {
+        "fire": {"q": detect.YES_QUESTION, "a": "Yes"},
+        "normal": {"q": detect.YES_QUESTION, "a": "No"},
+    }
+    assert not (tmp_path / "test.jsonl").exists()
+
+
+def test_folders_of_pictures_are_clips(few, tmp_path, capsys):
+    pictures = few / "fire/walk"
+    pictures.mkdir()
+    (video, _) = sorted((few / "fire").glob("*.mp4"))
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", video, pictures / "%04d.png"]
+    subprocess.run(command, check=True)
+    assert run(few, "--out", tmp_path / "out", "--fps", 8, "--test", 0) == 0
+    found = {row["video"]: row.get("fps") for row in read_index(tmp_path / "out/train.jsonl")}
+    assert found.pop(str(pictures)) == 8 and set(found.values()) == {None} and len(found) == 4
+    lines = map(json.loads, (tmp_path / "out/checked.jsonl").read_text().splitlines())
+    assert {line["seconds"] for line in lines} == {4.0}
+
+
+def test_what_cannot_be_read_is_left_out_and_told(few, tmp_path, capsys):
+    (few / "fire/notes.mp4").write_text("no video")
+    (few / "fire/empty").mkdir()
+    assert run(few, "--out", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert "2 clips cannot be read and are left out" in err and table_of(out)["fire"][2] == 2
+    report = read(tmp_path / "out/report.json")
+    reasons = {Path(bad["video"]).name: bad["reason"] for bad in report["unreadable"]}
+    assert "cannot be read as a video" in reasons["notes.mp4"]
+    assert "without numbered pictures" in reasons["empty"] and len(reasons) == 2
+    assert report["kinds"]["fire"]["unreadable"] == 2 and report["kinds"]["normal"]["unreadable"] == 0
+
+
+def test_nothing_is_read_twice(few, tmp_path, monkeypatch):
+    """A second run, or one after a kill, reads what is new or has changed."""
+    seen = []
+    check = index.check
+    monkeypatch.setattr(index, "check", lambda video, fps: seen.append(Path(video).name) or check(video, fps))
+    out = tmp_path / "out"
+    assert run(few, "--out", out) == 0 and len(seen) == 4
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    seen.clear()
+    assert run(few, "--out", out) == 0 and seen == []
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    # a line that a kill has cut, a video that was replaced
+    lines = (out / "checked.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "checked.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    replaced = sorted((few / "fire").iterdir())[0]
+    shutil.copy(sorted((few / "normal").iterdir())[0], replaced)
+    assert run(few, "--out", out) == 0
+    assert sorted(seen) == sorted([replaced.name, Path(json.loads(lines[3])["video"]).name])
+
+
+def test_a_kill_between_two_files_leaves_no_mixed_split(clips, tmp_path, monkeypatch):
+    assert run(clips, "--out", tmp_path, "--test", 0.25, "--seed", 0) == 0
+    replace = index.replace_file
+
+    def killed(path, content):
+        if path.name == "train.jsonl":
+            raise KeyboardInterrupt
+        replace(path, content)
+
+    monkeypatch.setattr(index, "replace_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(clips, "--out", tmp_path, "--test", 0.25, "--seed", 3)
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+def spoil_name(folder):
+    shutil.copy(sorted((folder / "fire").iterdir())[0], folder / "normal")
+
+
+def spoil_pictures(folder):
+    shutil.rmtree(folder / "fire")
+    (folder / "fire").mkdir()
+    (folder / "fire/0001.jpg").write_text("")
+
+
+def only_notes(folder):
+    shutil.rmtree(folder / "fire")
+    (folder / "fire").mkdir()
+    (folder / "fire/notes.txt").write_text("no video")
+
+
+def empty_kind(folder):
+    for video in (folder / "fire").iterdir():
+        video.unlink()
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda d: shutil.rmtree(d / "fire"), "needs a folder for each kind"),
-    (lambda d: (d / "fire/a.mp4").unlink(), "fire: is empty"),
-    (lambda d: (d / "a.csv").write_text("video,what\n"), "no column kind"),
-    (lambda d: (d / "a.csv").write_text("video,kind\nx.mp4,\n"), "line 2: needs a video and a kind"),
-    (lambda d: (d / "a.csv").write_text("video,kind\nx.mp4,fire\n"), "rows of two kinds"),
-    (lambda d: None, "no video of fire can be read; the first reason: "),
+    (shutil.rmtree, "clips: is no folder"),
+    (lambda d: [shutil.rmtree(path) for path in d.iterdir()], "has no class folders"),
+    (lambda d: shutil.rmtree(d / "fire"), "has only one kind (normal)"),
+    (empty_kind, "fire: is empty"),
+    (spoil_name, "has the same name as"),
+    (spoil_pictures, "fire: is one clip made of pictures"),
+    (only_notes, "not one clip of fire can be read; the first: "),
 ])  # fmt: skip
-def test_errors(tmp_path, capsys, spoil, words):
-    for kind in ("normal", "fire"):
-        (tmp_path / "clips" / kind).mkdir(parents=True)
-        (tmp_path / "clips" / kind / "a.mp4").write_text("no video")
-    spoil(tmp_path / "clips")
-    table = tmp_path / "clips/a.csv"
-    options = ["--csv", table] if table.exists() else []
-    assert run(tmp_path / "clips", "--out", tmp_path / "out", *options) == 2
+def test_errors_of_folders(few, tmp_path, capsys, spoil, words):
+    spoil(few)
+    assert run(few, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and words in error
     assert not (tmp_path / "out/train.jsonl").exists()
 
 
-def test_the_recipe_from_folders_to_a_timeline(clips, tmp_path, capsys):
-    """docs/APPS.md: index, fine-tune, and a timeline that listens for the kinds of one's own."""
+@pytest.mark.parametrize("text, words", [
+    ("video,kind\nx.mp4,fire\n", "has no column 'description'"),
+    ("", "has no column 'video'"),
+    ("video,description,kind\nx.mp4,,\n", "line 2: needs a video and a kind"),
+    ("video,description,kind\nx.mp4,,fire\n", "has only one kind (fire)"),
+    ("video,description,kind\nx.mp4,,fire\ny.mp4,,normal\nx.mp4,,normal\n", "x.mp4 stands in line 2 already"),
+    ('video,description,kind\nx.mp4,"a,fire\n', "line 2: "),
+    ("video,description,kind\nx.mp4,\xe9,fire\n", "is not UTF-8"),
+    ("video,description,kind\nx.mp4,,fire\ny.mp4,,normal\n", "not one clip of fire can be read"),
+])  # fmt: skip
+def test_errors_of_tables(tmp_path, capsys, text, words):
+    (tmp_path / "a.csv").write_bytes(text.encode("latin-1"))
+    assert run("--csv", tmp_path / "a.csv", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "out/train.jsonl").exists()
 
-    def program(*command):
-        command = [sys.executable, *map(str, command)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+def test_errors_of_the_command_line(few, tmp_path, capsys):
+    for options in (["--out", "x"], [few, "--out", "x", "--group", "("], [few, "--out", "x", "--test", "1"]):
+        with pytest.raises(SystemExit):
+            run(*options)
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+    assert run("--csv", tmp_path / "none.csv", "--out", tmp_path / "out") == 2
+
+
+# ---- The recipe of docs/APPS.md ----------------------------------------------------------------------------
+def recipe():
+    """The commands of the first block below its heading."""
+    text = (ROOT / "docs/APPS.md").read_text().split("## Your own kinds of event\n")[1]
+    block = re.search(r"```\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def test_the_recipe(clips, tmp_path, monkeypatch, capsys):
+    """From folders to a model that says the sentences, finds the event, and is scored by its own kinds."""
+    kinds = ("fire", "normal")  # whose words the small weights know, so that few steps are enough
+    for kind in kinds:
+        shutil.copytree(clips / kind, tmp_path / "clips" / kind)
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+
+    def program(command):
+        start = [sys.executable] + ([] if command[1] == "-m" else [str(ROOT / command[1])])
+        options = command[1:] if command[1] == "-m" else command[2:]
+        done = subprocess.run(
+            [*start, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
 
-    for kind in ("normal", "fire"):
-        (tmp_path / "clips" / kind).mkdir(parents=True)
-        for video in sorted((clips / kind).iterdir())[:4]:
-            shutil.copy(video, tmp_path / "clips" / kind)
-    data = tmp_path / "mine"
-    cache = tmp_path / "cache"
-    run_folder = tmp_path / "run"
-    assert run(tmp_path / "clips", "--out", data) == 0
-    tiny = ROOT / "weights" / "tiny"
-    program("prepare.py", "features", "--weights", tiny, "--data", data, "--out", cache)
-    start = ["--weights", tiny, "--data", data, "--features", cache, "--train", "lora", "--out", run_folder]
-    program("train.py", *start, *"--steps 60 --batch-size 4 --lr 6e-3 --clip 1".split())
-    for folder in ("last", "best"):
-        for name in ("kinds.json", "clips.json"):
-            assert (run_folder / folder / name).read_bytes() == (data / name).read_bytes()
-    options = ["--weights", str(run_folder / "last"), "--json", "--device", "cpu"]
-    args = timeline.parse_args(["--video", "x", *options])
-    assert (args.window, args.stride) == (4.0, 2.0)
-    scores = []
-    for kind in ("fire", "normal"):
-        video = sorted((tmp_path / "clips" / kind).iterdir())[0]
-        capsys.readouterr()
-        assert timeline.main(["--video", str(video), *options]) == 0
-        scores.append(json.loads(capsys.readouterr().out.splitlines()[0])["score"])
-    assert scores[0] > 2 * scores[1]
+    commands = {command[2] if command[1] == "-m" else command[1]: command for command in recipe()}
+    order = ["apps.index", "prepare.py", "train.py", "sample.py", "apps.evaluate", "apps.timeline"]
+    assert list(commands) == order
+    steps = commands["train.py"].index("--steps") + 1
+    commands["train.py"][steps] = "60"
+    for name in order[:3]:
+        program(commands[name])
+    last = tmp_path / "runs/mine/last"
+    for name in ("kinds.json", "clips.json"):
+        assert (last / name).read_bytes() == (tmp_path / "data/mine" / name).read_bytes()
+
+    sentences = read(tmp_path / "data/mine/sentences.json")
+    model, tokenizer = sample.load(last, "cpu")
+    answers = []
+    for video in sorted((tmp_path / "clips").rglob("*.mp4")):
+        answers.append(sample.ask(model, tokenizer, video).answer == sentences[video.parent.name])
+    assert sum(answers) >= 14  # of 16; most of them were trained on
+
+    program(commands["apps.evaluate"])
+    named = read(tmp_path / "runs/mine/test.jsonl.scores.json")["kinds"]["kinds"]
+    assert named.keys() == set(kinds) and sum(n for _, n in named.values()) >= 2
+
+    monkeypatch.chdir(tmp_path)  # the timeline scores clips by the phrases that training copied
+    args = timeline.parse_args(commands["apps.timeline"][3:])
+    score = detect.choose_score(args.score, detect.find_kinds(args))
+    assert detect.phrases_of(score) == ["a fire"]
+    scores = {}
+    for kind in kinds:
+        seen = sample.encode_video(model, min((tmp_path / "clips" / kind).iterdir()))
+        scores[kind] = score(model, tokenizer, seen.clip, seen.encoding)
+    assert scores["fire"] > 0.5 > scores["normal"]
