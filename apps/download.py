@@ -1,10 +1,12 @@
-"""Downloads the released files, about 16 GB, from where their authors publish them.
+"""Downloads the released files, about 17 GB, from where their authors publish them.
 
     python -m apps.download --dry-run                  # which files, how large, which are there already
     python -m apps.download                            # LLaMA, vision encoder, Q-Former, Hawk -> downloads/
     python -m apps.download --what llama blip2 hawk    # vision encoder and Q-Former from BLIP-2's shards
 
-A second call resumes where a first one was stopped. `prepare.py weights` then makes one folder of weights of
+The servers are asked for names and sizes. Without a connection, or before LLaMA-2's licence is accepted,
+--dry-run lists what is known without asking (`KNOWN`), with addresses to download by other means. A
+second call resumes where a first one was stopped. `prepare.py weights` then makes one folder of weights of
 the files. LLaMA-2 needs an account that has accepted its licence, and `hf auth login`.
 """
 
@@ -19,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from prepare import read_json
-from sample import Parser, print_error
+from sample import Parser, note, print_error
 
 SHARDS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 HUB = {  # repository on the Hugging Face hub, and the pattern of the files that are needed
@@ -31,9 +33,17 @@ HUB = {  # repository on the Hugging Face hub, and the pattern of the files that
 }
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 URLS = {"vit": f"{LAVIS}/eva_vit_g.pth", "qformer": f"{LAVIS}/blip2_pretrained_flant5xxl.pth"}
-# What to expect without a connection, in GB: computed from the number of parameters and how they are stored
-# (Hawk's checkpoint with the two moments of its optimizer), not read from the servers.
-ABOUT = {"llama": 13.5, "vit": 2.0, "qformer": 0.4, "hawk": 1.4, "hawk-pretrained": 1.4}
+KNOWN = {  # what --dry-run lists: files, and their bytes as far as they are known without asking
+    "llama": {"config.json": 1_000, "tokenizer.model": 500_000, "model-*.safetensors": 13_476_831_232},
+    "vit": {"eva_vit_g.pth": 2_030_000_000},
+    "qformer": {"blip2_pretrained_flant5xxl.pth": 433_000_000},
+    "hawk": {"finetune.pth": 1_361_000_000},
+    "hawk-pretrained": {"pretrained.pth": 1_361_000_000},
+    "video-llama": {"VL_LLaMA_2_7B_Finetuned.pth": None},
+    "blip2": {"model-*.safetensors": None},
+}
+HOW_KNOWN = """LLaMA: two bytes a parameter. Vision encoder, Q-Former: from logs of other people's downloads.
+Hawk: four bytes for each trained parameter and for each of the optimizer's two moments."""
 HINTS = {
     "GatedRepoError": "accept its licence at https://huggingface.co/REPO, then run `hf auth login` here",
     "RepositoryNotFoundError": "it is not on the hub (any more), or is private: try `hf auth login`",
@@ -126,55 +136,80 @@ def check_space(out, missing):
         raise ValueError(f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
 
 
-def download(names, out, dry_run):
-    """Lists the files with their sizes, then downloads those that are not there yet."""
-    files = []
+def list_files(names, out):
+    """Prints which files would be fetched, their sizes, and the addresses of what could not be asked for."""
+    total = 0
+    guessed = False
     for name in names:
         try:
-            files += hub_files(name, out) if name in HUB else url_files(name, out)
+            files = find_files(name, out)
+            sizes = {file.file: file.size for file in files}
+            total += sum(file.size for file in files if not file.done)
+            show(sizes, {file.file for file in files if file.done})
         except ValueError as error:
-            if not dry_run:
-                raise
-            size = f"about {ABOUT[name]:.1f} GB" if name in ABOUT else "of unknown size"
-            address = f"https://huggingface.co/{HUB[name][0]}" if name in HUB else URLS[name]
-            print(f"{name}: {size}, {address}\n    (not asked: {error})")
+            note(f"note: {error}; this is what is known without asking")
+            guessed = True
+            total += list_known(name, out)
+    print(f"{total / 1e9:8.3f} GB  to download" + (", about" if guessed else ""))
+    if guessed:
+        note(HOW_KNOWN)
+
+
+def show(sizes, there, addresses=None):
+    """A line a file. sizes: {file: bytes or None}; there: the downloaded ones; addresses: {file: URL}."""
+    for file, size in sizes.items():
+        amount = "unknown" if size is None else f"{size / 1e9:8.3f} GB"
+        address = f"  {addresses[file]}" if addresses else ""
+        print(f"{amount:>11}  {file}{address}" + ("  (there already)" if file in there else ""))
+
+
+def list_known(name, out):
+    """The same for one name, from KNOWN -> bytes to download. Shards stand in one line: nobody was asked how
+    many there are."""
+    repo, _ = HUB.get(name, ("", ""))
+    folder = out / repo.split("/")[1] if repo else out
+    sizes = {folder / file: size for file, size in KNOWN[name].items()}
+    there = {file for file in sizes if any(folder.glob(file.name))}
+    page = f"https://huggingface.co/{repo}/tree/main"
+    show(sizes, there, dict.fromkeys(sizes, page if repo else URLS.get(name)))
+    return sum(size or 0 for file, size in sizes.items() if file not in there)
+
+
+def find_files(name, out):
+    return hub_files(name, out) if name in HUB else url_files(name, out)
+
+
+def download(names, out):
+    """Lists the files with their sizes, then downloads those that are not there yet."""
+    files = [file for name in names for file in find_files(name, out)]
     missing = [file for file in files if not file.done]
-    for file in files:
-        print(f"{file.size / 1e9:8.3f} GB  {file.file}" + ("" if file in missing else "  (there already)"))
-    total = sum(file.size for file in missing)
-    print(f"{total / 1e9:8.3f} GB  to download", flush=True)
-    if not dry_run:
-        out.mkdir(parents=True, exist_ok=True)
-        check_space(out, missing)
-        for file in missing:
-            file.fetch()
+    show({file.file: file.size for file in files}, {file.file for file in files if file.done})
+    print(f"{sum(file.size for file in missing) / 1e9:8.3f} GB  to download", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    check_space(out, missing)
+    for file in missing:
+        file.fetch()
 
 
 def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add(
-        "--out",
-        type=Path,
-        default=Path("downloads"),
-        metavar="DIR",
-        help="folder to fill (default: downloads)",
-    )
+    told = "folder to fill (default: downloads)"
+    add("--out", type=Path, default=Path("downloads"), metavar="DIR", help=told)
     add("--what", nargs="+", choices=[*HUB, *URLS], default=["llama", "vit", "qformer", "hawk"],
         help="default: llama vit qformer hawk. blip2 holds vit and qformer in one; video-llama and "
         "hawk-pretrained are other weights to start training from")  # fmt: skip
-    add(
-        "--dry-run",
-        action="store_true",
-        help="only list the files and their sizes, without a connection roughly",
-    )
+    add("--dry-run", action="store_true", help="only list files and sizes, without a connection roughly")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        download(args.what, args.out, args.dry_run)
+        if args.dry_run:
+            list_files(args.what, args.out)
+        else:
+            download(args.what, args.out)
     except (OSError, ValueError) as error:
         return print_error(error)
     return 0
