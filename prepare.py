@@ -307,7 +307,10 @@ def features(args):
     require(args.crops > 0, "--crops must be at least 1")
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
     require(splits, f"{args.data}: holds neither train.jsonl nor test.jsonl")
-    model = Hawk.from_pretrained(args.weights, device=data.usable_device(args.device))
+    device = data.usable_device(args.device)
+    model = Hawk.from_pretrained(args.weights, dtype=None)
+    del model.llama  # no frame needs it, and in float32 it would fill a card of 24 GB
+    model = model.float().to(device)
     fingerprint = data.frozen_fingerprint(model)
     for split in splits:
         rows = data.read_index(args.data / f"{split}.jsonl")
@@ -330,8 +333,8 @@ def features(args):
                 bad.append(json.dumps({"row": sample["index"]} | sample) + "\n")
                 continue
             for file, streams in zip(rows[sample["index"]]["files"], sample["variants"], strict=True):
-                streams = {name: x[None].to(model.device) / 255 for name, x in streams.items()}
-                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, args.bfloat16):
+                streams = {name: x[None].to(device) / 255 for name, x in streams.items()}
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.bfloat16):
                     found = model.frame_features(streams)  # {branch: (1, T, Q, C)}
                 found = {name: x[0].to("cpu", getattr(torch, args.dtype)) for name, x in found.items()}
                 data.replace_file(file, safetensors.torch.save(found, sample["about"]))

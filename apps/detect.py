@@ -193,23 +193,47 @@ def find_kinds(args):
     return args.kinds or next(filter(Path.is_file, files), None)
 
 
+@torch.no_grad()
+def choice_score(model, tokenizer, clip, encoding, sentences):
+    """The probability that the description is the sentence of an abnormal kind, if it is one of these at all.
+    sentences: {kind: sentence}. (What an absolute probability lacks when a sentence has many spellings.)"""
+    prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
+    answers = [tokenizer.sp.encode(sentence) for sentence in sentences.values()]
+    p = log_likelihoods(model, encoding, prompt, answers, [0] * len(answers)).softmax(0)
+    return sum(x for kind, x in zip(sentences, p.tolist(), strict=True) if kind != "normal")
+
+
+def read_sentences(kinds):
+    """{kind: sentence} of clips.json, which apps.index writes beside kinds.json, or None."""
+    file = Path(kinds).with_name("clips.json") if kinds else None
+    try:
+        return json.loads(file.read_text())["sentences"] if file and file.exists() else None
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not what apps.index writes ({error})") from None
+
+
 def choose_score(how, kinds):
     """The function (model, tokenizer, clip, encoding) -> score from 0 to 1.
 
-    how: "contrast", "yes", or None: contrast if there are phrases. kinds: the file of phrases. Raises
-    ValueError if it is needed and missing."""
+    how: "choice", "contrast", "yes", or None: the first for which there are sentences, phrases, or nothing.
+    kinds: the file of phrases, with the sentences beside it. ValueError if what is needed is missing."""
+    sentences = read_sentences(kinds)
+    if how == "choice" and sentences is None:
+        raise ValueError("choice needs the sentences that apps.index writes into clips.json")
     if how == "contrast" and kinds is None:
         raise ValueError(
             "contrast needs phrases: --kinds FILE, or a kinds.json beside the index or the weights"
         )
     if how == "yes" or kinds is None:
         return yes_score
+    if how != "contrast" and sentences:
+        return partial(choice_score, sentences=sentences)
     return partial(contrast_score, phrases=read_phrases(kinds))
 
 
 def phrases_of(score):
-    """The phrases that decide a score, None for `yes_score`: for records of what decided it."""
-    return score.keywords["phrases"] if isinstance(score, partial) else None
+    """The phrases or sentences that decide a score, None for `yes_score`: for records of what decided it."""
+    return next(iter(score.keywords.values())) if isinstance(score, partial) else None
 
 
 def score_clips(model, tokenizer, clips, asked, score):

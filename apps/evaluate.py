@@ -501,7 +501,8 @@ def parse_args(argv=None):
     )
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
     add = p.add_argument_group("--task detect").add_argument
-    add("--detect", choices=["yes", "contrast"], help="default: contrast if there are phrases, else yes")
+    told = "default: choice if there are sentences (apps.index), contrast if there are phrases, else yes"
+    add("--detect", choices=["yes", "contrast", "choice"], help=told)
     add(
         "--kinds",
         metavar="FILE",

@@ -360,18 +360,19 @@ def make_index(args):
     ]
     report["notes"] = [f"{clip.video}: {text}" for clip in good for text in checked[str(clip.video)]["notes"]]
     lengths = [checked[str(clip.video)]["seconds"] for clip in good]
-    write(args.out, splits, phrases, statistics.median(lengths), report)
+    about = {"seconds": statistics.median(lengths), "sentences": sentences}  # for apps.timeline
+    write(args.out, splits, phrases, about, report)
     tell(args, sentences, file, report)
 
 
-def write(out, splits, phrases, seconds, report):
+def write(out, splits, phrases, about, report):
     """All files of OUT. train.jsonl disappears first and comes last, so that a run that is killed in between
     leaves nothing to train on with the other half of another split."""
     (out / "train.jsonl").unlink(missing_ok=True)
     (out / "test.jsonl").unlink(missing_ok=True)
     replace_file(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     replace_file(out / "kinds.json", json.dumps(phrases, indent=1, ensure_ascii=False) + "\n")
-    replace_file(out / "clips.json", json.dumps({"seconds": seconds}) + "\n")  # how long a clip is
+    replace_file(out / "clips.json", json.dumps(about, ensure_ascii=False) + "\n")
     for split in ("test", "train"):
         lines = "".join(json.dumps(row) + "\n" for row in splits[split])
         if lines:

@@ -9,11 +9,13 @@
 
 The video is decoded once, from front to back, and only the frames of the open window are held. The frames of
 a window are sampled as read_clip samples those of a clip, so the model sees what it was trained on. The score
-says how likely the model is to say something abnormal, in one of two ways:
+says how likely the model is to say something abnormal, in one of three ways:
 
     contrast  It begins to describe the window by itself ("A red car ..."). The score is the probability that
               a phrase of an abnormal kind ("drives the wrong way", ...) comes next, added over the kinds, at
               the word where that is highest.
+    choice    The probability of the sentences of the abnormal kinds among those of all kinds, for weights
+              that were trained on an index of apps.index.
     yes       P(yes) / (P(yes) + P(no)) for the first word of the answer to a fixed question.
 
 Windows that share frames are seldom wrong together, so each score is averaged with those of the earlier
@@ -515,7 +517,8 @@ def parse_args(argv=None):
     add("--window", type=number(float, 0.05), metavar="S", help=told)
     told = "seconds from one window to the next (default: 2, or a window if that is shorter)"
     add("--stride", type=number(float, 0.05), metavar="S", help=told)
-    add("--score", choices=["contrast", "yes"], help="default: contrast if there are phrases, else yes")
+    told = "default: choice if there are sentences (apps.index), contrast if there are phrases, else yes"
+    add("--score", choices=["choice", "contrast", "yes"], help=told)
     add(
         "--kinds",
         metavar="FILE",

@@ -3,6 +3,7 @@
 import json
 import math
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,3 +184,22 @@ def test_per_source(capsys):
         "5",
     ]
     assert "from a score of 0.5 on" in printed[5]
+
+
+def test_a_choice_among_sentences(monkeypatch, tmp_path):
+    """By hand: e^-1, e^-2 and e^-9 among each other, without that of normal."""
+    sentences = {"normal": "The clip shows nothing.", "fire": "The clip shows a fire.", "fall": "A fall."}
+    monkeypatch.setattr(detect, "log_likelihoods", lambda *_: torch.tensor([-1.0, -2.0, -9.0]))
+    model, tokenizer = load(TINY, "cpu")
+    clip = SimpleNamespace(message="")
+    p = [math.exp(x) for x in (-1, -2, -9)]
+    score = detect.choice_score(model, tokenizer, clip, None, sentences)
+    assert score == pytest.approx((p[1] + p[2]) / sum(p))
+    kinds = tmp_path / "kinds.json"
+    kinds.write_text('{"normal": "nothing", "fire": "a fire", "fall": "fall"}')
+    assert detect.choose_score(None, kinds).func is detect.contrast_score
+    with pytest.raises(ValueError, match="needs the sentences"):
+        detect.choose_score("choice", kinds)
+    (tmp_path / "clips.json").write_text(json.dumps({"seconds": 4, "sentences": sentences}))
+    assert detect.phrases_of(detect.choose_score(None, kinds)) == sentences
+    assert detect.choose_score("contrast", kinds).func is detect.contrast_score

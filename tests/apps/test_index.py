@@ -81,7 +81,7 @@ def test_folders_become_an_index(clips, tmp_path, capsys):
         assert row["description"] == f"The clip shows {kinds[row['kind']]}."
         assert row["qa"] == [{"q": index.KIND_QUESTION, "a": row["description"]}]
         assert detect.label_of(row) == (row["kind"] != "normal")
-    assert read(tmp_path / "clips.json") == {"seconds": 4.0}
+    assert read(tmp_path / "clips.json") == {"seconds": 4.0, "sentences": read(tmp_path / "sentences.json")}
     assert detect.read_phrases(tmp_path / "kinds.json") == ["crossing", "a fire"]
 
 
@@ -389,7 +389,7 @@ def test_the_recipe(clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # the timeline scores clips by the phrases that training copied
     args = timeline.parse_args(commands["apps.timeline"][3:])
     score = detect.choose_score(args.score, detect.find_kinds(args))
-    assert detect.phrases_of(score) == ["a fire"]
+    assert score.func is detect.choice_score and detect.phrases_of(score) == sentences
     scores = {}
     for kind in kinds:
         seen = sample.encode_video(model, min((tmp_path / "clips" / kind).iterdir()))
