@@ -400,7 +400,7 @@ def test_what_is_not_given_scales_with_the_run(world, tmp_path, main, capsys):
     main(*begun, "--steps", 4)
     args = json.loads((tmp_path / "run/last/args.json").read_text())
     assert [args[name] for name in ("warmup", "save_every", "eval_every")] == [1, 1, 1]
-    main(*begun, "--steps", 30, "--resume")  # longer: the warm-up stays as it was
+    main(*begun, "--steps", 12, "--resume")  # longer: the warm-up stays as it was
     assert json.loads((tmp_path / "run/last/args.json").read_text())["warmup"] == 1
     assert "never reaches" not in capsys.readouterr().err
     main(*options(world, tmp_path, 4, "--out", tmp_path / "slow", "--warmup", 4))
