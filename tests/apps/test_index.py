@@ -353,7 +353,7 @@ def test_the_recipe(clips, tmp_path, monkeypatch, capsys):
     for kind in kinds:
         shutil.copytree(clips / kind, tmp_path / "clips" / kind)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def program(command):
         start = [sys.executable] + ([] if command[1] == "-m" else [str(ROOT / command[1])])
