@@ -468,6 +468,12 @@ def hawk(args):
     data.replace_file(args.out / "report.json", json.dumps(report, indent=1) + "\n")
     for (source, column), count in sorted(counts.items()):
         print(f"{source:14}{count:7} {column}")
+    if args.tokenizer:  # as sampled from a video of about two minutes: 32 times in the prompt
+        encode = partial(data.Tokenizer(args.tokenizer).encode_conversation, message="60.0, " * 32)
+        texts = [row["description"] for split in rows.values() for row in split]
+        turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": text} for text in texts]
+        lost = sum(len(encode([turn], max_tokens=513)[0]) > 512 for turn in turns)
+        print(f"{lost} of {len(texts)} descriptions lose their end at the released 512 tokens (--max-tokens)")
 
 
 def hawk_row(entry, videos, places):
@@ -496,9 +502,11 @@ PATHS = {  # options that name files and folders
     "weights": "folder of weights", "base": "where the folder is now that the weights are based on",
     "data": "folder of train.jsonl and test.jsonl", "annotations": "JSON file, or a folder of such files",
     "videos": "folder of UCF_Crime, DoTA and so on",
+    "tokenizer": "tokenizer.model: also count the descriptions that training cuts",
 }  # fmt: skip
+OPTIONAL = ("hawk", "video-llama", "base", "tokenizer")
 JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights data out",
-        merge: "weights base out", hawk: "annotations videos out"}  # fmt: skip
+        merge: "weights base out", hawk: "annotations videos tokenizer out"}  # fmt: skip
 
 
 def main(argv=None):
@@ -509,7 +517,7 @@ def main(argv=None):
         job.set_defaults(run=run)
         add = job.add_argument
         for key in names.split():
-            add(f"--{key}", type=Path, required=key not in ("hawk", "video-llama", "base"), help=PATHS[key])
+            add(f"--{key}", type=Path, required=key not in OPTIONAL, help=PATHS[key])
         if run is weights:
             ways = ["auto", "checkpoint", "replay", "blip2"]
             add("--motion-qformer", choices=ways, default="auto", help="its source; auto: what is there")

@@ -1,6 +1,7 @@
 """prepare.py hawk: the published annotations, with all their faults, become index files."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,16 @@ def test_faults_are_left_out_and_listed(world, capsys):
     assert counts["UCF_Crime", "found"] == 2 and counts["UCF_Crime", "refusal"] == 1
     assert sum(n for (_, state), n in counts.items() if state != "refusal") == 7 + len(world.test)
     assert sorted(path.name for path in world.out.iterdir()) == ["report.json", "test.jsonl", "train.jsonl"]
+
+
+def test_descriptions_that_training_would_cut_are_counted(world, tmp_path, capsys):
+    tokenizer = Path(prepare.__file__).parent / "weights/tiny/tokenizer.model"
+    long = [entry("DoTA/-a b'c.mp4", description="A man falls in the hall. " * n) for n in (1, 20, 200)]
+    put(tmp_path / "long.json", json.dumps(long))
+    options = {"annotations": tmp_path / "long.json", "videos": tmp_path / "videos", "out": tmp_path / "cut"}
+    assert run("hawk", **options, tokenizer=tokenizer) is None
+    assert "1 of 3 descriptions lose their end at the released 512 tokens" in capsys.readouterr().out
+    assert run("hawk", **options) is None and "lose" not in capsys.readouterr().out
 
 
 def test_index_to_conversation(world):
