@@ -67,7 +67,7 @@ def check_file(path):
     """Size in bytes. VideoError unless it is a regular file (a named pipe could block) and not empty."""
     try:
         size = os.stat(path).st_size
-        require(os.path.isfile(path), "is a folder" if os.path.isdir(path) else "is not a regular file")
+        require(os.path.isfile(path), "is not a regular file")
         with open(path, "rb") as file:
             require(file.read(1), "is empty")
     except (OSError, ValueError) as error:
@@ -194,7 +194,7 @@ def open_folder(path, fps):
         raise VideoError(path, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
     numbers = sorted(numbered)
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
-    notes = [f"{len(gaps)} gaps in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
+    notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
     return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n][0] for n in numbers])
 
 
@@ -381,9 +381,9 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
     """Optical flow (Farnebäck 2003): gray frames (..., H, W) -> (..., H, W, 2), x and y in pixels, float32.
 
     Equals cv2.calcOpticalFlowFarneback with a box window. At each pixel, both frames are approximated by a
-    parabola f(u) = uᵀA u + bᵀu + c. If the second one is the first one shifted by d, then f₂(u) = f₁(u - d),
-    so A₂ = A₁ and b₂ = b₁ - 2 A d. Hence A d = (b₁ - b₂)/2: two equations a pixel, solved by least squares
-    over a window. Large shifts are found in small images first; each finer scale only corrects."""
+    parabola f(u) = uᵀA u + bᵀu + c. If the second is the first shifted by d, then f₂(u) = f₁(u - d),
+    so A₂ = A₁ and b₂ = b₁ - 2 A d. Hence A d = (b₁ - b₂)/2: two equations a pixel, solved by
+    least squares over a window. Large shifts are found in small images first; finer scales correct."""
     previous = torch.as_tensor(previous)
     pairs = [frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, torch.as_tensor(current))]
     scales = [0.5**k for k in range(levels + 1) if k == 0 or min(previous.shape[-2:]) * 0.5**k >= 32]
@@ -443,11 +443,11 @@ def polynomial_expansion(images, n, sigma):
     """(2, B, h, w) -> (2, 5, B, h, w): at each pixel, halves of by, bx, ayy, axx, axy of the best parabola
     f = c + by y + bx x + ayy y² + axx x² + 2 axy xy. (Means and half differences of two frames are needed.)
 
-    Least squares over (2n + 1)² neighbours, Gaussian weights g. Odd moments vanish; m2 = Σ g x², m4 = Σ g x⁴:
+    Least squares over (2n + 1)² neighbours, weights g. Odd moments vanish; m2 = Σ g x², m4 = Σ g x⁴:
         Σ g f y = m2 by        Σ g f x = m2 bx        Σ g f xy = m2² 2 axy
         Σ g f = c + m2 ayy + m2 axx        Σ g f y² = m2 c + m4 ayy + m2² axx        (for x² alike)
     The matrix is the same everywhere, so each coefficient is a correlation of the image with a function of x
-    times one of y: g, g x / m2 (`slope`), or g x² mixed with g so as to solve the last equations (`bend`)."""
+    times one of y: g, g x / m2 (`slope`), or g x² mixed with g to solve the last equations (`bend`)."""
     x = np.arange(n + 1)
     g = gaussian(n, sigma)
     m2 = 2 * (x**2 * g).sum()
@@ -469,7 +469,7 @@ def polynomial_expansion(images, n, sigma):
 def improve(flow, first, second, winsize):
     """A better flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), read where
     the flow points to. A is the mean of both; only the rest of d is unknown: Δb = (b₁ - b₂)/2 + A·flow.
-    Outside the image, A is the first one's, and b₂ = 0. The least-squares equations AᵀA d = AᵀΔb, summed over
+    Outside the image, A is the first one's, and b₂ = 0. The normal equations AᵀA d = AᵀΔb, summed over
     windows of 2·(winsize//2) + 1 pixels, are a 2x2 system at each pixel."""
     h, w = flow.shape[-2:]
     dx, dy = flow

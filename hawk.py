@@ -3,6 +3,7 @@
     frames -+         +- appearance: Q-Former, + frame position, video Q-Former, projection -+  2 x 32
             +-- ViT --+                                                                      +-- soft -- LLaMA
     motion -+         +- motion:     Q-Former, + frame position, video Q-Former, projection -+  tokens
+
     model = Hawk.from_pretrained("weights/tiny")
     encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
     ids = model.generate(encoding, input_ids)  # lists of new token ids
@@ -79,9 +80,8 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
             least = 1 if type(value) is int and name != "lora_rank" else 0
             require(type(value) not in (int, float) or least <= value < 2**31, f"{name} is {value}")
         depth = max(self.vit_depth, self.qformer_layers, self.video_layers, self.llama_layers)
-        require(
-            depth <= 200 and self.image_size >= self.patch_size, f"{depth} layers, {self.image_size} pixels"
-        )
+        require(depth <= 200, f"{depth} layers; at most 200 are possible")
+        require(self.image_size >= self.patch_size, f"image_size {self.image_size} is below one patch")
         for tower, even in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary positions turn pairs
             dim = getattr(self, f"{tower}_dim")
             heads = getattr(self, f"{tower}_heads")
@@ -129,7 +129,7 @@ def split_heads(x, heads):
 
 
 def attend(q, k, v, heads, dropout=0.0):
-    """softmax(q kᵀ / √d) v over `heads` heads, no mask. q (B, Sq, C), k and v (B, Sk, C) -> (B, Sq, C)."""
+    """softmax(q kᵀ / √d) v over the heads, no mask. q (B, Sq, C), k and v (B, Sk, C) -> (B, Sq, C)."""
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
@@ -211,7 +211,7 @@ class QFormerLayer(nn.Module):
         return self.mlp.norm(x + F.dropout(y, self.dropout, self.training))
 
 
-class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)`, its unused text half left out
+class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)`; no unused text half
     def __init__(self, config, layers, context_dim, every):
         super().__init__()
         self.dropout = config.dropout
@@ -235,7 +235,7 @@ class Branch(nn.Module):
         super().__init__()
         dim = config.qformer_dim
         D = config.llama_dim
-        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # as all that is FROZEN, BLIP-2's
+        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # BLIP-2's, like all that FROZEN names
         self.queries = nn.Parameter(0.02 * torch.randn(1, config.n_queries, dim))
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
         # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
@@ -389,7 +389,7 @@ class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); W is
         return F.linear(x, self.weight) + self.scale * (low @ self.lora_B.T).to(x.dtype)
 
 
-class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half the memory of bfloat16, for inference
+class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half of bfloat16's memory, for inference
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach().float()
@@ -408,7 +408,8 @@ class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half the m
 
 
 # ---- Hawk --------------------------------------------------------------------------------------------------
-Encoding = namedtuple("Encoding", "tokens tight")  # (B, 32 a branch, D), {compared: (B, 32, tight_dim)}
+# Of B clips: soft tokens (B, 32 for each branch, D); {compared branch: tight features (B, 32, tight_dim)}
+Encoding = namedtuple("Encoding", "tokens tight")
 
 
 def is_frame_level(name):
@@ -481,8 +482,8 @@ class Hawk(nn.Module):
         that vision enters the sentence. Raises ValueError when the slots of a row are not N."""
         slots = input_ids == self.config.image_id
         counts = slots.sum(1).tolist()
-        fits = counts == [soft.shape[1]] * len(soft)
-        require(fits, f"rows with {counts} placeholders for clips of {soft.shape[1]} soft tokens")
+        N = soft.shape[1]
+        require(counts == [N] * len(soft), f"rows with {counts} placeholders for clips of {N} soft tokens")
         x = self.llama.embed_tokens(input_ids.masked_fill(slots, 0))  # (B, S, D)
         return x.masked_scatter(slots[..., None], soft.to(x.dtype))
 
@@ -518,8 +519,8 @@ class Hawk(nn.Module):
         consistency = self.consistency_loss(clips)
         total = c.video_language_weight * video_language  # paper, Eq. 9
         total = total + c.motion_language_weight * motion_language + c.consistency_weight * consistency
-        named = {"motion_language": motion_language, "consistency": consistency, "total": total}
-        return {"video_language": video_language} | named
+        losses = {"video_language": video_language, "motion_language": motion_language}
+        return losses | {"consistency": consistency, "total": total}
 
     def forward(self, streams, input_ids, labels, **targets):
         return self.losses(self.encode(streams), input_ids, labels, **targets)
@@ -614,10 +615,9 @@ def read_chain(folder, above=(), base=None):
     try:
         values = {**json.loads(file.read_text())}
         mark = values.pop("base_fingerprint", None)
-        stored = values.pop("base", ())
-        base = Path(base or stored) if stored != () else None
+        base = Path(base or values["base"]) if "base" in values else None
         there = base and base.is_dir()
-        config = HawkConfig.from_dict(values)
+        config = HawkConfig.from_dict({key: value for key, value in values.items() if key != "base"})
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{file}: cannot be read ({e}); python prepare.py weights makes one") from e
     if base is None or base in folders:

@@ -12,11 +12,10 @@ In this file: spaCy; word lists; Reader, which goes through a text word by word;
 
 import json
 import re
-import signal
-import sys
 from functools import cache
 from pathlib import Path
 
+from apps import run_program
 from data import check_row, replace_file
 from sample import Parser, note, print_error
 
@@ -286,8 +285,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -184,6 +184,14 @@ def read_phrases(path):
     return phrases
 
 
+def add_score_options(add, name):
+    """The options of argparse's `add` that choose a score; `name` is that of the first."""
+    told = "default: choice if there are sentences (apps.index), contrast if there are phrases, else yes"
+    add(name, choices=["choice", "contrast", "yes"], help=told)
+    told = "phrases for contrast; default: kinds.json beside the index or the weights"
+    add("--kinds", metavar="FILE", help=told)
+
+
 def find_kinds(args):
     """The file of phrases: --kinds, else kinds.json beside the index, else in the folder of weights, else for
     weights/tiny that of the toy world, else None."""

@@ -12,14 +12,13 @@ the files. LLaMA-2 needs an account that has accepted its licence, and `hf auth 
 
 import re
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from apps import run_program
 from prepare import read_json
 from sample import Parser, note, print_error
 
@@ -216,8 +215,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -46,6 +46,7 @@ from apps.detect import (
     NO_PHRASES,
     THRESHOLD,
     YES_QUESTION,
+    add_score_options,
     choose_score,
     detection_per_source,
     find_kinds,
@@ -501,13 +502,7 @@ def parse_args(argv=None):
     )
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
     add = p.add_argument_group("--task detect").add_argument
-    told = "default: choice if there are sentences (apps.index), contrast if there are phrases, else yes"
-    add("--detect", choices=["yes", "contrast", "choice"], help=told)
-    add(
-        "--kinds",
-        metavar="FILE",
-        help="phrases for contrast; default: kinds.json beside the index or the weights",
-    )
+    add_score_options(add, "--detect")
     about = (
         "The paper's GPT-guided scores from any OpenAI-compatible endpoint. Every reply is kept in "
         "OUT.judge.jsonl, and none is paid for twice. The key is read from OPENAI_API_KEY."

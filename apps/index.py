@@ -24,7 +24,6 @@ import io
 import json
 import os
 import re
-import signal
 import statistics
 import sys
 from collections import Counter
@@ -35,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from apps import run_program
 from apps.detect import SUBJECT_WORDS, YES_QUESTION
 from apps.scores import appendable, as_line, read_lines
 from data import VideoError, read_clip, replace_file
@@ -436,8 +436,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

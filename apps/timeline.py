@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 from apps.detect import (
     NO_PHRASES,
+    add_score_options,
     choose_score,
     describe,
     find_kinds,
@@ -517,13 +518,7 @@ def parse_args(argv=None):
     add("--window", type=number(float, 0.05), metavar="S", help=told)
     told = "seconds from one window to the next (default: 2, or a window if that is shorter)"
     add("--stride", type=number(float, 0.05), metavar="S", help=told)
-    told = "default: choice if there are sentences (apps.index), contrast if there are phrases, else yes"
-    add("--score", choices=["choice", "contrast", "yes"], help=told)
-    add(
-        "--kinds",
-        metavar="FILE",
-        help="phrases for contrast; default: kinds.json beside the index or the weights",
-    )
+    add_score_options(add, "--score")
     add("--threshold", type=number(float, 0, 1), default=0.5, help="scores that stand out (default: 0.5)")
     add(
         "--scores",

@@ -11,15 +11,14 @@ temporary database on the disk: memory does not grow with their number, which is
 import csv
 import hashlib
 import os
-import signal
 import sqlite3
-import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
 
+from apps import run_program
 from prepare import index_row, video_path, write_splits
 from sample import Parser, number, print_error
 
@@ -135,8 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)
