@@ -299,7 +299,7 @@ def write_folder(out, config, held, dtypes, source):
 
 
 # ---- 2. features: what is frozen in training, computed once for all clips ----------------------------------
-def features(args):
+def features(args, dataset=None):
     """Computes the frozen part of every clip once, for training without videos, ViT and frame Q-Formers.
 
     Reads DATA/train.jsonl and test.jsonl, writes OUT/train and OUT/test: --crops files for each clip. What is
@@ -325,7 +325,7 @@ def features(args):
         for i, row in enumerate(rows):
             row["files"] = [data.cache_file(folder, i, crop) for crop in range(crops)]
         todo = [i for i, row in enumerate(rows) if not all(map(Path.exists, row["files"]))]
-        clips = FeatureDataset(rows, model.config)
+        clips = (dataset or FeatureDataset)(rows, model.config)
         bad = []
         for sample in tqdm(DataLoader(clips, None, sampler=todo, num_workers=args.workers), desc=split):
             if "error" in sample:
@@ -349,7 +349,8 @@ class FeatureDataset(data.ClipDataset):
         crops = range(1, len(self.rows[i]["files"]))
         variants = [data.random_crop(streams, data.clip_generator(SEED, crop, i)) for crop in crops]
         about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
-        about["bytes"] = str(Path(self.rows[i]["video"]).stat().st_size)  # tells if another video replaces it
+        video = Path(self.rows[i]["video"])  # a subclass may need no file
+        about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # tells if another replaces it
         return {"index": i, "variants": [streams, *variants], "about": about}
 
 

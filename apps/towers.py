@@ -1,7 +1,7 @@
-"""How the small preset gets its vision encoder and its language: two tasks for the loop of train.py.
+"""How the small preset gets its vision encoder and its language: tasks for the loop of train.py.
 
-    python -m apps.towers towers --preset tiny --data data/toy --out runs/stage0 --steps 3400 --lr 1.5e-3
-    python prepare.py features --weights runs/stage0/last --data data/toy --out runs/features
+    python -m apps.towers towers --preset tiny --data data/toy --out runs/stage0 --steps 3000 --lr 1.5e-3
+    python -m apps.towers features --weights runs/stage0/last --data data/toy --out runs/features
     python -m apps.towers facts --weights runs/stage0/last --features runs/features --data data/toy \\
         --out runs/facts --train all --stage 1 --facts-only
     torchrun --standalone --nproc_per_node=2 -m apps.towers towers …    # takes the options of train.py, too
@@ -12,12 +12,14 @@ of the toy world, from text alone. The task *facts* trains what lies between the
 also asks the soft tokens directly for facts about the clip: through LLaMA alone, the video Q-Formers take
 long to find out what is worth telling.
 
-Both need the toy world's annotations (apps/toy.py), and both throw their heads away afterwards.
+All need the toy world's annotations (apps/toy.py); clips that it wrote without a video are drawn here. Both
+trainings throw their heads away afterwards.
 """
 
 import argparse
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,38 +27,64 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import prepare
 import train
-from apps.toy import COLOURS, OBJECTS
-from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset, VideoError, read_index
+from apps.toy import COLOURS, OBJECTS, draw_clip
+from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset, VideoError, clip_options, read_index
 from hawk import is_frame_level
+from sample import PROBLEMS, print_error
 
 COLOUR_NAMES = tuple(COLOURS)
 FLICKERING = ("fire", "crash")  # these move without going anywhere
 STILL = 0.25  # pixels: an object that moved less than this between two frames is absent from the motion frame
 PLACE_CELLS = (12, 24)  # columns and rows of the picture
+ANSWERS = (1, 1, sum(PLACE_CELLS), len(COLOURS))  # present, lying, place cells, colours
+MOST_THINGS = 12  # in a clip
 FACTS = ("kind", "object", "colour", "place", "moment", "scene")  # fields of a toy row
 
 
-# ---- Stage 0: samples --------------------------------------------------------------------------------------
-class FrameDataset(ClipDataset):
-    """Single frames of a clip's two streams with what is in them, and the row's text without its video.
+def attention_by_steps(device):
+    """A context for attention over few tokens: there, in bfloat16 on a CPU, the backward pass of the fused
+    kernel takes twice as long as that of its single steps."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
-    Of the 2·T frames of a clip, `per_clip` are drawn, because neighbouring frames look alike. Raises
+
+# ---- Clips -------------------------------------------------------------------------------------------------
+class DrawnClips:
+    """Mixed into a ClipDataset: a row without a video (apps.toy --no-videos) is drawn when it is needed."""
+
+    def read(self, i, sampling, generator):
+        drawn = self.rows[i].get("drawn")
+        if drawn is None:
+            return super().read(i, sampling, generator)
+        clip = draw_clip(drawn, **clip_options(self.config), sampling=sampling, generator=generator)
+        streams = {name: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for name, x in clip.streams.items()}
+        return streams, clip
+
+
+class DrawnFeatures(DrawnClips, prepare.FeatureDataset):
+    """What `features` reads."""
+
+
+# ---- Stage 0: samples --------------------------------------------------------------------------------------
+class FrameDataset(DrawnClips, ClipDataset):
+    """All frames of a clip's two streams with what is in them, and the row's text without its video. Raises
     ValueError for a row that lacks what the toy world writes."""
 
-    def __init__(self, rows, tokenizer, config, seed=0, per_clip=16):
+    def __init__(self, rows, tokenizer, config, seed=0):
         for row in rows:
             objects = row.get("objects")
             if not (isinstance(objects, list) and objects and row.get("description") and row.get("qa")):
                 raise ValueError(f'{row["video"]}: its row lacks "objects", "description" or "qa"')
+            if len(objects) > MOST_THINGS:
+                raise ValueError(f'{row["video"]}: more than {MOST_THINGS} "objects"')
             for entry in objects:
                 check_object(entry, row["video"])
         # one Q-Former learns from both streams, whatever branches the model has
         super().__init__(rows, replace(config, branches=("appearance", "motion")), seed)
         self.tokenizer = tokenizer
-        self.image_size = config.image_size
-        self.per_clip = per_clip
 
     def sample(self, i, generator):
         row = self.rows[i]
@@ -64,9 +92,6 @@ class FrameDataset(ClipDataset):
         last = max(clip.indices[-1], 1)
         if any(len(entry["x"]) <= last for entry in row["objects"]):
             raise VideoError(row["video"], 'has more frames than positions in "objects"')
-        targets, colours = frame_targets(row["objects"], clip.indices, self.image_size)
-        drawn = generator.choice(len(targets), min(self.per_clip, len(targets)), replace=False)
-        drawn = torch.from_numpy(np.sort(drawn))
         # the language: the description as an answer half of the time, else the annotated questions
         question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
         described = [{"q": question, "a": row["description"]}]
@@ -76,9 +101,8 @@ class FrameDataset(ClipDataset):
             "index": torch.tensor(i),
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "streams": {"both": torch.cat([streams["appearance"], streams["motion"]])[drawn]},  # (n, 3, H, W)
-            "targets": targets[drawn],
-            "colours": colours[drawn],
+            "streams": {"both": torch.cat([streams["appearance"], streams["motion"]])},  # (2T, 3, H, W)
+            "things": things_of_frames(row["objects"], clip.indices, self.config.image_size),
         }
 
 
@@ -97,26 +121,23 @@ def check_object(entry, video):
         raise ValueError(f'{video}: each entry of "objects" must be {fields}, as the toy world writes them')
 
 
-def frame_targets(objects, indices, image_size):
-    """-> float (2T, objects, 4): present, x, y, lying; long (2T, objects): colour or -100. First the T
-    appearance frames, then the T motion frames.
+def things_of_frames(objects, indices, image_size):
+    """-> float (2T, MOST_THINGS, 5): object (its number in OBJECTS, -1: none), x, y, lying, colour (-1: none).
+    First the T appearance frames, then the T motion frames.
 
     The motion frame of index i shows the step from frame i - 1 to i (from 0 to 1 for i = 0), so only what
-    moved counts as present there. Of two objects with the same name, the first in the list is asked for."""
+    moved counts as being there."""
     frames = [(int(i), False) for i in indices] + [(max(int(i), 1), True) for i in indices]
-    targets = torch.zeros(len(frames), len(OBJECTS), 4)
-    colours = torch.full((len(frames), len(OBJECTS)), IGNORE)
-    for entry in objects:
+    things = torch.full((len(frames), MOST_THINGS, 5), -1.0)
+    for number, entry in enumerate(objects):
         slot = OBJECTS.index(entry["object"])
+        colour = -1 if entry["colour"] is None else COLOUR_NAMES.index(entry["colour"])
         lying = entry.get("lying") or [False] * len(entry["x"])
         for row, (j, motion) in enumerate(frames):
-            absent = entry["x"][j] is None or (motion and not moved(entry, j, image_size))
-            if absent or targets[row, slot, 0]:
-                continue
-            targets[row, slot] = torch.tensor([1.0, entry["x"][j], entry["y"][j], float(lying[j])])
-            if entry["colour"] is not None:
-                colours[row, slot] = COLOUR_NAMES.index(entry["colour"])
-    return targets, colours
+            x, y = entry["x"][j], entry["y"][j]
+            if x is not None and not (motion and not moved(entry, j, image_size)):
+                things[row, number] = torch.tensor([slot, x, y, lying[j], colour])
+    return things
 
 
 def moved(entry, j, image_size):
@@ -130,10 +151,11 @@ def moved(entry, j, image_size):
 
 # ---- Stage 0: losses ---------------------------------------------------------------------------------------
 class Pretraining(nn.Module):
-    """What a frame shows: is object k there, where, in which colour, and does it lie on the ground?
+    """What a frame shows: is there an object of kind k, where, in which colour, and does it lie on the ground?
 
-    Query k of the Q-Former has to answer for object k, and so has the ViT's patch that holds it: the patch
-    learns fast, and a query can only pass on what a patch knows. LLaMA learns beside it, from text alone."""
+    Query k of the Q-Former has to answer for all objects of kind k together, and each ViT patch that holds an
+    object for that one: the patch learns fast, and a query can only pass on what a patch knows. LLaMA learns
+    beside it, from text alone."""
 
     def __init__(self, hawk, branch):
         super().__init__()
@@ -141,38 +163,40 @@ class Pretraining(nn.Module):
         self.branch = branch  # the name of the one whose Q-Former learns
         self.register_state_dict_pre_hook(lambda *_: self.copy_to_others())  # train.py calls it to save
         c = hawk.config
-        n_answers = 2 + sum(PLACE_CELLS) + len(COLOURS)  # present, lying, place cells, colours
+        n_answers = sum(ANSWERS)
         self.query_head = nn.Linear(c.qformer_dim, n_answers)
         self.query_presence = nn.Parameter(torch.zeros(len(OBJECTS), c.qformer_dim))  # "is my object here?"
         self.patch_head = nn.Linear(c.vit_dim, n_answers)
         self.patch_kind = nn.Linear(c.vit_dim, len(OBJECTS))
 
-    def forward(self, streams, targets, colours, input_ids, labels, **_):
-        """{"both": frames (B, n, 3, H, W)}, targets (B, n, objects, 4), colours (B, n, objects), ids and
-        labels (B, S) -> losses by name"""
-        targets = targets.flatten(0, 1)  # (N, objects, 4)
-        colours = colours.flatten(0, 1)
+    def forward(self, streams, things, input_ids, labels, **_):
+        """{"both": frames (B, n, 3, H, W)}, things (B, n, MOST_THINGS, 5), ids and labels (B, S) -> losses by
+        name"""
+        things = things.flatten(0, 1)  # (N, M, 5)
+        there = things[..., 0] >= 0
         branch = self.hawk.branch(self.branch)
-        features = self.hawk.vit(streams["both"].flatten(0, 1))  # (N, 1 + patches, vit_dim)
+        with attention_by_steps(things.device):
+            features = self.hawk.vit(streams["both"].flatten(0, 1))  # (N, 1 + patches, vit_dim)
+            queries = branch.frames(features)[:, : len(OBJECTS)]  # (N, objects, C)
+        targets = answers_of(things)  # (N, M, answers)
         # asked of the queries
-        queries = branch.frames(features)[:, : len(OBJECTS)]  # (N, objects, C)
         answers = self.query_head(queries).float()
-        answers[..., 0] += (queries * self.query_presence).sum(-1)
-        losses = answer_losses(answers, targets, colours)
+        presence = answers[..., 0] + (queries * self.query_presence).sum(-1).float()
+        answers = torch.cat([presence[..., None], answers[..., 1:]], dim=-1)
+        losses = answer_losses(answers, all_of_a_kind(things, targets))
         # asked of the patches that hold the objects
-        patch = self.patch_of(features, targets)  # (N, objects)
+        patch = self.patch_of(features, things)  # (N, M)
         index = patch[..., None].expand(-1, -1, features.shape[-1])
-        patches = branch.ln_vision(features).gather(1, index)  # (N, objects, vit_dim)
-        from_patch = answer_losses(self.patch_head(patches).float(), targets, colours)
-        kind = self.patch_kind(patches[patch > 0]).float()
-        kind_loss = F.cross_entropy(kind, (patch > 0).nonzero()[:, 1])
-        losses["patches"] = sum(from_patch.values()) + kind_loss
-        losses["pointing"] = self.pointing_loss(branch, features, patch)
-        # the language
+        patches = branch.ln_vision(features).gather(1, index)[there]  # (present, vit_dim)
+        losses["patches"] = sum(answer_losses(self.patch_head(patches).float(), targets[there]).values())
+        losses["patches"] += F.cross_entropy(self.patch_kind(patches).float(), things[there][:, 0].long())
+        losses["pointing"] = self.pointing_loss(branch, features, things, patch)
+        # the language: the texts of half of the clips are enough
         llama = self.hawk.llama
-        logits = llama.lm_head(llama(llama.embed_tokens(input_ids))[:, :-1]).float()
+        n = (len(input_ids) + 1) // 2
+        logits = llama.lm_head(llama(llama.embed_tokens(input_ids[:n]))[:, :-1]).float()
         losses["language"] = F.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+            logits.flatten(0, 1), labels[:n, 1:].flatten(), ignore_index=IGNORE
         )
         losses["total"] = sum(losses.values())
         return losses
@@ -186,25 +210,28 @@ class Pretraining(nn.Module):
                 if is_frame_level(f"{branch}.{name}"):
                     p.copy_(learned[name])
 
-    def patch_of(self, features, targets):
-        """Index (N, objects) of the ViT's token that holds each object; 0, the class token, if absent."""
+    def patch_of(self, features, things):
+        """Index (N, M) of the ViT's token that holds each thing; 0, the class token, if there is none."""
         side = math.isqrt(features.shape[1] - 1)
-        column, row = (targets[..., 1:3].clamp(0, 0.999) * side).long().unbind(-1)
-        return (1 + row * side + column) * (targets[..., 0] > 0)
+        column, row = (things[..., 1:3].clamp(0, 0.999) * side).long().unbind(-1)
+        return (1 + row * side + column) * (things[..., 0] >= 0)
 
-    def pointing_loss(self, branch, features, patch):
-        """-log of the weight that the first cross-attention of query k gives to the patch with object k.
-        Attention that has to find its object by itself takes very long to do so."""
-        n_objects = patch.shape[1]
+    def pointing_loss(self, branch, features, things, patch):
+        """-log of the weight that the first cross-attention of query k gives to the patches with objects of
+        kind k, or to the class token. Attention that has to find its object by itself takes very long."""
         layer = branch.qformer.layers[0]
         heads = layer.cross_attention.heads
         x = branch.qformer.norm(branch.queries)
-        q = layer.cross_attention.query(layer.self_attention(x, x))[0, :n_objects]  # the same for all frames
+        q = layer.cross_attention.query(layer.self_attention(x, x))[0, : len(OBJECTS)]  # for all frames
         k = layer.cross_attention.key(branch.ln_vision(features))
         q = q.unflatten(-1, (heads, -1)).float()  # (objects, h, d)
         k = k.unflatten(-1, (heads, -1)).float()  # (N, 1 + patches, h, d)
-        scores = torch.einsum("shd,nphd->npsh", q, k) / math.sqrt(q.shape[-1])
-        return F.cross_entropy(scores, patch[..., None].expand(-1, -1, heads))
+        weights = torch.einsum("shd,nphd->nhsp", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
+        right = torch.zeros(len(things), len(OBJECTS), features.shape[1], device=features.device)
+        frame, number = (things[..., 0] >= 0).nonzero().unbind(-1)
+        right[frame, things[frame, number, 0].long(), patch[frame, number]] = 1
+        right[..., 0] = right.sum(-1) == 0
+        return -(weights * right[:, None]).sum(-1).clamp(min=1e-6).log().mean()
 
 
 def place_cells(xy):
@@ -218,15 +245,36 @@ def place_cells(xy):
     return torch.exp(-((torch.cat(distances, dim=-1) / 0.7) ** 2))
 
 
-def answer_losses(answers, targets, colours):
-    """Losses of answers (N, objects, 2 + cells + colours); those after presence only for what is present."""
-    present = targets[..., 0] > 0
-    presence, lying, places, colour = answers.split([1, 1, sum(PLACE_CELLS), len(COLOURS)], dim=-1)
+def answers_of(things):
+    """The right answers (…, answers) about each thing (…, 5): present, lying, place cells, one of the colours;
+    all 0 where there is none."""
+    there = (things[..., :1] >= 0).float()
+    colours = things[..., 4:] == torch.arange(len(COLOURS), device=things.device)
+    answers = torch.cat([there, things[..., 3:4], place_cells(things[..., 1:3]), colours.float()], dim=-1)
+    return answers * there
+
+
+def all_of_a_kind(things, answers):
+    """Answers about M things (N, M, answers) -> about all objects of each kind together (N, objects, answers):
+    the largest of each number."""
+    kind = things[..., :1].long().clamp(min=0).expand_as(answers)  # what is not there answers 0
+    together = torch.zeros(len(things), len(OBJECTS), answers.shape[-1], device=things.device)
+    return together.scatter_reduce(1, kind, answers, "amax")
+
+
+def answer_losses(answers, targets):
+    """Losses of answers (…, answers); those after presence only for what is present. Of several colours each
+    is equally right."""
+    there = targets[..., 0] > 0
+    presence, lying, places, colour = answers.split(ANSWERS, dim=-1)
+    right = dict(zip(("presence", "lying", "places", "colour"), targets.split(ANSWERS, dim=-1), strict=True))
+    coloured = right["colour"].sum(-1) > 0
+    colours = right["colour"][coloured]
     return {
-        "presence": F.binary_cross_entropy_with_logits(presence[..., 0], targets[..., 0]),
-        "position": (places - place_cells(targets[..., 1:3]))[present].square().sum(-1).mean(),
-        "lying": F.binary_cross_entropy_with_logits(lying[present][:, 0], targets[..., 3][present]),
-        "colour": F.cross_entropy(colour.flatten(0, 1), colours.flatten(), ignore_index=IGNORE),
+        "presence": F.binary_cross_entropy_with_logits(presence, right["presence"]),
+        "position": (places - right["places"])[there].square().sum(-1).mean(),
+        "lying": F.binary_cross_entropy_with_logits(lying[there], right["lying"][there]),
+        "colour": F.cross_entropy(colour[coloured], colours / colours.sum(-1, keepdim=True)),
     }
 
 
@@ -286,7 +334,8 @@ class ClipFacts(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, len(words[fact])) for fact in FACTS)
 
     def forward(self, streams, facts, **texts):
-        encoding = self.hawk.encode(streams)
+        with attention_by_steps(facts.device):
+            encoding = self.hawk.encode(streams)
         losses = {"total": 0.0} if self.alone else self.hawk.losses(encoding, **texts)
         tokens = encoding.tokens.unflatten(1, (len(self.hawk.config.branches), -1))  # (B, branches, 32, D)
         shares = tokens.tensor_split(len(FACTS), dim=2)
@@ -321,15 +370,31 @@ class FactsTask(train.HawkTask):
         return ClipFacts(model, train_set.words, args.ask_facts, args.facts_only)
 
 
+def features(argv):
+    """`prepare.py features` in bfloat16, for a world whose training clips are drawn."""
+    p = argparse.ArgumentParser(description=features.__doc__)
+    for name, about in {"weights": "folder", "data": "toy world", "out": "folder to write"}.items():
+        p.add_argument(f"--{name}", type=Path, required=True, help=about)
+    p.add_argument("--workers", type=int, default=2, help="processes that draw or read (default 2)")
+    p.set_defaults(crops=1, dtype="float16", bfloat16=True, device=None)
+    prepare.features(p.parse_args(argv), DrawnFeatures)
+
+
 TASKS = {"towers": TowersTask(), "facts": FactsTask()}
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=TASKS, help="`python -m apps.towers TASK --help` lists its options")
+    tasks = [*TASKS, "features"]
+    p.add_argument("task", choices=tasks, help="`python -m apps.towers TASK --help` lists its options")
     args = p.parse_args(argv[:1])
-    return train.run(argv[1:], TASKS[args.task])
+    if args.task in TASKS:
+        return train.run(argv[1:], TASKS[args.task])
+    try:
+        return features(argv[1:])
+    except PROBLEMS as error:
+        return print_error(error)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,11 @@ from typing import NamedTuple
 import imageio_ffmpeg
 import numpy as np
 import sentencepiece
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DESCRIBE_QUESTIONS, replace_file
+from data import DESCRIBE_QUESTIONS, make_clip, replace_file, sample_frames
 from sample import Parser, number, print_error
 
 FPS = 8
@@ -498,9 +500,8 @@ def questions(video, rng):
     what = what_happens(video)
     count = ["is one road user", "are two road users", "are three road users", "are four road users"]
     count = count[len(video.tracks) - 1]
-    how_many = ("How many road users are there?", "How many road users can be seen?")
-    if video.clutter:  # what is parked does not count
-        how_many = ("How many road users take part in the traffic?", "How many road users are on their way?")
+    # what is parked does not count
+    how_many = ("How many road users take part in the traffic?", "How many road users are on their way?")
     involved = f"A {who}"
     why = "Because"
     if video.kind == "collision":
@@ -717,23 +718,26 @@ LOOKS = {
 }
 
 
-def render(video, rng):
-    """The frames of a plan, uint8 (n, SIZE, SIZE, 3). Light, tint, texture and noise are drawn from rng."""
+def render(video, rng, numbers=None):
+    """The frames of a plan, or the numbered ones, uint8 (n, SIZE, SIZE, 3). Light, tint, texture and noise
+    are drawn from rng."""
     brightness = rng.uniform(0.8, 1.15)
     light = (brightness * rng.uniform(0.95, 1.05, 3)).astype(np.float32)
     scene = paint_scene(video, rng) * light
     shades = {name: shade(rgb, rng) for name, rgb in COLOURS.items()}
     fires = [fire_shapes(rng) for _ in range(4)]
-    noise = np.random.default_rng(0).standard_normal((16, SIZE, SIZE, 1)).astype(np.float32)
-    noise = noise * rng.uniform(0.8, 1.6)
+    strength = np.float32(rng.uniform(0.8, 1.6))
+    noise = camera_noise()
 
     @cache  # most road users look the same in all frames
     def sprite(track, pose, flicker):
         shapes = fires[flicker] if track.object == "fire" else SPRITES[track.object]
         return draw(shapes, track.scale, shades.get(track.colour), pose) * np.append(light, np.float32(1))
 
-    frames = np.empty((len(video.tracks[0].x), SIZE, SIZE, 3), np.uint8)
-    for i, frame in enumerate(frames):
+    grain = rng.integers(len(noise), size=len(video.tracks[0].x))
+    numbers = range(len(grain)) if numbers is None else numbers
+    frames = np.empty((len(numbers), SIZE, SIZE, 3), np.uint8)
+    for frame, i in zip(frames, numbers, strict=True):
         image = scene.copy()
         far_to_near = sorted(video.tracks + video.clutter, key=lambda track: track.y[i])
         for track in far_to_near + video.effects:
@@ -741,8 +745,15 @@ def render(video, rng):
                 flicker = i % len(fires) if track.object == "fire" else 0
                 picture = sprite(track, track.pose[i], flicker)
                 blend(image, picture, track.x[i] * SIZE - 0.5, track.y[i] * SIZE - 0.5)
-        frame[:] = np.clip(image + noise[rng.integers(len(noise))], 0, 255)
+        image += noise[grain[i]] * strength
+        frame[:] = image.clip(0, 255, out=image)
     return frames
+
+
+@cache
+def camera_noise():
+    """16 pictures of it, (16, SIZE, SIZE, 1), the same for all videos."""
+    return np.random.default_rng(0).standard_normal((16, SIZE, SIZE, 1)).astype(np.float32)
 
 
 def shade(rgb, rng):
@@ -849,7 +860,7 @@ def fire_shapes(rng):
 
 def toy_clip(seed, split, index, clutter=(0, 0)):
     """(plan, texts, generator to render it with) of one video. A long video has no texts. clutter: the least
-    and the most things that stand around; they change nothing else but the words of "how many".
+    and the most things that stand around; they change nothing else.
 
     Kinds are drawn in shuffled rounds, so that even a small set has them all. In training, 4 of the 15 clips
     of a round are normal: an anomaly is only recognised by someone who knows normal traffic well.
@@ -870,12 +881,31 @@ def toy_clip(seed, split, index, clutter=(0, 0)):
     return video, None if split == "long" else describe(video, text_rng), render_rng
 
 
-def make_toy_clip(folder, seed, split, index, clutter=(0, 0)):
-    """Writes one video into a folder and returns its index row."""
+def draw_clip(drawn, n_frames, image_size, branches, motion_mask, **sampling):
+    """The Clip of an index row that --no-videos wrote, from its "drawn": what `data.read_clip` would read from
+    the video, but for the losses of its codec. Only the frames that count are drawn."""
+    video, _, rng = toy_clip(*drawn)
+    indices = sample_frames(FRAMES, n_frames, **sampling)
+    current = np.maximum(indices, 1)  # motion is seen between a frame and the one before it
+    numbers = np.unique([indices, current, current - 1])
+    pictures = torch.from_numpy(render(video, rng, numbers)).permute(0, 3, 1, 2)
+    pictures = F.interpolate(pictures, size=(image_size, image_size), mode="bilinear", antialias=True)
+    pictures = pictures.permute(0, 2, 3, 1).numpy()
+    frames = [None] * FRAMES
+    for number, picture in zip(numbers, pictures, strict=True):
+        frames[number] = picture
+    return make_clip(frames, np.arange(FRAMES) / FPS, indices, branches, motion_mask)
+
+
+def make_toy_clip(folder, seed, split, index, clutter=(0, 0), drawn=False):
+    """Writes one video into a folder and returns its index row. drawn: only the row, for `draw_clip`."""
     video, texts, rng = toy_clip(seed, split, index, clutter)
     actor = video.tracks[0]
     row = {"video": f"videos/{split}_{index:06d}.mp4", "source": "toy"}
-    write_video(folder / row["video"], render(video, rng))
+    if drawn:
+        row["drawn"] = [seed, split, index, clutter]
+    else:
+        write_video(folder / row["video"], render(video, rng))
     facts = {"kind": video.kind, "object": actor.object, "colour": actor.colour, "place": video.event.place}
     facts["clutter"] = len(video.clutter)
     if split == "long":
@@ -916,11 +946,12 @@ def write_video(path, frames):
     os.replace(temporary, path)
 
 
-def write_split(pool, folder, seed, split, count, clutter):
+def write_split(pool, folder, seed, split, count, clutter, drawn):
     """Makes the videos of one split, then its index, and for clips annotations in Hawk's own format."""
     index = folder / f"{split}.jsonl"
     index.unlink(missing_ok=True)  # an old index must not stand beside videos of another seed
-    rows = pool.map(partial(make_toy_clip, folder, seed, split, clutter=clutter), range(count))
+    make = partial(make_toy_clip, folder, seed, split, clutter=clutter, drawn=drawn and split == "train")
+    rows = pool.map(make, range(count), chunksize=8)
     rows = list(tqdm(rows, total=count, desc=split, unit="clip"))
     replace_file(index, "".join(json.dumps(row) + "\n" for row in rows))
     if split != "long":
@@ -933,7 +964,7 @@ def toy_tokenizer():
     texts = ["[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>", "</Video> ", " [/INST] ", *DESCRIBE_QUESTIONS] * 20
     texts += [chr(code) for code in range(32, 127)]
     for index in range(1500):
-        _, clip, _ = toy_clip(2024, "train", index)
+        _, clip, _ = toy_clip(2024, "train", index, (0, 6))
         texts += [clip["description"], clip["motion"] + "\n"]
         for turn in clip["qa"]:
             texts += [turn["q"], turn["a"]]
@@ -950,7 +981,7 @@ def toy_tokenizer():
     return model.getvalue()
 
 
-def write_world(folder, seed, counts, workers, clutter):
+def write_world(folder, seed, counts, workers, clutter, drawn=False):
     """Writes the splits (counts: {split: videos}), kinds.json and tokenizer.model, replacing older ones."""
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     phrases = {name: kind.phrase for name, kind in KINDS.items()}
@@ -961,7 +992,7 @@ def write_world(folder, seed, counts, workers, clutter):
         try:
             for split, count in counts.items():
                 if count:
-                    write_split(pool, folder, seed, split, count, clutter)
+                    write_split(pool, folder, seed, split, count, clutter, drawn)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -985,8 +1016,10 @@ def parse_args(argv):
     add(
         "--n-long", type=number(int, 0), default=0, metavar="N", help="40 s videos in long.jsonl (default: 0)"
     )
-    add("--clutter", type=span, default=(0, 0), metavar="N or N-M",
-        help="parked vehicles and standing walkers in each video, 0 to 6 (default: 0)")  # fmt: skip
+    add("--clutter", type=span, default=(0, 6), metavar="N or N-M",
+        help="parked vehicles and standing walkers in each video (default: 0-6)")  # fmt: skip
+    add("--no-videos", action="store_true",
+        help="train.jsonl without its videos: apps.towers draws their frames when it needs them")  # fmt: skip
     add("--seed", type=number(int, 0), default=0, help="splits never share random numbers (default: 0)")
     add("--workers", type=number(int, 1), default=os.cpu_count(), metavar="N",
         help="processes; they do not change the result (default: one per core)")  # fmt: skip
@@ -999,7 +1032,7 @@ def main(argv=None):
     try:
         if not any(counts.values()):
             raise ValueError("nothing to make: give --n-train, --n-test or --n-long a number above 0")
-        write_world(args.out, args.seed, counts, args.workers, args.clutter)
+        write_world(args.out, args.seed, counts, args.workers, args.clutter, args.no_videos)
     except (OSError, ValueError) as error:
         return print_error(error)
     return 0

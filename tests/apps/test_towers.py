@@ -13,7 +13,7 @@ import torch
 import train
 from apps import towers, toy
 from apps.toy import COLOURS, OBJECTS
-from data import Tokenizer
+from data import Tokenizer, read_index
 from hawk import Hawk, HawkConfig
 
 SMALL = dict(
@@ -52,23 +52,24 @@ def run(task, world, out, *options):
 
 
 def test_what_each_frame_shows():
-    """A car that stands still and then moves, a fire, and a second car that is not asked for."""
+    """A car that stands still and then moves, a fire, and a second car, which is parked."""
     car = {"object": "car", "colour": "red", "x": [0.5, 0.5, 0.6, None], "y": [0.2, 0.2, 0.2, None]}
     fire = {"object": "fire", "colour": None, "x": [None, 0.1, 0.1, 0.1], "y": [None, 0.9, 0.9, 0.9]}
     other = {"object": "car", "colour": "blue", "x": [0.9] * 4, "y": [0.9] * 4, "lying": [True] * 4}
-    targets, colours = towers.frame_targets([car, fire, other], np.arange(4), image_size=112)
-    assert targets.shape == (8, len(OBJECTS), 4) and colours.shape == (8, len(OBJECTS))
+    things = towers.things_of_frames([car, fire, other], np.arange(4), image_size=112)
+    assert things.shape == (8, towers.MOST_THINGS, 5) and (things[:, 3:] == -1).all()
+    kinds = [OBJECTS.index(name) for name in ("car", "fire")]
     red, blue = list(COLOURS).index("red"), list(COLOURS).index("blue")
-    slot = OBJECTS.index("car")
-    # appearance: the first car while it is there, then the second
-    assert targets[:4, slot, 1].tolist() == pytest.approx([0.5, 0.5, 0.6, 0.9])
-    assert targets[:4, slot, 3].tolist() == [0, 0, 0, 1]
-    assert colours[:4, slot].tolist() == [red, red, red, blue]
-    # motion: frame 0 shows the step from 0 to 1; only the step from 1 to 2 moves the car
-    assert targets[4:, slot, 0].tolist() == [0, 0, 1, 0] and colours[6, slot] == red
-    # a fire flickers, so it always shows; it has no colour
-    slot = OBJECTS.index("fire")
-    assert targets[:, slot, 0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1] and colours[:, slot].unique() == -100
+    assert things[:, 0, 0].tolist() == [kinds[0]] * 3 + [-1, -1, -1, kinds[0], -1]  # moves from 1 to 2
+    assert things[2, 0].tolist() == pytest.approx([kinds[0], 0.6, 0.2, 0, red])
+    assert things[:, 1, 0].tolist() == [-1] + [kinds[1]] * 7 and (things[1:, 1, 4] == -1).all()  # flickers
+    assert things[:, 2, 0].tolist() == [kinds[0]] * 4 + [-1] * 4 and things[0, 2, 3:].tolist() == [1, blue]
+    # both cars together: the largest of each answer
+    answers = towers.all_of_a_kind(things, towers.answers_of(things))
+    there, lying, places, colours = answers[2, kinds[0]].split(towers.ANSWERS)
+    assert (there, lying) == (1, 1) and colours.nonzero().flatten().tolist() == sorted([red, blue])
+    assert places[:12].topk(2).indices.sort().values.tolist() == [7, 10]  # 0.6 and 0.9 of eleven
+    assert not answers[3, OBJECTS.index("bus")].any() and answers[1, kinds[1], -len(COLOURS) :].sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -90,19 +91,37 @@ def test_place_cells_peak_at_the_object():
 
 
 def test_perfect_answers_cost_nothing():
-    targets = torch.zeros(1, len(OBJECTS), 4)
-    targets[0, 2] = torch.tensor([1, 0.3, 0.7, 1])
-    colours = torch.full((1, len(OBJECTS)), -100)
-    colours[0, 2] = 1
-    answers = torch.zeros(1, len(OBJECTS), 2 + 36 + len(COLOURS))
-    answers[..., 0] = 40 * (targets[..., 0] - 0.5)
-    answers[..., 1] = 40
-    answers[0, 2, 2:38] = towers.place_cells(targets[0, 2, 1:3])
-    answers[0, 2, 38 + 1] = 40
-    losses = towers.answer_losses(answers, targets, colours)
+    things = torch.full((1, 3, 5), -1.0)
+    things[0, 0] = torch.tensor([2, 0.3, 0.7, 1, 1])
+    targets = towers.all_of_a_kind(things, towers.answers_of(things))
+    answers = 80 * (targets - 0.5)
+    answers[..., 2:38] = targets[..., 2:38]
+    losses = towers.answer_losses(answers, targets)
     assert all(loss < 1e-6 for loss in losses.values()), losses
-    answers[0, 2, 38 + 1] = -40
-    assert towers.answer_losses(answers, targets, colours)["colour"] > 10
+    answers[0, 2, 38 + 1] = -80
+    assert towers.answer_losses(answers, targets)["colour"] > 10
+    things[0, 1] = torch.tensor([2, 0.3, 0.7, 1, 3])  # another, of another colour: both are right
+    both = towers.all_of_a_kind(things, towers.answers_of(things))
+    answers[0, 2, 38:] = 80 * (both[0, 2, 38:] - 0.5)
+    assert towers.answer_losses(answers, both)["colour"] == pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_drawn_clips_need_no_video(tmp_path):
+    """Rows without videos give the samples of rows with them, but for the codec."""
+    flags = ["--n-train", "2", "--seed", "5"]
+    toy.main(["--out", str(tmp_path / "drawn"), *flags, "--no-videos"])
+    toy.main(["--out", str(tmp_path / "filmed"), *flags])
+    assert not list((tmp_path / "drawn/videos").iterdir())
+    drawn, filmed = (read_index(tmp_path / name / "train.jsonl") for name in ("drawn", "filmed"))
+    assert drawn[1]["drawn"] == [5, "train", 1, [0, 6]] and "drawn" not in filmed[1]
+    tokenizer = Tokenizer(tmp_path / "drawn/tokenizer.model")
+    config = HawkConfig.preset("tiny")
+    one, other = (towers.FrameDataset(rows, tokenizer, config)[1] for rows in (drawn, filmed))
+    for name in ("things", "input_ids"):
+        assert torch.equal(one[name], other[name])
+    appearance, motion = (one["streams"]["both"].float() - other["streams"]["both"]).split(8)
+    assert appearance.abs().mean() < 5
+    assert ((motion.abs() > 30).float().mean()) < 0.03  # most of the masks is the same
 
 
 def test_stage_0_teaches_one_q_former_and_copies_it(world, tmp_path):
