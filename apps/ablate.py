@@ -1,62 +1,84 @@
-"""What do the motion branch and the two extra losses contribute? The paper's ablation, repeated on the toy
-world.
+"""When does the motion branch help? Hawk with and without it, and blind but for motion, among more and more
+things that stand still (the toy world's clutter), with many frames of a clip and with few.
 
     python -m apps.ablate --weights runs/tiny/stage0/last --features runs/tiny/features --data data/toy \\
-        --out runs/ablation
+        --out runs/motion
     python -m apps.ablate … --seeds 1 --out runs/again     # do its rows lie within the spread of the table?
+    python -m apps.ablate … --variants full "without consistency" "without motion-language" \\
+        --frames 8 --clutter 0 --out runs/losses           # what do the two extra losses bring?
 
-Five variants from the same towers, with the same seeds, clips and steps (--steps FACTS CAPTIONS QUESTIONS). A
-run is three calls of `apps.towers facts`, as in examples/train_tiny.sh but shorter, and one of apps.evaluate
-on held-out clips. The first call trains on the facts alone, without words and hence without the two extra
-losses, so variants with the same branches share it: the losses then act on a bridge that knows something, as
-Hawk's act on Video-LLaMA's. In the other two calls all losses act, the motion-language loss with a target of
-its own in both (--motion-targets, as in the paper).
+All runs start from the same towers, and those of a seed see the same clips in the same order. A run is three
+calls of `apps.towers facts` with the options and steps of examples/train_tiny.sh (facts, captions, questions),
+and then describes held-out clips, which differ from one level of clutter to the next in the clutter alone.
+The first call trains on the facts, without words and hence without the two extra losses, so variants with the
+same branches share it. In the other two all losses act, the motion-language loss with a target of its own
+(--motion-targets, as in the paper).
 
-"Without motion" is a model without a motion branch: `prepare.py merge --set branches=appearance` makes its
-towers, and it trains on the same cache, whose motion features it ignores, without the two losses that need
-the branch.
+"Without motion" and "motion alone" are models of one branch: they train on the same cache, whose other
+features they ignore, without the losses that need the missing branch. --frames 2 takes the first and the fifth
+of eight frames from the cache: appearance then shows two still pictures, while each motion frame still tells
+what moves at its moment.
 
-OUT/results.jsonl gets one line a run. A stopped ablation resumes: finished runs are not repeated, and
-training continues from its last checkpoint. The tables (markdown, mean ± standard deviation over the seeds)
-are printed, written to OUT/table.md, and drawn into OUT/ablation.png if matplotlib is installed.
+OUT/results.jsonl gets one line a run. A stopped ablation resumes: finished runs are not repeated, and training
+continues from its last checkpoint. The tables (markdown, mean ± standard deviation over the seeds) are
+printed, written to OUT/table.md, and drawn into OUT/ablation.png if matplotlib is installed.
 
-In this file: the variants, one run, all runs, tables and plot, the command line.
+In this file: the variants; towers, cache and held-out clips; one run; all runs; tables and plot; command line.
 """
 
 import ctypes
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
 
 from apps.evaluate import sha256, write_json
 from apps.scores import FACTS, appendable, as_line, read_lines, total
 from apps.toy import KINDS
+from data import replaced_folder
+from hawk import Hawk
 from sample import PROBLEMS, Parser, note, number, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = {  # fields of the config: `prepare.py merge` sets the branches, training the rest
+ONE_BRANCH = {"motion_language_weight": 0, "consistency_weight": 0}
+VARIANTS = {  # branches, if not all, and fields of the config
     "full": {},
-    "without motion": {"branches": "appearance", "motion_language_weight": 0, "consistency_weight": 0},
+    "without motion": {"branches": "appearance"} | ONE_BRANCH,
+    "motion alone": {"branches": "motion"} | ONE_BRANCH,
     "without consistency": {"consistency_weight": 0},
     "consistency debiased": {"consistency": "debiased"},
     "without motion-language": {"motion_language_weight": 0},
 }
+BY_DEFAULT = ("full", "without motion", "motion alone")
 RECIPE = {  # step -> options of `apps.towers facts`, as in examples/train_tiny.sh
-    "facts": "--stage 1 --facts-only --ask-facts 1 --lr 3e-3",
+    "facts": "--stage 1 --facts-only --ask-facts 1 --lr 3e-3 --set dropout=0.1",
     "captions": "--stage 1 --ask-facts 0.5 --lr 1e-3",
     "questions": "--stage 2 --ask-facts 0.5 --lr 1e-3 --motion-targets",
 }
-COMMON = "--train all --min-lr 1e-5 --clip 1 --workers 0 --resume --save-every 100 --eval-every 1000000"
+COMMON = "--train all --min-lr 1e-5 --clip 1 --workers 0 --resume --save-every 500 --eval-every 1000000"
+
+
+class Run(NamedTuple):
+    variant: str
+    frames: int
+    seed: int
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One run
+# Programs
 
 
 def end_with_parent():
@@ -86,34 +108,93 @@ def launch(log, *command, threads):
         raise ValueError(f"{log}: `{program}` ended with status {done.returncode}: {last[-1]}")
 
 
-def towers(args, branches):
-    """The folder of towers with these branches (a comma list, or None for those of --weights), made if need
-    be."""
-    if branches is None:
-        return args.weights
-    folder = args.out / f"towers-{branches}"
-    if not folder.exists():  # merge writes all of it or nothing
-        command = ["prepare.py", "merge", "--weights", args.weights, "--set", f"branches={branches}"]
-        launch(args.out / f"{folder.name}.txt", *command, "--out", folder, threads=args.threads)
+# ------------------------------------------------------------------------------------------------------------
+# Towers, cache and held-out clips
+
+
+def towers(args, branches, frames):
+    """The folder of towers with these branches (comma list, None: all) for so many frames, made if need be."""
+    folder = args.out / f"towers-{branches or 'all'}-{frames}"
+    if not folder.exists():
+        model = Hawk.from_pretrained(args.weights)
+        kept = tuple(branches.split(",")) if branches else model.config.branches
+        smaller = Hawk(replace(model.config, n_frames=frames, branches=kept))
+        state = model.state_dict()
+        for name in smaller.state_dict():
+            if name.endswith("frame_position.weight"):  # not trained yet
+                state[name] = state[name][:frames]
+        smaller.load_state_dict({name: state[name] for name in smaller.state_dict()})
+        with replaced_folder(folder) as new:
+            smaller.save_pretrained(new, tokenizer=args.weights / "tokenizer.model")
     return folder
 
 
-def train(args, out, start, step, seed, settings):
+def cache(args, frames):
+    """The folder of features of so many frames of each clip: --features, or evenly chosen ones of them."""
+    meta = json.loads((args.features / "train" / "meta.json").read_text())
+    every = meta["n_frames"] // frames
+    if every * frames != meta["n_frames"]:
+        raise ValueError(
+            f"--frames {frames} does not divide the {meta['n_frames']} frames of {args.features}"
+        )
+    folder = args.out / f"features-{frames}"
+    if every == 1:
+        return args.features
+    for split in ("train", "test"):
+        if (folder / split).exists():
+            continue
+        with replaced_folder(folder / split) as new:
+            for file in tqdm(sorted((args.features / split).iterdir()), f"{frames} frames, {split}"):
+                fewer = fewer_frames(file, every) if file.suffix == ".safetensors" else file.read_bytes()
+                (new / file.name).write_bytes(fewer)
+            meta = json.loads((new / "meta.json").read_text())
+            (new / "meta.json").write_text(json.dumps(meta | {"n_frames": frames}))
+    return folder
+
+
+def fewer_frames(file, every):
+    """A file of the feature cache with one of `every` frames -> its bytes."""
+    with safe_open(file, "pt") as opened:
+        streams = {name: opened.get_tensor(name)[::every].contiguous() for name in opened.keys()}
+        about = opened.metadata()
+    seconds = re.findall(r"\d+\.\d+", about["message"])[::every]
+    about["message"] = f"The video contains {len(seconds)} frames sampled at {', '.join(seconds)} seconds. "
+    about["indices"] = json.dumps(json.loads(about["indices"])[::every])
+    return save(streams, about)
+
+
+def held_out(args, clutter):
+    """The index of held-out clips among so many things that stand still, made if need be."""
+    folder = args.out / f"clutter-{clutter}"
+    if not (folder / "test.jsonl").exists():
+        options = ["--n-test", args.limit, "--seed", 501, "--clutter", clutter, "--out", folder]
+        launch(args.out / f"{folder.name}.txt", "-m", "apps.toy", *options, threads=1)
+    return folder / "test.jsonl"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def train(args, out, start, step, run, settings):
     """One call of `apps.towers facts`, resumed where it was stopped; returns the folder of weights."""
     done = out / step / "done"
     if not done.exists():
-        steps = args.steps[list(RECIPE).index(step)]
-        clips = args.batch_size * (4 if step == "facts" else 1)
-        options = ["--weights", start, "--data", args.data, "--features", args.features, "--out", out / step]
-        options += ["--seed", seed, "--steps", steps, "--warmup", max(1, steps // 15), "--batch-size", clips]
+        number = list(RECIPE).index(step)
+        steps = args.steps[number]
+        options = ["--weights", start, "--data", args.data, "--features", cache(args, run.frames)]
         options += [
-            "--eval-samples",
-            args.limit,
-            "--dtype",
-            args.dtype,
-            *RECIPE[step].split(),
-            *COMMON.split(),
+            "--out",
+            out / step,
+            "--seed",
+            run.seed,
+            "--steps",
+            steps,
+            "--warmup",
+            max(1, steps // 15),
         ]
+        options += ["--batch-size", args.batch_size[number], "--dtype", args.dtype, *RECIPE[step].split()]
+        options += ["--eval-samples", args.limit, *COMMON.split()]
         for key, value in settings.items():
             options += ["--set", f"{key}={value}"]
         launch(out / f"{step}.txt", "-m", "apps.towers", "facts", *options, threads=args.threads)
@@ -121,40 +202,35 @@ def train(args, out, start, step, seed, settings):
     return out / step / "last"
 
 
-def facts(args, branches, seed):
-    """The first step, which all variants with these branches share."""
-    out = args.out / f"seed{seed}" / f"branches-{branches or 'all'}"
-    return train(args, out, towers(args, branches), "facts", seed, {})
+def facts(args, run):
+    """The first step, which all variants with the same branches share."""
+    branches = VARIANTS[run.variant].get("branches")
+    out = args.out / f"frames{run.frames}-seed{run.seed}" / f"branches-{branches or 'all'}"
+    return train(args, out, towers(args, branches, run.frames), "facts", run, {})
 
 
-def run(args, variant, seed):
-    """The steps after the facts, and the evaluation -> the run's line of results.jsonl."""
+def one_run(args, run):
+    """The steps after the facts, and the evaluations -> the run's line of results.jsonl."""
     began = time.perf_counter()
-    out = args.out / f"seed{seed}" / variant.replace(" ", "-")
-    settings = dict(VARIANTS[variant])
-    weights = facts(args, settings.pop("branches", None), seed)  # done already
+    out = args.out / f"frames{run.frames}-seed{run.seed}" / run.variant.replace(" ", "-")
+    settings = {key: value for key, value in VARIANTS[run.variant].items() if key != "branches"}
+    weights = facts(args, run)  # done already
     for step in ("captions", "questions"):
-        weights = train(args, out, weights, step, seed, settings)
-    predictions = out / "predictions.jsonl"
-    options = ["--annotations", args.data / "test.jsonl", "--weights", weights, "--out", predictions]
-    options += [
-        "--limit",
-        args.limit,
-        *"--task describe --batch-size 50 --max-new-tokens 80 --workers 0".split(),
-    ]
-    launch(out / "evaluate.txt", "-m", "apps.evaluate", *options, threads=args.threads)
-    scores = json.loads(Path(f"{predictions}.scores.json").read_text())
+        weights = train(args, out, weights, step, run, settings)
+    result = run._asdict() | {"clutter": {}}
+    for clutter in args.clutter:
+        predictions = out / f"clutter-{clutter}.jsonl"
+        options = ["--annotations", held_out(args, clutter), "--weights", weights, "--out", predictions]
+        options += "--task describe --batch-size 50 --max-new-tokens 80 --workers 0".split()
+        launch(out / "evaluate.txt", "-m", "apps.evaluate", *options, threads=args.threads)
+        scores = json.loads(Path(f"{predictions}.scores.json").read_text())
+        bleu = scores["bleu"]["describe"]["all"]["bleu"]
+        kinds = {"kinds": scores["kinds"]["kinds"], "facts": scores["facts"]}
+        result["clutter"][str(clutter)] = kinds | {"bleu_1": bleu[0], "bleu_4": bleu[3]}
     last = json.loads((out / "questions" / "log.jsonl").read_text().splitlines()[-1])
-    return {
-        "variant": variant,
-        "seed": seed,
-        "kinds": scores["kinds"]["kinds"],
-        "facts": scores["facts"],
-        "bleu_4": scores["bleu"]["describe"]["all"]["bleu"][3],
-        "bias_cosine": last.get("bias_cosine"),  # of two branches
-        "held_out_loss": last["held_out_video_language"],
-        "minutes": round((time.perf_counter() - began) / 60, 2),
-    }
+    result["bias_cosine"] = last.get("bias_cosine")  # of two branches
+    result["held_out_loss"] = last["held_out_video_language"]
+    return result | {"minutes": round((time.perf_counter() - began) / 60, 2)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,7 +244,7 @@ def check_options(args):
     new["sha256"] = sha256(
         args.weights / "model.safetensors", args.data / "train.jsonl", args.data / "test.jsonl"
     )
-    new["recipe"] = [RECIPE, COMMON, VARIANTS]
+    new["recipe"] = [RECIPE, COMMON, args.clutter]
     path = args.out / "options.json"
     old = json.loads(path.read_text()) if path.exists() else new
     differ = [name for name in new if old.get(name) != new[name]]
@@ -182,17 +258,25 @@ def ablate(args):
     args.out.mkdir(parents=True, exist_ok=True)
     check_options(args)
     path = args.out / "results.jsonl"
-    have = {(line["variant"], line["seed"]) for line in read_lines(path, summary)}
-    wanted = [(variant, seed) for seed in range(1, args.seeds + 1) for variant in args.variants]
-    todo = [pair for pair in wanted if pair not in have]
+    have = {run_of(line) for line in read_lines(path, summary)}
+    wanted = [
+        Run(variant, frames, seed)
+        for seed in range(1, args.seeds + 1)
+        for frames in args.frames
+        for variant in args.variants
+    ]
+    todo = [run for run in wanted if run not in have]
     note(f"{len(todo)} runs to do, {len(have)} done; {args.jobs} at a time, {args.threads} threads each")
-    starts = dict.fromkeys((VARIANTS[variant].get("branches"), seed) for variant, seed in todo)  # each once
-    for branches, _ in starts:
-        towers(args, branches)
+    for run in todo:  # what several runs share is made before they begin
+        towers(args, VARIANTS[run.variant].get("branches"), run.frames)
+        cache(args, run.frames)
+    for clutter in args.clutter if todo else ():
+        held_out(args, clutter)
+    starts = {(VARIANTS[run.variant].get("branches"), run.frames, run.seed): run for run in todo}  # each once
     with appendable(path) as file, ThreadPoolExecutor(args.jobs) as pool:
         try:
-            list(pool.map(lambda pair: facts(args, *pair), starts))
-            for result in pool.map(lambda pair: run(args, *pair), todo):
+            list(pool.map(partial(facts, args), starts.values()))
+            for result in pool.map(partial(one_run, args), todo):
                 file.write(as_line(result))
                 file.flush()
                 note(summary(result))
@@ -206,33 +290,31 @@ def ablate(args):
 # Tables and plot
 
 
+def run_of(result):
+    return Run(*(result[name] for name in Run._fields))
+
+
 def share(counts):
     right, n = total(counts)
     return right / max(n, 1)
 
 
-def numbers(result):
-    """{column: number, or None where there is none} of one run. A kind counts when it is named and no other
-    is; loss: video-language, held-out."""
-    counts = result["kinds"]
-    moving = [counts[kind] for kind in counts if KINDS[kind].motion_only]
-    other = [counts[kind] for kind in counts if not KINDS[kind].motion_only]
-    columns = {
-        "all kinds": share(moving + other),
-        "motion-only kinds": share(moving),
-        "other kinds": share(other),
-    }
-    for fact in FACTS:
-        columns[fact] = share([result["facts"][fact]])
-    columns["BLEU-4"] = result["bleu_4"]
-    columns["loss"] = result["held_out_loss"]
-    columns["bias cosine"] = result["bias_cosine"]
-    return columns
+def numbers(result, clutter):
+    """{column: share or score} of one run at one level of clutter. A kind counts when it is named and no other
+    is."""
+    scores = result["clutter"][clutter]
+    moving = [counts for kind, counts in scores["kinds"].items() if KINDS[kind].motion_only]
+    other = [counts for kind, counts in scores["kinds"].items() if not KINDS[kind].motion_only]
+    columns = {"kinds": share(moving + other), "motion-only kinds": share(moving), "others": share(other)}
+    columns |= {fact: share([scores["facts"][fact]]) for fact in FACTS}
+    return columns | {"BLEU-1": scores["bleu_1"], "BLEU-4": scores["bleu_4"]}
 
 
 def summary(result):
-    values = [f"{name} {value:.3f}" for name, value in numbers(result).items() if value is not None]
-    return f"{result['variant']}, seed {result['seed']}: {', '.join(values)}; {result['minutes']} min"
+    kinds = [f"{numbers(result, clutter)['kinds']:.3f}" for clutter in result["clutter"]]
+    run = run_of(result)
+    about = f"{run.variant}, {run.frames} frames, seed {run.seed}: kinds {', '.join(kinds)}"
+    return f"{about} (clutter {', '.join(result['clutter'])}); {result['minutes']} min"
 
 
 def mean_and_spread(values):
@@ -242,27 +324,42 @@ def mean_and_spread(values):
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
+def grouped(results):
+    """{(frames, variant): its results}, in the order of VARIANTS."""
+    groups = {}
+    for frames in sorted({result["frames"] for result in results}, reverse=True):
+        for variant in VARIANTS:
+            runs = [
+                result for result in results if (result["variant"], result["frames"]) == (variant, frames)
+            ]
+            if runs:
+                groups[frames, variant] = runs
+    return groups
+
+
 def tables(results):
-    """Markdown: a row for each variant with everything, and a row for each kind (right/all, added up over
-    seeds)."""
-    runs_of = {}
-    for variant in VARIANTS:
-        runs = [result for result in results if result["variant"] == variant]
-        if runs:
-            runs_of[variant] = runs
-    by_variant = [["variant", *numbers(results[0]), "seeds"]]
-    for variant, runs in runs_of.items():
-        columns = zip(*(numbers(result).values() for result in runs), strict=True)
-        by_variant.append([variant, *map(mean_and_spread, columns), str(len(runs))])
-    by_kind = [["kind (motion only: †)", *runs_of]]
-    for kind in results[0]["kinds"]:
+    """Markdown: a row for each level of clutter and group of runs, a row for each group, a row for each kind
+    (right/all, added up over seeds and clutter)."""
+    groups = grouped(results)
+    levels = list(results[0]["clutter"])
+    by_clutter = [["frames", "variant", "clutter", *numbers(results[0], levels[0])]]
+    by_variant = [["frames", "variant", "seeds", "held-out loss", "bias cosine"]]
+    for (frames, variant), runs in groups.items():
+        for clutter in levels:
+            columns = zip(*(numbers(result, clutter).values() for result in runs), strict=True)
+            by_clutter.append([str(frames), variant, clutter, *map(mean_and_spread, columns)])
+        last = [mean_and_spread([run[name] for run in runs]) for name in ("held_out_loss", "bias_cosine")]
+        by_variant.append([str(frames), variant, str(len(runs)), *last])
+    by_kind = [["kind (motion only: †)", *(f"{variant}, {frames}" for frames, variant in groups)]]
+    for kind in results[0]["clutter"][levels[0]]["kinds"]:
         cells = []
-        for runs in runs_of.values():
-            right, n = total([result["kinds"][kind] for result in runs])
+        for runs in groups.values():
+            counts = [result["clutter"][clutter]["kinds"][kind] for result in runs for clutter in levels]
+            right, n = total(counts)
             cells.append(f"{right}/{n}")
         mark = " †" if KINDS[kind].motion_only else ""
         by_kind.append([kind.replace("_", " ") + mark, *cells])
-    return markdown(by_variant) + "\n" + markdown(by_kind)
+    return "\n".join(map(markdown, (by_clutter, by_variant, by_kind)))
 
 
 def markdown(table):
@@ -271,30 +368,31 @@ def markdown(table):
 
 
 def plot(results, path):
-    """Draws each run as a dot; a note instead if matplotlib is not installed."""
+    """Draws a curve over clutter for each variant, and its spread over the seeds; a note instead if matplotlib
+    is not installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return note(f"no {path.name}: matplotlib is not installed")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [variant for variant in VARIANTS if any(result["variant"] == variant for result in results)]
-    layout = dict(sharey=True, width_ratios=[3, 2, 2], layout="constrained")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3), **layout)
-    panels = (["motion-only kinds", "other kinds"], ["BLEU-4"], ["bias cosine"])
-    for axis, columns in zip(axes, panels, strict=True):
-        for i, column in enumerate(columns):
-            x = [numbers(result)[column] for result in results]
-            y = [names.index(result["variant"]) + 0.2 * i for result in results]
-            axis.plot([float("nan") if value is None else value for value in x], y, "o", alpha=0.6)
-        above = dict(loc="lower left", bbox_to_anchor=(0, 1))
-        axis.legend(columns, fontsize=8, ncols=2, frameon=False, **above)
-    axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    groups = grouped(results)
+    all_frames = list(dict.fromkeys(frames for frames, _ in groups))
+    columns = ("kinds", "motion-only kinds", "object", "colour", "place")
+    figure = Figure(figsize=(3 * len(columns), 2.8 * len(all_frames)), layout="constrained")
+    axes = figure.subplots(len(all_frames), len(columns), sharex=True, sharey=True, squeeze=False)
+    for (frames, variant), runs in groups.items():
+        x = [int(clutter) for clutter in runs[0]["clutter"]]
+        for axis, column in zip(axes[all_frames.index(frames)], columns, strict=True):
+            y = [[numbers(result, clutter)[column] for result in runs] for clutter in runs[0]["clutter"]]
+            [line] = axis.plot(x, [statistics.fmean(values) for values in y], "o-", ms=4, label=variant)
+            axis.fill_between(x, [*map(min, y)], [*map(max, y)], alpha=0.2, color=line.get_color(), lw=0)
+            axis.set_title(f"{column}, {frames} frames", fontsize=9)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set(xlabel="things that stand still", xticks=x, ylim=(0, 1.02))
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     temporary.replace(path)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -306,26 +404,23 @@ def parse_args(argv=None):
     positive = number(int, 1)
     add = p.add_argument
     add("--weights", type=Path, required=True, help="folder of towers that stage 0 trained")
-    add("--features", type=Path, required=True, help="their cache, from `prepare.py features`")
+    add("--features", type=Path, required=True, help="their cache, from `apps.towers features`")
     add("--data", type=Path, required=True, help="the toy world of that cache, from `python -m apps.toy`")
     add("--out", type=Path, required=True, help="folder of runs, results and tables; resumed if it exists")
-    add("--seeds", type=positive, default=3, metavar="N", help="seeds 1 to N (default: 3)")
-    names = list(VARIANTS)
-    add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N (default: 2)")
+    add("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, metavar="NAME",
+        help=f"{', '.join(VARIANTS)} (default: the first three)")  # fmt: skip
+    add("--frames", type=positive, nargs="+", default=[8, 2], metavar="N", help="of a clip (default: 8 2)")
+    add("--clutter", type=number(int, 0), nargs="+", default=[0, 2, 4, 6], metavar="N",
+        help="things that stand still in the held-out clips (default: 0 2 4 6)")  # fmt: skip
+    three = dict(type=positive, nargs=3, metavar="N")
     add(
         "--steps",
-        type=positive,
-        nargs=3,
-        default=[600, 180, 80],
-        metavar="N",
-        help="facts, captions, questions",
+        default=[5000, 500, 650],
+        **three,
+        help="facts, captions, questions (default: 5000 500 650)",
     )
-    add(
-        "--batch-size",
-        type=positive,
-        default=16,
-        help="clips a step, four times as many for facts (default: 16)",
-    )
+    add("--batch-size", default=[64, 32, 32], **three, help="of the same (default: 64 32 32)")
     add(
         "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training (default: bfloat16)"
     )

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 NO_LOSSES = {"step", "lr", "grad_norm", "skipped", "samples_per_s", "memory_mb", "bias_cosine"}
+# what the consistency loss does: the cosine of both branches' features, with and (apps.towers logs it) without
+# the biases of encoder_1, and that of the biases themselves
+COSINES = {"consistency": "features", "consistency_debiased": "without biases", "bias_cosine": "biases"}
 
 
 def read_curves(run):
@@ -34,19 +37,28 @@ def read_curves(run):
 
 
 def draw(runs, out):
-    """One picture: the losses on a logarithmic scale on the left, the learning rate on the right."""
+    """One picture: the losses on a logarithmic scale, the cosines of both branches' features where a run has
+    them, the learning rate."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="tight")
-    losses, rate = figure.subplots(1, 2)
+    compared = any("bias_cosine" in curves for curves in runs.values())
+    figure = Figure(figsize=(15 if compared else 11, 4), layout="tight")
+    losses, *cosines, rate = figure.subplots(1, 2 + compared)
     for run, curves in runs.items():
         prefix = f"{run}: " if len(runs) > 1 else ""
         for name in sorted(curves.keys() - NO_LOSSES):
             width = 1.5 if name.startswith("held_out") else 0.8
             losses.plot(*zip(*curves[name], strict=True), label=prefix + name.replace("_", " "), lw=width)
+        for name in COSINES if compared else ():
+            steps, values = zip(*curves.get(name, [(0, float("nan"))]), strict=True)
+            values = values if name == "bias_cosine" else [1 - value for value in values]
+            cosines[0].plot(steps, values, label=prefix + COSINES[name], lw=1)
         rate.plot(*zip(*curves["lr"], strict=True), label=run)
     losses.set(yscale="log", xlabel="step", title="losses")
     losses.legend(fontsize=8)
+    for axis in cosines:
+        axis.set(xlabel="step", title="cosine between the branches", ylim=(-1.05, 1.05))
+        axis.legend(fontsize=8)
     rate.set(xlabel="step", title="learning rate")
     figure.savefig(out, dpi=110)
 

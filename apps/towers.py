@@ -337,6 +337,11 @@ class ClipFacts(nn.Module):
         with attention_by_steps(facts.device):
             encoding = self.hawk.encode(streams)
         losses = {"total": 0.0} if self.alone else self.hawk.losses(encoding, **texts)
+        if not self.alone and encoding.tight and self.hawk.config.consistency == "cosine":
+            # for the log: what the loss would be without the biases
+            tight = {name: x - self.hawk.branch(name).encoder_1.bias for name, x in encoding.tight.items()}
+            debiased = self.hawk.consistency_loss(encoding._replace(tight=tight))
+            losses["consistency_debiased"] = debiased.detach()
         tokens = encoding.tokens.unflatten(1, (len(self.hawk.config.branches), -1))  # (B, branches, 32, D)
         shares = tokens.tensor_split(len(FACTS), dim=2)
         for i, (fact, head, share) in enumerate(zip(FACTS, self.heads, shares, strict=True)):

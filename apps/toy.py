@@ -892,8 +892,8 @@ def draw_clip(drawn, n_frames, image_size, branches, motion_mask, **sampling):
     pictures = F.interpolate(pictures, size=(image_size, image_size), mode="bilinear", antialias=True)
     pictures = pictures.permute(0, 2, 3, 1).numpy()
     frames = [None] * FRAMES
-    for number, picture in zip(numbers, pictures, strict=True):
-        frames[number] = picture
+    for i, picture in zip(numbers, pictures, strict=True):
+        frames[i] = picture
     return make_clip(frames, np.arange(FRAMES) / FPS, indices, branches, motion_mask)
 
 

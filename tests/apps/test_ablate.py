@@ -6,13 +6,16 @@ import re
 import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import prepare
 from apps import ablate
 from apps.scores import kind_scores
-from hawk import read_chain
+from data import CachedFeatures, frozen_fingerprint, read_clip, read_index
+from hawk import Hawk, read_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 CAR = {"kind": "wrong_way", "object": "car", "place": "near lane", "motion": "car drives"}
@@ -40,7 +43,8 @@ def world(world):
 
 def options(world, out, *more):
     paths = ["--weights", world / "weights", "--features", world / "features", "--data", world, "--out", out]
-    return [*map(str, paths), "--dtype", "float32", "--batch-size", "2", "--limit", "2", *more]
+    sizes = ["--dtype", "float32", "--batch-size", "2", "2", "1", "--limit", "2"]
+    return [*map(str, paths), *sizes, *more]
 
 
 def value_of(command, option):
@@ -60,70 +64,108 @@ class Launches:
             raise ValueError("stopped")
         self.commands.append(command)
         out = Path(value_of(command, "--out"))
-        if "prepare.py" in command:
+        alone = "without-motion/" in str(out)
+        if "apps.toy" in command:
             out.mkdir()
-            return
-        if "apps.towers" in command:
+            (out / "test.jsonl").touch()
+        elif "apps.towers" in command:
             (out / "last").mkdir(parents=True)
-            cosine = None if "without-motion/" in str(out) else 0.5
-            line = {"step": 1, "bias_cosine": cosine, "held_out_video_language": 1.0}
+            line = {"step": 1, "bias_cosine": None if alone else 0.5, "held_out_video_language": 1.0}
             (out / "log.jsonl").write_text(json.dumps(line) + "\n")
-            return
-        right = (2 if "without-motion/" in str(out) else 8) + int(re.search(r"seed(\d)", str(out))[1])
-        kinds = {"normal": [10, 10], "speeding": [right, 10], "fire": [5, 10]}
-        scores = {"kinds": {"kinds": kinds}, "facts": {fact: [3, 4] for fact in ablate.FACTS}}
-        scores["bleu"] = {"describe": {"all": {"bleu": [0.4, 0.3, 0.2, 0.1 * right]}}}
-        Path(f"{out}.scores.json").write_text(json.dumps(scores))
+        else:
+            clutter = int(re.search(r"clutter-(\d)", str(out))[1])
+            right = (4 if alone else 9) + int(re.search(r"seed(\d)", str(out))[1]) - clutter
+            kinds = {"normal": [10, 10], "speeding": [right, 20], "fire": [5, 10]}
+            scores = {"kinds": {"kinds": kinds}, "facts": {fact: [3, 4] for fact in ablate.FACTS}}
+            scores["bleu"] = {"describe": {"all": {"bleu": [0.4, 0.3, 0.2, 0.1]}}}
+            Path(f"{out}.scores.json").write_text(json.dumps(scores))
 
 
-def test_five_variants_that_differ_in_what_they_should(world, tmp_path, monkeypatch, capsys):
+def test_variants_differ_in_what_they_should(world, tmp_path, monkeypatch, capsys):
     launches = Launches()
     monkeypatch.setattr(ablate, "launch", launches)
-    assert (
-        ablate.main(options(world, tmp_path, "--seeds", "2", "--jobs", "3", "--steps", "30", "5", "6")) == 0
-    )
-    merged = [command for command in launches.commands if "prepare.py" in command]
+    sizes = ["--seeds", "2", "--jobs", "3", "--steps", "30", "5", "6", "--clutter", "0", "3"]
+    chosen = [*sizes, "--frames", "4", "2", "--variants", *ablate.VARIANTS]
+    assert ablate.main(options(world, tmp_path, *chosen)) == 0
+    made = [command for command in launches.commands if "apps.toy" in command]
     trained = [command for command in launches.commands if "apps.towers" in command]
-    assert len(trained) == 2 * (2 + 5 * 2) and len(launches.commands) == len(merged) + len(trained) + 2 * 5
-    assert len(merged) == 1 and value_of(merged[0], "--set") == "branches=appearance"
-    blind_towers = value_of(merged[0], "--out")
-    starts = [value_of(command, "--weights") for command in trained if "--facts-only" in command]
-    assert sorted(starts) == sorted([blind_towers, str(world / "weights")] * 2)
-    plain = set()  # the commands without what may differ: all of a step and seed are the same
+    assert [value_of(command, "--clutter") for command in made] == ["0", "3"]
+    assert len({(value_of(command, "--seed"), value_of(command, "--n-test")) for command in made}) == 1
+    n = len(ablate.VARIANTS)
+    assert len(trained) == 2 * 2 * (3 + n * 2) and len(launches.commands) == 2 + len(trained) + 2 * 2 * n * 2
+    plain = (
+        set()
+    )  # the commands without what may differ: all of a step, seed and number of frames are the same
     for command in trained:
         settings = {command[i + 1] for i, word in enumerate(command) if word == "--set"}
         folder = value_of(command, "--out")
-        blind = "without-motion/" in folder
+        one_branch = "without-motion/" in folder or "motion-alone/" in folder
+        frames = re.search(r"frames(\d)", folder)[1]
         assert ("consistency=debiased" in settings) == ("debiased" in folder)
-        assert ("consistency_weight=0" in settings) == (blind or "without-consistency/" in folder)
-        assert ("motion_language_weight=0" in settings) == (blind or "without-motion-language/" in folder)
+        assert ("consistency_weight=0" in settings) == (one_branch or "without-consistency/" in folder)
+        assert ("motion_language_weight=0" in settings) == (
+            one_branch or "without-motion-language/" in folder
+        )
+        start = value_of(command, "--weights")
+        if "--facts-only" in command:
+            branches = re.search(r"branches-(\w+)", folder)[1]
+            assert start == str(tmp_path / f"towers-{branches}-{frames}")
         if folder.endswith("captions"):
-            start = value_of(command, "--weights")
-            assert f"/branches-{'appearance' if blind else 'all'}/facts/last" in start
-            assert re.search(r"seed\d", start)[0] == re.search(r"seed\d", folder)[0]
+            branches = "appearance" if "without-motion/" in folder else "motion" if one_branch else "all"
+            assert f"/frames{frames}-seed{command[command.index('--seed') + 1]}/" in start
+            assert f"/branches-{branches}/facts/last" in start
         paths = {"--out", "--weights", "--set"}
         plain.add(" ".join(word for i, word in enumerate(command) if not {word, command[i - 1]} & paths))
-    assert len(plain) == 2 * 3
+    assert len(plain) == 2 * 2 * 3
     sizes = {re.search(r"--steps (\d+) .*--batch-size (\d+)", command).groups() for command in plain}
-    assert sizes == {("30", "8"), ("5", "2"), ("6", "2")}
+    assert sizes == {("30", "2"), ("5", "2"), ("6", "1")}
 
-    table, kinds = capsys.readouterr().out.split("\n\n")
-    assert table + "\n\n" + kinds == (tmp_path / "table.md").read_text()
-    rows = {row.split(" | ")[0].strip("| "): row.strip("|").split(" | ") for row in table.splitlines()}
-    assert list(rows)[2:] == list(ablate.VARIANTS)
-    named = dict(zip(map(str.strip, rows["variant"]), map(str.strip, rows["without motion"]), strict=True))
-    assert named["motion-only kinds"] == "0.350 ± 0.071" and named["other kinds"] == "0.750 ± 0.000"
-    assert named["all kinds"] == f"{18.5 / 30:.3f} ± {statistics.stdev([18 / 30, 19 / 30]):.3f}"
-    assert named["BLEU-4"] == "0.350 ± 0.071" and named["bias cosine"] == "–" and named["seeds"] == "2"
-    assert "| 0.500 ± 0.000 | 2 |" in table
-    assert "| speeding † | 19/20 | 7/20 | 19/20 | 19/20 | 19/20 |" in kinds and "| fire | 10/20 |" in kinds
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "table.md").read_text()
+    clutter, variants, kinds = printed.split("\n\n")
+    head, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in clutter.splitlines())
+    assert [row[:3] for row in rows[:2]] == [["4", "full", "0"], ["4", "full", "3"]]
+    assert len(rows) == 2 * n * 2
+    named = dict(zip(head, next(row for row in rows if row[:3] == ["2", "without motion", "3"]), strict=True))
+    assert named["motion-only kinds"] == "0.125 ± 0.035" and named["others"] == "0.750 ± 0.000"
+    assert named["kinds"] == f"{17.5 / 40:.3f} ± {statistics.stdev([17 / 40, 18 / 40]):.3f}"
+    assert named["BLEU-4"] == "0.100 ± 0.000" and named["object"] == "0.750 ± 0.000"
+    assert "| 2 | without motion | 2 | 1.000 ± 0.000 | – |" in variants
+    assert "| 2 | full | 2 | 1.000 ± 0.000 | 0.500 ± 0.000 |" in variants
+    assert "| speeding † | 36/80 | 16/80 |" in kinds and "| fire | 20/40 |" in kinds
     assert (tmp_path / "ablation.png").stat().st_size > 5000
+
+
+def test_fewer_frames_of_the_same_clips(world, tmp_path, monkeypatch):
+    """Their cache holds evenly chosen features, and their towers begin from the same numbers."""
+    monkeypatch.setattr(ablate, "launch", Launches())
+    assert ablate.main(options(world, tmp_path, "--frames", "2", "--seeds", "1", "--clutter", "0")) == 0
+    rows = read_index(world / "train.jsonl")
+    caches, models = [], []
+    for weights, features in (
+        (world / "weights", world / "features"),
+        (tmp_path / "towers-all-2", tmp_path / "features-2"),
+    ):
+        models.append(Hawk.from_pretrained(weights))
+        given = (features / "train", rows, models[-1].config, frozen_fingerprint(models[-1]))
+        caches.append(CachedFeatures(*given).load(0, 0))
+    many, few = caches
+    n = models[0].config.n_frames // 2
+    for name in ("appearance", "motion"):
+        assert torch.equal(few.streams[name], many.streams[name][::n])
+    assert few.message == read_clip(rows[0]["video"], 2, 56).message
+    assert few.indices.tolist() == read_clip(rows[0]["video"], 2, 56).indices.tolist()
+    weight = [model.appearance.frame_position.weight for model in models]
+    assert torch.equal(weight[1], weight[0][:2])
+    with pytest.raises(ValueError, match="--frames 3 does not divide"):
+        ablate.cache(SimpleNamespace(features=world / "features", out=tmp_path), 3)
 
 
 def test_it_resumes_where_it_stopped(world, tmp_path, monkeypatch, capsys):
     """Stopped before each launch in turn: what was done is not done again, and the table is that of an
     undisturbed run."""
-    chosen = ["--seeds", "1", "--jobs", "1", "--variants", "full", "without motion"]
+    chosen = ["--seeds", "1", "--jobs", "1", "--variants", "full", "without motion", "--frames", "4"]
+    chosen += ["--clutter", "1"]
     whole = Launches()
     monkeypatch.setattr(ablate, "launch", whole)
     assert ablate.main(options(world, tmp_path / "whole", *chosen)) == 0
@@ -152,7 +194,7 @@ def test_it_resumes_where_it_stopped(world, tmp_path, monkeypatch, capsys):
 
 def test_other_options_do_not_share_a_table(world, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ablate, "launch", Launches())
-    chosen = ["--seeds", "1", "--variants", "full"]
+    chosen = ["--seeds", "1", "--variants", "full", "--frames", "4"]
     assert ablate.main(options(world, tmp_path, *chosen)) == 0
     assert ablate.main(options(world, tmp_path, *chosen, "--steps", "1", "2", "3")) == 2
     error = capfd.readouterr().err.splitlines()[-1]
@@ -165,16 +207,19 @@ def test_other_options_do_not_share_a_table(world, tmp_path, monkeypatch, capfd)
 def test_a_real_run(world, tmp_path, capfd):
     """Two steps of everything, without motion: apps.towers and apps.evaluate write what the table needs."""
     chosen = ["--seeds", "1", "--variants", "without motion", "--jobs", "1", "--steps", "2", "2", "2"]
+    chosen += ["--frames", "2", "--clutter", "1"]
     assert ablate.main(options(world, tmp_path, *chosen)) == 0, capfd.readouterr().err
-    assert "| without motion |" in capfd.readouterr().out
-    run = tmp_path / "seed1" / "without-motion"
+    assert "| 2 | without motion | 1 |" in capfd.readouterr().out
+    run = tmp_path / "frames2-seed1" / "without-motion"
     config = read_chain(run / "questions" / "last")[0]
-    assert config.branches == ("appearance",)
+    assert config.branches == ("appearance",) and config.n_frames == 2
     assert config.motion_language_weight == config.consistency_weight == 0
     result = json.loads((tmp_path / "results.jsonl").read_text())
-    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in (run / "clutter-1.jsonl").read_text().splitlines()]
     kinds = json.loads((world / "kinds.json").read_text())
-    assert len(predictions) == 2 and result["kinds"] == kind_scores(predictions, kinds)["kinds"]
+    assert (
+        len(predictions) == 2 and result["clutter"]["1"]["kinds"] == kind_scores(predictions, kinds)["kinds"]
+    )
     assert result["held_out_loss"] > 0 and result["bias_cosine"] is None
 
 
