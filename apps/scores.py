@@ -319,5 +319,24 @@ def print_kinds(kinds, facts):
     for name, (right, n) in shares.items():
         if n:
             print(f"  {name:22}  {right / n:>6.1%}  ({right}/{n})")
-    for kind, named, count in kinds["confusions"][:10]:
-        print(f"  {count:4} times {kind} was taken for {named}")
+    for line in confusion_table(kinds):
+        print(f"  {line}")
+
+
+def confusion_table(kinds):
+    """Lines of a table of what `kind_scores` counted: a row for each kind that a clip had, a column for each
+    that was named, numbered like the rows; of several kinds at once; of none."""
+    names = [kind for kind, (_, n) in kinds["kinds"].items() if n]
+    known = {(kind, named): count for kind, named, count in kinds["confusions"]}
+    known |= {(kind, kind): right for kind, (right, _) in kinds["kinds"].items()}
+    others = sorted({named for _, named in known} - {*names, "none"})
+    single = [named for named in others if " and " not in named]  # named, but no clip had it
+    width = max(map(len, [*names, *single, "kind"])) + 5
+    columns = [*names, *single]
+    yield "kind".ljust(width) + "".join(f"{i:>5}" for i in range(1, len(columns) + 1)) + " several none"
+    for i, kind in enumerate(columns, 1):
+        counts = [known.get((kind, named), 0) for named in columns]
+        several = sum(count for (true, named), count in known.items() if true == kind and " and " in named)
+        cells = "".join(f"{count or '.':>5}" for count in counts)
+        label = f"{i:>3}  {kind}".ljust(width)
+        yield f"{label}{cells}{several or '.':>8}{known.get((kind, 'none'), 0) or '.':>5}"

@@ -515,13 +515,19 @@ def test_kinds_and_facts():
     rows = [facts | {"video": str(i), "kind": kind} for i, (kind, _) in enumerate(answers)]
     predictions = [dict(row, task="describe", answer=a) for row, (_, a) in zip(rows, answers, strict=True)]
     predictions.append({"video": "0", "task": "answer", "kind": "turn", "answer": "A car."})
-    scores = evaluate.kind_scores(predictions, kinds)
-    assert scores["kinds"] == {"turn": [1, 2], "fire": [0, 2], "normal": [1, 1]}
-    assert scores["overall"] == 2 / 5
-    assert sorted(scores["confusions"]) == [
+    found = evaluate.kind_scores(predictions, kinds)
+    assert found["kinds"] == {"turn": [1, 2], "fire": [0, 2], "normal": [1, 1]}
+    assert found["overall"] == 2 / 5
+    assert sorted(found["confusions"]) == [
         ["fire", "none", 1],
         ["fire", "turn", 1],
         ["turn", "turn and fire", 1],
+    ]
+    assert list(scores.confusion_table(found)) == [
+        "kind           1    2    3 several none",
+        "  1  turn      1    .    .       1    .",
+        "  2  fire      1    .    .       .    1",
+        "  3  normal    .    .    1       .    .",
     ]
     facts = evaluate.fact_scores(predictions, rows, [row["video"] for row in rows])
     assert facts == {"colour": [1, 5], "object": [0, 0], "place": [1, 5]}  # "ca(tches fi)red" is no colour
