@@ -6,6 +6,8 @@ things that stand still (the toy world's clutter), with many frames of a clip an
     python -m apps.ablate … --seeds 1 --out runs/again     # do its rows lie within the spread of the table?
     python -m apps.ablate … --variants full "without consistency" "without motion-language" \\
         --frames 8 --clutter 0 --out runs/losses           # what do the two extra losses bring?
+    python -m apps.ablate … --variants "without motion" "without both losses" full LoRA --frames 1 8 \\
+        --seeds 1 --out runs/ladder                        # Hawk built up step by step
 
 All runs start from the same towers, and those of a seed see the same clips in the same order. A run is three
 calls of `apps.towers facts` with the options and steps of examples/train_tiny.sh (facts, captions, questions),
@@ -54,13 +56,15 @@ from sample import PROBLEMS, Parser, note, number, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_BRANCH = {"motion_language_weight": 0, "consistency_weight": 0}
-VARIANTS = {  # branches, if not all, and fields of the config
+VARIANTS = {  # "branches", if not all; "train", what captions and questions teach; fields of the config
     "full": {},
     "without motion": {"branches": "appearance"} | ONE_BRANCH,
     "motion alone": {"branches": "motion"} | ONE_BRANCH,
     "without consistency": {"consistency_weight": 0},
     "consistency debiased": {"consistency": "debiased"},
     "without motion-language": {"motion_language_weight": 0},
+    "without both losses": ONE_BRANCH,
+    "LoRA": {"train": "lora", "lora_rank": 16},  # LLaMA keeps the weights of stage 0
 }
 BY_DEFAULT = ("full", "without motion", "motion alone")
 RECIPE = {  # step -> options of `apps.towers facts`, as in examples/train_tiny.sh
@@ -68,7 +72,7 @@ RECIPE = {  # step -> options of `apps.towers facts`, as in examples/train_tiny.
     "captions": "--stage 1 --ask-facts 0.5 --lr 1e-3",
     "questions": "--stage 2 --ask-facts 0.5 --lr 1e-3 --motion-targets",
 }
-COMMON = "--train all --min-lr 1e-5 --clip 1 --workers 0 --resume --save-every 500 --eval-every 1000000"
+COMMON = "--min-lr 1e-5 --clip 1 --workers 0 --resume --save-every 500 --eval-every 1000000"
 
 
 class Run(NamedTuple):
@@ -194,9 +198,9 @@ def train(args, out, start, step, run, settings):
             max(1, steps // 15),
         ]
         options += ["--batch-size", args.batch_size[number], "--dtype", args.dtype, *RECIPE[step].split()]
-        options += ["--eval-samples", args.limit, *COMMON.split()]
+        options += ["--eval-samples", args.limit, *COMMON.split(), "--train", settings.get("train", "all")]
         for key, value in settings.items():
-            options += ["--set", f"{key}={value}"]
+            options += ["--set", f"{key}={value}"] if key != "train" else []
         launch(out / f"{step}.txt", "-m", "apps.towers", "facts", *options, threads=args.threads)
         done.touch()
     return out / step / "last"

@@ -479,7 +479,7 @@ def take_picture(path):
         tab = Tab(running, url)
         tab.page.get_by_role("button", name="falling", exact=True).click()
         tab.until("document.querySelector('#status textarea').value != ''")
-        tab.page.set_viewport_size({"width": 1280, "height": 940})
+        tab.page.set_viewport_size({"width": 1280, "height": 1080})
         tab.submit("Can you describe the anomaly in the video?")
         tab.answers(1)
         tab.page.wait_for_timeout(1000)  # the pictures fade in
