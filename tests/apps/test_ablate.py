@@ -102,10 +102,10 @@ def test_variants_differ_in_what_they_should(world, tmp_path, monkeypatch, capsy
         one_branch = "without-motion/" in folder or "motion-alone/" in folder
         frames = re.search(r"frames(\d)", folder)[1]
         assert ("consistency=debiased" in settings) == ("debiased" in folder)
-        assert ("consistency_weight=0" in settings) == (one_branch or "without-consistency/" in folder)
-        assert ("motion_language_weight=0" in settings) == (
-            one_branch or "without-motion-language/" in folder
-        )
+        neither = one_branch or "without-both-losses/" in folder
+        assert ("consistency_weight=0" in settings) == (neither or "without-consistency/" in folder)
+        assert ("motion_language_weight=0" in settings) == (neither or "-motion-language/" in folder)
+        assert (value_of(command, "--train") == "lora") == ("lora_rank=16" in settings) == ("LoRA/" in folder)
         start = value_of(command, "--weights")
         if "--facts-only" in command:
             branches = re.search(r"branches-(\w+)", folder)[1]
@@ -114,7 +114,7 @@ def test_variants_differ_in_what_they_should(world, tmp_path, monkeypatch, capsy
             branches = "appearance" if "without-motion/" in folder else "motion" if one_branch else "all"
             assert f"/frames{frames}-seed{command[command.index('--seed') + 1]}/" in start
             assert f"/branches-{branches}/facts/last" in start
-        paths = {"--out", "--weights", "--set"}
+        paths = {"--out", "--weights", "--set", "--train"}
         plain.add(" ".join(word for i, word in enumerate(command) if not {word, command[i - 1]} & paths))
     assert len(plain) == 2 * 2 * 3
     sizes = {re.search(r"--steps (\d+) .*--batch-size (\d+)", command).groups() for command in plain}
