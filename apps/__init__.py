@@ -8,9 +8,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in sample.py, before t
 
 
 def run_program(main):
-    """Exits with the status of `main`: 130 after ctrl-C, 143 after SIGTERM, which ends it in order too."""
+    """Exits with the status of `main`: 130 after ctrl-C, 143 after SIGTERM, which ends it in order too; 141 if
+    nobody reads what it prints any more (`… | head`)."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+        sys.exit(141)

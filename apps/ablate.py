@@ -47,6 +47,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from apps import run_program
 from apps.evaluate import sha256, write_json
 from apps.scores import FACTS, appendable, as_line, read_lines, total
 from apps.toy import KINDS
@@ -450,7 +451,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -15,11 +15,11 @@ AUC, average precision, accuracy and F1.
 import json
 import math
 import os
-import sys
 from collections import Counter
 
 import numpy as np
 
+from apps import run_program
 from apps.detect import METRICS, measure
 from apps.judge import key_of, read_marks
 from apps.scores import (
@@ -238,7 +238,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

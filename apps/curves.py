@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from apps import run_program
+
 NO_LOSSES = {"step", "lr", "grad_norm", "skipped", "samples_per_s", "memory_mb", "bias_cosine"}
 # what the consistency loss does: the cosine of both branches' features, with and (apps.towers logs it) without
 # the biases of encoder_1, and that of the biases themselves
@@ -98,4 +100,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -25,7 +25,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -39,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from apps import run_program
 from data import DESCRIBE_QUESTIONS, make_clip, replace_file, sample_frames
 from sample import Parser, number, print_error
 
@@ -1039,8 +1039,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the worker processes too
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)
