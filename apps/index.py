@@ -20,6 +20,7 @@ last lines of the output say which rule was used.
 """
 
 import csv
+import filecmp
 import io
 import json
 import os
@@ -89,7 +90,7 @@ def find_in_folders(folder, out):
             raise ValueError(f"{path}: is one clip made of pictures; put this folder into that of its kind")
         clips += [Clip(video, path.name.lower(), "", f"{path.name}/{video.name}", "") for video in found]
     check_kinds(clips, folder)
-    check_names(clips)
+    check_copies(clips)
     return clips
 
 
@@ -103,14 +104,25 @@ def check_kinds(clips, where):
         raise ValueError(f"{where}: has only one kind ({', '.join(kinds) or 'none'}); two or more are needed")
 
 
-def check_names(clips):
-    """ValueError for two clips of one name in two class folders: a copy in the wrong one, perhaps."""
-    first = {}
+def check_copies(clips):
+    """ValueError for one clip in two class folders under the same name: one of them is the wrong folder."""
+    earlier = {}
     for clip in clips:
-        other = first.setdefault(clip.video.name, clip)
-        if other is not clip:
-            hint = "rename one; if they are one clip, keep it where it belongs"
-            raise ValueError(f"{clip.video}: has the same name as {other.video}; {hint}")
+        for other in earlier.setdefault(clip.video.name, []):
+            if same_content(clip.video, other.video):
+                raise ValueError(f"{clip.video}: is a copy of {other.video}; keep it where it belongs")
+        earlier[clip.video.name].append(clip)
+
+
+def same_content(one, other):
+    """Whether two files, or two folders of files, are the same to the byte."""
+    if one.is_dir() != other.is_dir():
+        return False
+    if one.is_file():
+        return filecmp.cmp(one, other, shallow=False)
+    names = [path.name for path in visible(one)]
+    found = filecmp.cmpfiles(one, other, names, shallow=False)[0]
+    return names == found == [path.name for path in visible(other)]
 
 
 def find_in_table(file, folder):

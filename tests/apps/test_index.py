@@ -85,6 +85,16 @@ def test_folders_become_an_index(clips, tmp_path, capsys):
     assert detect.read_phrases(tmp_path / "kinds.json") == ["crossing", "a fire"]
 
 
+def test_the_same_names_in_two_folders_are_two_clips(few, tmp_path):
+    for kind in few.iterdir():
+        for number, video in enumerate(sorted(kind.iterdir())):
+            video.rename(kind / f"{number:03}.mp4")
+    assert run(few, "--out", tmp_path / "out", "--test", 0.5) == 0
+    rows = rows_of(tmp_path / "out")
+    assert [len(rows[split]) for split in ("train", "test")] == [2, 2]
+    assert len({row["video"] for row in rows["train"] + rows["test"]}) == 4
+
+
 def test_a_recording_is_on_one_side(clips, tmp_path):
     assert run(clips, "--out", tmp_path, "--test", 0.25, "--seed", 1) == 0
     sides = {}
@@ -274,7 +284,7 @@ def test_a_kill_between_two_files_leaves_no_mixed_split(clips, tmp_path, monkeyp
     assert not (tmp_path / "train.jsonl").exists()
 
 
-def spoil_name(folder):
+def copy_a_clip(folder):
     shutil.copy(sorted((folder / "fire").iterdir())[0], folder / "normal")
 
 
@@ -300,7 +310,7 @@ def empty_kind(folder):
     (lambda d: [shutil.rmtree(path) for path in d.iterdir()], "has no class folders"),
     (lambda d: shutil.rmtree(d / "fire"), "has only one kind (normal)"),
     (empty_kind, "fire: is empty"),
-    (spoil_name, "has the same name as"),
+    (copy_a_clip, "is a copy of"),
     (spoil_pictures, "fire: is one clip made of pictures"),
     (only_notes, "not one clip of fire can be read; the first: "),
 ])  # fmt: skip
