@@ -1,6 +1,7 @@
 """Draws the curves of training runs: reads the log.jsonl that train.py writes, one object a step.
 
     python -m apps.curves runs/stage1 runs/stage2 --out curves.png      # needs matplotlib
+    python -m apps.curves runs/tiny/stage1 runs/tiny/stage2 --cosines --out cosines.png
     python -m apps.curves runs/stage1 --tensorboard runs/board          # needs tensorboard
 
 It may be called at any time, also while a run is going on.
@@ -14,9 +15,11 @@ from pathlib import Path
 from apps import run_program
 
 NO_LOSSES = {"step", "lr", "grad_norm", "skipped", "samples_per_s", "memory_mb", "bias_cosine"}
-# what the consistency loss does: the cosine of both branches' features, with and (apps.towers logs it) without
-# the biases of encoder_1, and that of the biases themselves
-COSINES = {"consistency": "features", "consistency_debiased": "without biases", "bias_cosine": "biases"}
+COSINES = {  # curves of the consistency loss and of what it acts on (apps.towers logs the second)
+    "consistency": "compared features",
+    "consistency_debiased": "the same without the biases of encoder_1",
+    "bias_cosine": "the biases of encoder_1",
+}
 
 
 def read_curves(run):
@@ -39,29 +42,42 @@ def read_curves(run):
 
 
 def draw(runs, out):
-    """One picture: the losses on a logarithmic scale, the cosines of both branches' features where a run has
-    them, the learning rate."""
+    """One picture: the losses on a logarithmic scale on the left, the learning rate on the right."""
     from matplotlib.figure import Figure
 
-    compared = any("bias_cosine" in curves for curves in runs.values())
-    figure = Figure(figsize=(15 if compared else 11, 4), layout="tight")
-    losses, *cosines, rate = figure.subplots(1, 2 + compared)
+    figure = Figure(figsize=(11, 4), layout="tight")
+    losses, rate = figure.subplots(1, 2)
     for run, curves in runs.items():
         prefix = f"{run}: " if len(runs) > 1 else ""
         for name in sorted(curves.keys() - NO_LOSSES):
             width = 1.5 if name.startswith("held_out") else 0.8
             losses.plot(*zip(*curves[name], strict=True), label=prefix + name.replace("_", " "), lw=width)
-        for name in COSINES if compared else ():
-            steps, values = zip(*curves.get(name, [(0, float("nan"))]), strict=True)
-            values = values if name == "bias_cosine" else [1 - value for value in values]
-            cosines[0].plot(steps, values, label=prefix + COSINES[name], lw=1)
         rate.plot(*zip(*curves["lr"], strict=True), label=run)
     losses.set(yscale="log", xlabel="step", title="losses")
     losses.legend(fontsize=8)
-    for axis in cosines:
-        axis.set(xlabel="step", title="cosine between the branches", ylim=(-1.05, 1.05))
-        axis.legend(fontsize=8)
     rate.set(xlabel="step", title="learning rate")
+    figure.savefig(out, dpi=110)
+
+
+def draw_cosines(runs, out):
+    """The cosines between the two compared branches, over the runs one after the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="tight")
+    axis = figure.subplots()
+    for name, label in COSINES.items():
+        steps, values = [], []
+        before = 0
+        for run, curves in runs.items():
+            if name not in curves:
+                raise ValueError(f"{run}: logs no {name}; stages 1 and 2 of apps.towers facts do")
+            steps += [before + step for step, _ in curves[name]]
+            values += [value if name == "bias_cosine" else 1 - value for _, value in curves[name]]
+            before += curves["lr"][-1][0]
+            axis.axvline(before, color="0.8", lw=0.8)
+        axis.plot(steps, values, label=label, lw=1)
+    axis.set(xlabel="step", title="cosine between the appearance and the motion branch", ylim=(-1.05, 1.05))
+    axis.legend(fontsize=8)
     figure.savefig(out, dpi=110)
 
 
@@ -80,6 +96,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder that train.py wrote (its --out)")
     p.add_argument("--out", help="picture to draw (.png, .svg or .pdf)")
+    p.add_argument(
+        "--cosines", action="store_true", help="draw what the consistency loss does, not the losses"
+    )
     p.add_argument("--tensorboard", metavar="DIR", help="folder to write TensorBoard's files to")
     args = p.parse_args(argv)
     if not args.out and not args.tensorboard:
@@ -87,7 +106,7 @@ def main(argv=None):
     try:
         runs = {run: read_curves(run) for run in args.runs}
         if args.out:
-            draw(runs, args.out)
+            (draw_cosines if args.cosines else draw)(runs, args.out)
         if args.tensorboard:
             write_tensorboard(runs, args.tensorboard)
     except ImportError as error:

@@ -32,6 +32,21 @@ def test_drawing(run):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_cosines_of_runs_one_after_the_other(run, tmp_path, capsys, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    seen = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda _, x, y, label, lw: seen.update({label: (x, y)}))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
+    assert curves.main([str(run), "--cosines", "--out", str(run / "c.png")]) == 2
+    assert "logs no consistency" in capsys.readouterr().err
+    cosines = {"consistency": 0.25, "consistency_debiased": 1.0, "bias_cosine": 0.5, "lr": 0.1}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": n} | cosines) + "\n" for n in (1, 2)))
+    assert curves.main([str(tmp_path), f"{tmp_path}/.", "--cosines", "--out", str(run / "c.png")]) == 0
+    assert [y[0] for _, y in seen.values()] == [0.75, 0.0, 0.5]
+    assert all(x == [1, 2, 3, 4] for x, _ in seen.values())
+
+
 def test_tensorboard(run):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert curves.main([str(run), "--tensorboard", str(run / "board")]) == 0
