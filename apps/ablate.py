@@ -10,22 +10,22 @@ things that stand still (the toy world's clutter), with many frames of a clip an
         --seeds 1 --out runs/ladder                        # Hawk built up step by step
 
 All runs start from the same towers, and those of a seed see the same clips in the same order. A run is three
-calls of `apps.towers facts` with the options and steps of examples/train_tiny.sh (facts, captions, questions),
-and then describes held-out clips, which differ from one level of clutter to the next in the clutter alone.
-The first call trains on the facts, without words and hence without the two extra losses, so variants with the
-same branches share it. In the other two all losses act, the motion-language loss with a target of its own
-(--motion-targets, as in the paper).
+calls of `apps.towers facts` (facts, captions, questions), as in examples/train_tiny.sh, and then describes
+held-out clips, which differ from one level of clutter to the next in the clutter alone. The first call trains
+on the facts, without words and hence without the two extra losses, so variants with the same branches share
+it. In the other two all losses act, the motion-language loss with a target of its own (--motion-targets, as
+in the paper).
 
 "Without motion" and "motion alone" are models of one branch: they train on the same cache, whose other
-features they ignore, without the losses that need the missing branch. --frames 2 takes the first and the fifth
-of eight frames from the cache: appearance then shows two still pictures, while each motion frame still tells
-what moves at its moment.
+features they ignore, without the losses that need the missing branch. --frames 2 takes the first and the
+fifth of eight frames from the cache: appearance then shows two still pictures, while each motion frame still
+tells what moves at its moment.
 
-OUT/results.jsonl gets one line a run. A stopped ablation resumes: finished runs are not repeated, and training
-continues from its last checkpoint. The tables (markdown, mean ± standard deviation over the seeds) are
-printed, written to OUT/table.md, and drawn into OUT/ablation.png if matplotlib is installed.
+OUT/results.jsonl gets one line a run. A stopped ablation resumes: finished runs are not repeated, and
+training continues from its last checkpoint. The tables (markdown, mean ± standard deviation over the seeds)
+are printed, written to OUT/table.md, and drawn into OUT/ablation.png if matplotlib is installed.
 
-In this file: the variants; towers, cache and held-out clips; one run; all runs; tables and plot; command line.
+In this file: the variants; towers, cache and held-out clips; one run; all runs; tables and plot; options.
 """
 
 import ctypes
@@ -118,7 +118,7 @@ def launch(log, *command, threads):
 
 
 def towers(args, branches, frames):
-    """The folder of towers with these branches (comma list, None: all) for so many frames, made if need be."""
+    """The folder of towers with these branches (comma list, None: all) for so many frames, made if needed."""
     folder = args.out / f"towers-{branches or 'all'}-{frames}"
     if not folder.exists():
         model = Hawk.from_pretrained(args.weights)
@@ -305,8 +305,7 @@ def share(counts):
 
 
 def numbers(result, clutter):
-    """{column: share or score} of one run at one level of clutter. A kind counts when it is named and no other
-    is."""
+    """{column: share or score} of one run at one level of clutter. A kind counts if it alone is named."""
     scores = result["clutter"][clutter]
     moving = [counts for kind, counts in scores["kinds"].items() if KINDS[kind].motion_only]
     other = [counts for kind, counts in scores["kinds"].items() if not KINDS[kind].motion_only]
@@ -373,8 +372,8 @@ def markdown(table):
 
 
 def plot(results, path):
-    """Draws a curve over clutter for each variant, and its spread over the seeds; a note instead if matplotlib
-    is not installed."""
+    """Draws a curve over clutter for each variant, and its spread over the seeds. Without matplotlib it only
+    prints a note."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

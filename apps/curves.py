@@ -66,7 +66,8 @@ def draw_cosines(runs, out):
     figure = Figure(figsize=(6, 3), layout="tight")
     axis = figure.subplots()
     for name, label in COSINES.items():
-        steps, values = [], []
+        steps = []
+        values = []
         before = 0
         for run, curves in runs.items():
             if name not in curves:

@@ -122,7 +122,7 @@ def check_object(entry, video):
 
 
 def things_of_frames(objects, indices, image_size):
-    """-> float (2T, MOST_THINGS, 5): object (its number in OBJECTS, -1: none), x, y, lying, colour (-1: none).
+    """-> float (2T, MOST_THINGS, 5): object (number in OBJECTS, -1: none), x, y, lying, colour (-1: none).
     First the T appearance frames, then the T motion frames.
 
     The motion frame of index i shows the step from frame i - 1 to i (from 0 to 1 for i = 0), so only what
@@ -134,9 +134,9 @@ def things_of_frames(objects, indices, image_size):
         colour = -1 if entry["colour"] is None else COLOUR_NAMES.index(entry["colour"])
         lying = entry.get("lying") or [False] * len(entry["x"])
         for row, (j, motion) in enumerate(frames):
-            x, y = entry["x"][j], entry["y"][j]
+            x = entry["x"][j]
             if x is not None and not (motion and not moved(entry, j, image_size)):
-                things[row, number] = torch.tensor([slot, x, y, lying[j], colour])
+                things[row, number] = torch.tensor([slot, x, entry["y"][j], lying[j], colour])
     return things
 
 
@@ -151,7 +151,7 @@ def moved(entry, j, image_size):
 
 # ---- Stage 0: losses ---------------------------------------------------------------------------------------
 class Pretraining(nn.Module):
-    """What a frame shows: is there an object of kind k, where, in which colour, and does it lie on the ground?
+    """What a frame shows: is there an object of kind k, where, in which colour, and does it lie down?
 
     Query k of the Q-Former has to answer for all objects of kind k together, and each ViT patch that holds an
     object for that one: the patch learns fast, and a query can only pass on what a patch knows. LLaMA learns
@@ -246,8 +246,8 @@ def place_cells(xy):
 
 
 def answers_of(things):
-    """The right answers (…, answers) about each thing (…, 5): present, lying, place cells, one of the colours;
-    all 0 where there is none."""
+    """The right answers (…, answers) about each thing (…, 5): present, lying, place cells, one of the
+    colours; all 0 where there is none."""
     there = (things[..., :1] >= 0).float()
     colours = things[..., 4:] == torch.arange(len(COLOURS), device=things.device)
     answers = torch.cat([there, things[..., 3:4], place_cells(things[..., 1:3]), colours.float()], dim=-1)
@@ -255,8 +255,8 @@ def answers_of(things):
 
 
 def all_of_a_kind(things, answers):
-    """Answers about M things (N, M, answers) -> about all objects of each kind together (N, objects, answers):
-    the largest of each number."""
+    """Answers about M things (N, M, answers) -> about all objects of each kind together, the largest of each
+    number (N, objects, answers)."""
     kind = things[..., :1].long().clamp(min=0).expand_as(answers)  # what is not there answers 0
     together = torch.zeros(len(things), len(OBJECTS), answers.shape[-1], device=things.device)
     return together.scatter_reduce(1, kind, answers, "amax")

@@ -882,8 +882,8 @@ def toy_clip(seed, split, index, clutter=(0, 0)):
 
 
 def draw_clip(drawn, n_frames, image_size, branches, motion_mask, **sampling):
-    """The Clip of an index row that --no-videos wrote, from its "drawn": what `data.read_clip` would read from
-    the video, but for the losses of its codec. Only the frames that count are drawn."""
+    """The Clip of an index row that --no-videos wrote, from its "drawn": what `data.read_clip` would read
+    from the video, but for the losses of its codec. Only the frames that count are drawn."""
     video, _, rng = toy_clip(*drawn)
     indices = sample_frames(FRAMES, n_frames, **sampling)
     current = np.maximum(indices, 1)  # motion is seen between a frame and the one before it

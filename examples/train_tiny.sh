@@ -25,9 +25,11 @@ python -m apps.towers features --weights "$out/stage0/last" --data data/toy --ou
 facts="$run -m apps.towers facts --train all --features $out/features $recipe"
 $facts --weights "$out/stage0/last" --stage 1 --out "$out/facts" --facts-only --set dropout=0.1 \
     --steps 5000 --batch-size 64 --lr 3e-3 --warmup 100 --eval-every 1000
-$facts --weights "$out/facts/last" --stage 1 --out "$out/stage1" --ask-facts 0.5 \
+$facts --weights "$out/facts/last" --stage 1 --out "$out/facts2" --facts-only \
+    --steps 3000 --batch-size 64 --lr 2.5e-3 --warmup 100 --eval-every 1000
+$facts --weights "$out/facts2/last" --stage 1 --out "$out/stage1" --ask-facts 1 \
     --steps 500 --batch-size 32 --lr 1e-3 --warmup 50 --eval-every 250
-$facts --weights "$out/stage1/last" --stage 2 --out "$out/stage2" --ask-facts 0.5 \
+$facts --weights "$out/stage1/last" --stage 2 --out "$out/stage2" --ask-facts 1 \
     --steps 650 --batch-size 32 --lr 1e-3 --warmup 50 --eval-every 325
 
 # weights for sample.py: half the size, without dropout
