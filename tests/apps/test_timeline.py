@@ -717,7 +717,7 @@ def test_phrases_without_contrast_are_refused(world, cli):
 
 
 def test_the_bundled_weights_find_the_event(tmp_path, capfd):
-    """Two videos of the three times fifty whose figures the documentation gives."""
+    """In two long videos, among nothing that stands still."""
     (tmp_path / "videos").mkdir()
     rows = [toy.make_toy_clip(tmp_path, 7, "long", index) for index in range(2)]
     index = tmp_path / "long.jsonl"
