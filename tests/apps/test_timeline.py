@@ -726,7 +726,7 @@ def test_the_bundled_weights_find_the_event(tmp_path, capfd):
     assert timeline.main(["--annotations", str(index), "--weights", str(weights)]) == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0].split()[:6] == "highest window on an event 100%".split()
-    assert out[2].startswith("frame-level AUC") and float(out[2].split()[2]) > 0.95
+    assert out[2].startswith("frame-level AUC") and float(out[2].split()[2]) > 0.85
 
 
 def test_which_score_is_the_default():
