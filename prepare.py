@@ -394,7 +394,7 @@ REFUSALS = (  # a language model that should describe a video says that it is on
     r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|my apolog|i apolog)",
     r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
     r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
-    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don['’]t) have|have no)\b"
+    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don.t) have|have no)\b"
     r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
     r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|(view|see|watch)ing the actual)\b"
     r"[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|screen|store))",

@@ -10,11 +10,11 @@ things that stand still (the toy world's clutter), with many frames of a clip an
         --seeds 1 --out runs/ladder                        # Hawk built up step by step
 
 All runs start from the same towers, and those of a seed see the same clips in the same order. A run is three
-calls of `apps.towers facts` (facts, captions, questions), as in examples/train_tiny.sh, and then describes
-held-out clips, which differ from one level of clutter to the next in the clutter alone. The first call trains
-on the facts, without words and hence without the two extra losses, so variants with the same branches share
-it. In the other two all losses act, the motion-language loss with a target of its own (--motion-targets, as
-in the paper).
+calls of `apps.towers facts` (facts, captions, questions), as in examples/train_tiny.sh but with one round of
+facts, and then describes held-out clips, which differ from one level of clutter to the next in the clutter
+alone. The first call trains on the facts, without words and hence without the two extra losses, so variants
+with the same branches share it. In the other two all losses act, the motion-language loss with a target of
+its own (--motion-targets, as in the paper).
 
 "Without motion" and "motion alone" are models of one branch: they train on the same cache, whose other
 features they ignore, without the losses that need the missing branch. --frames 2 takes the first and the
@@ -56,22 +56,22 @@ from hawk import Hawk
 from sample import PROBLEMS, Parser, note, number, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE_BRANCH = {"motion_language_weight": 0, "consistency_weight": 0}
+NO_EXTRA_LOSS = {"motion_language_weight": 0, "consistency_weight": 0}
 VARIANTS = {  # "branches", if not all; "train", what captions and questions teach; fields of the config
     "full": {},
-    "without motion": {"branches": "appearance"} | ONE_BRANCH,
-    "motion alone": {"branches": "motion"} | ONE_BRANCH,
+    "without motion": {"branches": "appearance"} | NO_EXTRA_LOSS,
+    "motion alone": {"branches": "motion", "consistency_weight": 0},
     "without consistency": {"consistency_weight": 0},
     "consistency debiased": {"consistency": "debiased"},
     "without motion-language": {"motion_language_weight": 0},
-    "without both losses": ONE_BRANCH,
+    "without both losses": NO_EXTRA_LOSS,
     "LoRA": {"train": "lora", "lora_rank": 16},  # LLaMA keeps the weights of stage 0
 }
 BY_DEFAULT = ("full", "without motion", "motion alone")
-RECIPE = {  # step -> options of `apps.towers facts`, as in examples/train_tiny.sh
+RECIPE = {  # step -> options of `apps.towers facts`, as in examples/train_tiny.sh, with one round of facts
     "facts": "--stage 1 --facts-only --ask-facts 1 --lr 3e-3 --set dropout=0.1",
-    "captions": "--stage 1 --ask-facts 0.5 --lr 1e-3",
-    "questions": "--stage 2 --ask-facts 0.5 --lr 1e-3 --motion-targets",
+    "captions": "--stage 1 --ask-facts 1 --lr 1e-3",
+    "questions": "--stage 2 --ask-facts 1 --lr 1e-3 --motion-targets",
 }
 COMMON = "--min-lr 1e-5 --clip 1 --workers 0 --resume --save-every 500 --eval-every 1000000"
 
@@ -188,16 +188,8 @@ def train(args, out, start, step, run, settings):
         number = list(RECIPE).index(step)
         steps = args.steps[number]
         options = ["--weights", start, "--data", args.data, "--features", cache(args, run.frames)]
-        options += [
-            "--out",
-            out / step,
-            "--seed",
-            run.seed,
-            "--steps",
-            steps,
-            "--warmup",
-            max(1, steps // 15),
-        ]
+        options += ["--out", out / step, "--seed", run.seed]
+        options += ["--steps", steps, "--warmup", max(1, steps // 15)]
         options += ["--batch-size", args.batch_size[number], "--dtype", args.dtype, *RECIPE[step].split()]
         options += ["--eval-samples", args.limit, *COMMON.split(), "--train", settings.get("train", "all")]
         for key, value in settings.items():
