@@ -383,6 +383,7 @@ def features(argv):
     p.add_argument("--workers", type=int, default=2, help="processes that draw or read (default 2)")
     p.set_defaults(crops=1, dtype="float16", bfloat16=True, device=None)
     prepare.features(p.parse_args(argv), DrawnFeatures)
+    return 0
 
 
 TASKS = {"towers": TowersTask(), "facts": FactsTask()}

@@ -13,7 +13,7 @@ import torch
 import train
 from apps import towers, toy
 from apps.toy import COLOURS, OBJECTS
-from data import Tokenizer, read_index
+from data import CachedFeatures, Tokenizer, frozen_fingerprint, read_index
 from hawk import Hawk, HawkConfig
 
 SMALL = dict(
@@ -122,6 +122,24 @@ def test_drawn_clips_need_no_video(tmp_path):
     appearance, motion = (one["streams"]["both"].float() - other["streams"]["both"]).split(8)
     assert appearance.abs().mean() < 5
     assert ((motion.abs() > 30).float().mean()) < 0.03  # most of the masks is the same
+
+
+def test_features_of_drawn_clips(weights, tmp_path):
+    """The cache holds what the model makes of the drawn frames, in bfloat16."""
+    toy.main(["--out", str(tmp_path), "--n-train", "2", "--seed", "5", "--no-videos"])
+    paths = ["--weights", str(weights), "--data", str(tmp_path), "--out", str(tmp_path / "features")]
+    assert towers.main(["features", *paths, "--workers", "0"]) == 0
+    model = Hawk.from_pretrained(weights)
+    rows = read_index(tmp_path / "train.jsonl")
+    cached = CachedFeatures(tmp_path / "features/train", rows, model.config, frozen_fingerprint(model))
+    streams, clip = towers.DrawnFeatures(rows, model.config).read(1, "uniform", None)
+    with torch.no_grad():
+        features = model.frame_features({name: x[None] / 255 for name, x in streams.items()})
+    found = cached.load(1, 0)
+    assert found.message == clip.message and "4 frames" in clip.message
+    for name, x in features.items():
+        assert (found.streams[name] - x[0]).abs().mean() < 0.02 * x.std()
+    assert towers.main(["features", *paths[:2], "--data", str(tmp_path / "no"), *paths[4:]]) == 2
 
 
 def test_stage_0_teaches_one_q_former_and_copies_it(world, tmp_path):
