@@ -736,6 +736,8 @@ def random_crop(streams, generator, scale=(0.5, 1.0)):
 class ClipDataset(torch.utils.data.Dataset):
     """Rows of an index and how their clips are read. Subclasses define sample(i, generator)."""
 
+    device = "cpu"  # where the flow is computed: a GPU only outside of loader processes
+
     def __init__(self, rows, config, seed=0, train=True):
         self.rows = rows
         self.config = config
@@ -758,7 +760,7 @@ class ClipDataset(torch.utils.data.Dataset):
         """-> ({branch: uint8 tensor (T, 3, H, W)}, Clip)"""
         rate = {"fps": self.rows[i]["fps"]} if "fps" in self.rows[i] else {}
         options = clip_options(self.config) | rate | {"sampling": sampling, "generator": generator}
-        clip = read_clip(self.rows[i]["video"], **options)
+        clip = read_clip(self.rows[i]["video"], device=self.device, **options)
         streams = {name: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for name, x in clip.streams.items()}
         return streams, clip
 

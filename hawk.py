@@ -264,9 +264,9 @@ class Branch(nn.Module):
 
 # ---- LLaMA-2, its cache, and one decoding step -------------------------------------------------------------
 def rotate(x, cos, sin):
-    """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF."""
-    a, b = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)  # in float32, as cos and sin are
+    """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF. In
+    float32, as cos and sin are; sin is negative in the first half."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -274,28 +274,27 @@ class KVCache:
     device, so that a step can be recorded. `padding` (B,): empty tokens in front of shorter prompts."""
 
     def __init__(self, config, batch, size, like, padding=0):
-        shape = (batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
-        self.k = [like.new_zeros(shape) for _ in range(config.llama_layers)]
-        self.v = [like.new_zeros(shape) for _ in range(config.llama_layers)]
+        shape = (2, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
+        self.layers = [like.new_zeros(shape) for _ in range(config.llama_layers)]
         self.slots = torch.arange(size, device=like.device)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
         self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
 
     def extend(self, S):
-        """-> positions (B or 1, 1, S) of S more tokens, (self, slots (S,), mask (B or 1, 1, S, size))."""
+        """-> positions (B or 1, 1, S) of S more tokens, their slots (S,), mask (B or 1, 1, S, size)."""
         slots = self.length + torch.arange(S, device=self.length.device)
         self.length += S
-        mask = (self.padding <= self.slots) & (self.slots <= slots[:, None])
-        mask = mask | (self.slots == slots[:, None])  # padding sees itself: its softmax must not be 0 / 0
-        return (slots - self.padding[..., 0]).clamp_min(0), (self, slots, mask)
+        seen = (self.padding <= self.slots) & (self.slots <= slots[:, None])
+        seen = seen | (self.slots == slots[:, None])  # padding sees itself: its softmax must not be 0 / 0
+        mask = torch.zeros_like(seen, dtype=self.layers[0].dtype).masked_fill(~seen, -torch.inf)
+        return (slots - self.padding[..., 0]).clamp_min(0), slots, mask
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         D = config.llama_dim
         self.heads = config.llama_heads
-        self.layer = layer
         self.input_layernorm = nn.RMSNorm(D, config.norm_eps)
         self.self_attn = linears(**dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (D, D, False)))
         self.post_attention_layernorm = nn.RMSNorm(D, config.norm_eps)
@@ -304,12 +303,10 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, slots=None, mask=None):
         y = self.input_layernorm(x)
-        q = rotate(split_heads(self.self_attn.q_proj(y), self.heads), cos, sin)  # (B, h, S, d)
-        k = rotate(split_heads(self.self_attn.k_proj(y), self.heads), cos, sin)
-        v = split_heads(self.self_attn.v_proj(y), self.heads)
+        q, k, v = (split_heads(self.self_attn[f"{part}_proj"](y), self.heads) for part in "qkv")
+        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).chunk(2, dim=1)  # (B, h, S, d)
         if cache is not None:  # into their slots, beside those of earlier tokens: (B, h, size, d)
-            k = cache.k[self.layer].index_copy_(2, slots, k.to(x.dtype))
-            v = cache.v[self.layer].index_copy_(2, slots, v.to(x.dtype))
+            k, v = cache.index_copy_(3, slots, torch.stack([k, v]).to(cache.dtype))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
@@ -321,22 +318,24 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.llama_dim)
-        self.layers = nn.ModuleList(LlamaBlock(config, i) for i in range(config.llama_layers))
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.llama_layers))
         self.norm = nn.RMSNorm(config.llama_dim, config.norm_eps)
         self.lm_head = nn.Linear(config.llama_dim, config.vocab_size, bias=False)
 
-    def forward(self, x, cache=None):
-        """Embeddings (B, S, D) -> hidden states (B, S, D). With a cache, x continues what it holds."""
+    def forward(self, x, cache=None, run=nn.Module.__call__):
+        """Embeddings (B, S, D) -> hidden states (B, S, D). With a cache, x continues what it holds. `run`
+        may be a compiled LlamaBlock.forward."""
         positions = torch.arange(x.shape[1], device=x.device)  # (S,)
         cached = ()
         if cache is not None:
-            positions, cached = cache.extend(x.shape[1])  # positions (B or 1, 1, S)
+            positions, *cached = cache.extend(x.shape[1])  # positions (B or 1, 1, S)
         d = self.config.llama_dim // self.config.llama_heads
         pairs = torch.arange(0, d, 2, device=x.device, dtype=torch.float32)
-        angle = positions[..., None].float() * self.config.rope_theta ** (-pairs / d).repeat(2)  # (…, S, d)
+        turn = self.config.rope_theta ** (-pairs / d)
+        angle = positions[..., None].float() * torch.cat([-turn, turn])  # (…, S, d)
         rotation = (angle.cos(), angle.sin())
-        for layer in self.layers:
-            x = layer(x, *rotation, *cached)
+        for i, layer in enumerate(self.layers):
+            x = run(layer, x, *rotation, cache and cache.layers[i], *cached)
         return self.norm(x)
 
 
@@ -351,16 +350,17 @@ class DecodingStep:
         self.token = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.logits = torch.zeros(batch, llama.config.vocab_size, device=like.device)
         self.run = self.step
-        if compiled:  # by inductor, which fuses the small kernels
+        self.layer = nn.Module.__call__
+        if compiled:  # by inductor, which fuses the small kernels; the code of one layer serves them all
             torch._dynamo.config.recompile_limit = 256  # sizes of the cache; it holds for this thread only
-            tuning = {"coordinate_descent_tuning": True}
-            self.run = torch.compile(self.step, fullgraph=True, dynamic=False, options=tuning)
+            options = {"coordinate_descent_tuning": True}
+            self.layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=False, options=options)
 
     def step(self):
-        self.read(self.llama.embed_tokens(self.token[:, None]))
+        self.read(self.llama.embed_tokens(self.token[:, None]), self.layer)
 
-    def read(self, x):  # a prompt (B, S, D), or the last token
-        self.logits.copy_(self.llama.lm_head(self.llama(x, self.cache)[:, -1]))
+    def read(self, x, layer=nn.Module.__call__):  # a prompt (B, S, D), or the last token
+        self.logits.copy_(self.llama.lm_head(self.llama(x, self.cache, layer)[:, -1]))
         self.token.copy_(self.logits.argmax(-1))
 
     def record(self):
@@ -373,7 +373,7 @@ class DecodingStep:
         self.run = graph.replay
 
 
-# ---- LoRA and int8: two stand-ins for a Linear -------------------------------------------------------------
+# ---- LoRA, a stand-in for a Linear -------------------------------------------------------------------------
 class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); W is frozen, and B starts at zero
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -387,24 +387,6 @@ class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); W is
     def forward(self, x):
         low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T  # (…, rank)
         return F.linear(x, self.weight) + self.scale * (low @ self.lora_B.T).to(x.dtype)
-
-
-class Int8Linear(nn.Module):  # W ≈ scale · int8, one scale a row: half of bfloat16's memory, for inference
-    def __init__(self, linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype)  # (out,)
-        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x):
-        rows = x.flatten(0, -2)
-        if x.device.type == "cpu" and len(rows) <= 8:  # memory-bound: this kernel of torch's reads bytes
-            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
-        # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
-        scale = self.scale.float() if x.is_cuda else self.scale
-        return (F.linear(x, self.weight.to(x.dtype)) * scale).to(x.dtype)
 
 
 # ---- Hawk --------------------------------------------------------------------------------------------------
@@ -463,7 +445,8 @@ class Hawk(nn.Module):
         """Frames {branch: (B, T, 3, H, W)} in [0, 1] -> {branch: (B, T, Q, C)}, which can be cached."""
         B, T = streams[self.config.branches[0]].shape[:2]
         images = torch.cat([streams[name].flatten(0, 1) for name in self.config.branches])
-        features = self.vit(images.to(self.vit.cls_token.dtype)).chunk(len(self.config.branches))
+        images = images.to(self.vit.cls_token.dtype).split(32)  # so that memory does not grow with B
+        features = torch.cat([self.vit(x) for x in images]).chunk(len(self.config.branches))
         pairs = zip(self.config.branches, features, strict=True)  # of (B·T, 1 + patches, C)
         return {name: self.branch(name).frames(x).unflatten(0, (B, T)) for name, x in pairs}
 
@@ -534,7 +517,7 @@ class Hawk(nn.Module):
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         padding = torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device)
         x = self.embed(ids, encoding.tokens)  # (B, S, D)
-        new = ids[:, :0]
+        new = []  # B tokens of each step
         generator = torch.Generator(self.device).manual_seed(seed)
         step = self.decoding_step(x, max_new_tokens)
         step.cache.length.zero_()
@@ -542,13 +525,15 @@ class Hawk(nn.Module):
         step.read(x)
         for _ in range(max_new_tokens):
             if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
-                token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
+                seen = torch.tensor(new, dtype=torch.long, device=self.device).view(-1, len(x)).T
+                token = choose(step.logits, seen, temperature, top_p, repetition_penalty, generator)
                 step.token.copy_(token)
-            new = torch.cat([new, step.token[:, None]], dim=1)
-            if (on_token and on_token(step.token.tolist()) is False) or (new == eos_id).any(1).all():
+            new.append(step.token.tolist())  # here, and nowhere else, the CPU waits for the device
+            answers = [list(row) for row in zip(*new, strict=True)]
+            if (on_token and on_token(new[-1]) is False) or all(eos_id in row for row in answers):
                 break
             step.run()
-        return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new.tolist()]
+        return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]
 
     def decoding_step(self, x, max_new_tokens):
         """The step for a prompt x (B, S, D) and its answer; on a GPU it is recorded once for each size."""

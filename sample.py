@@ -19,9 +19,16 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import torch
+import torch.nn.functional as F
 
 import data
-from hawk import Encoding, Hawk, Int8Linear, KVCache, require
+from hawk import Encoding, Hawk, KVCache, require
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch brings it where it is of use: on Linux with CUDA
+    triton = None
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 REAL = TINY.with_name("hawk-7b")
@@ -32,6 +39,50 @@ weights/tiny knows: What happens? Who is involved? Where is it? When does it hap
 PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a wrong file or question, or too small a machine
 Seen = namedtuple("Seen", "path clip encoding seconds")  # a video; seconds: {"read", "encode"}
 Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_mb notes")  # as --json has it
+
+
+# ---- LLaMA in int8 -----------------------------------------------------------------------------------------
+class Int8Linear(torch.nn.Module):
+    """In place of a Linear: W ≈ scale · int8, one scale a row, half of bfloat16's memory. For inference."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype)  # (out,)
+        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        N, K = self.weight.shape
+        if x.device.type == "cpu" and len(rows) <= 8:  # memory-bound: this kernel of torch's reads bytes
+            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
+        # --compile: inductor is left the small matrices, as it multiplies by several of them at once
+        large = N * K > 1 << 25 or not torch.compiler.is_compiling()
+        if triton and x.is_cuda and len(rows) == 1 and large:
+            y = x.new_empty(*x.shape[:-1], N)
+            int8_product[((N + 3) // 4,)](rows, self.weight, self.scale, y, N, K, ROWS=4, BLOCK=1024)
+            return y
+        # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
+        scale = self.scale.float() if x.is_cuda else self.scale
+        return (F.linear(x, self.weight.to(x.dtype)) * scale).to(x.dtype)
+
+
+if triton:
+
+    @triton.jit
+    def int8_product(x, weight, scale, y, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """y (N,) = scale · (weight (N, K) x): each program computes ROWS of y, BLOCK columns at a time."""
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in tl.range(0, K, BLOCK, num_stages=3):  # the next columns are on their way by then
+            k = start + tl.arange(0, BLOCK)
+            inside = (n < N)[:, None] & (k < K)
+            w = tl.load(weight + n[:, None] * K + k, mask=inside, other=0).to(tl.float32)
+            total += w * tl.load(x + k, mask=k < K, other=0).to(tl.float32)
+        result = tl.sum(total, 1) * tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+        tl.store(y + n, result.to(y.dtype.element_ty), mask=n < N)
 
 
 # ---- From a video to an answer -----------------------------------------------------------------------------
@@ -116,8 +167,8 @@ def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):
         new = new[kept]
         if len(finished) >= beams and sorted(finished)[-beams][0] >= score[0].item() / length:
             break
-        for tensor in [*cache.k, *cache.v]:  # beam b continues beam rows[kept[b]]
-            tensor.copy_(tensor[rows[kept]])
+        for kv in cache.layers:  # beam b continues beam rows[kept[b]]
+            kv.copy_(kv[:, rows[kept]])
         x = model.llama.embed_tokens(new[:, -1:])
     return max([*finished, (score[0].item() / length, new[0].tolist())])[1]
 

@@ -125,9 +125,8 @@ def log_likelihoods(model, encoding, prompt, answers, starts):
             counted[j, starts[i + j] : len(ids)] = 1
         # a cache with the prompt in every row, and room for the answers behind it
         longer = KVCache(model.config, len(batch), len(prompt) + L, x)
-        for layer in range(model.config.llama_layers):
-            longer.k[layer][:, :, : len(prompt)] = cache.k[layer]
-            longer.v[layer][:, :, : len(prompt)] = cache.v[layer]
+        for kv, of_prompt in zip(longer.layers, cache.layers, strict=True):
+            kv[..., : len(prompt), :] = of_prompt
         longer.length.fill_(len(prompt))
         hidden = model.llama(model.llama.embed_tokens(target), longer)[:, :-1]
         hidden = torch.cat([last.expand(len(batch), -1, -1), hidden], dim=1)  # (J, L, D): predicts each token

@@ -32,8 +32,12 @@ from torch.utils.checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Tokenizer, farneback, read_clip, sample_frames  # noqa: E402
-from hawk import Encoding, Hawk, HawkConfig, Int8Linear  # noqa: E402
+import data  # noqa: E402
+import prepare  # noqa: E402
+import train  # noqa: E402
+from data import farneback, read_clip, sample_frames  # noqa: E402
+from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
+from sample import Int8Linear, encode_video  # noqa: E402
 
 SMALL_TOWERS = dict(
     vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
@@ -51,6 +55,8 @@ SIDE = 8192  # side of the matrices that tell its arithmetic
 def clock(run):
     start = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -179,28 +185,35 @@ def flow(args):
 def encode(args):
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
-    depth = 2 if args.quick else 4
-    n = 2 if args.quick else 8
-    model = Hawk(
-        HawkConfig(vit_depth=depth, llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
-    ).eval()
+    if torch.cuda.is_available():
+        depth, n, numbers = 39, 64, "bfloat16"
+        model = random_model("cuda", **REAL_TOWERS, llama_layers=1)
+    else:
+        depth, n, numbers = (2, 2, "float32") if args.quick else (4, 8, "float32")
+        small = dict(llama_layers=1, llama_dim=64, llama_heads=2, video_layers=1)
+        model = Hawk(HawkConfig(vit_depth=depth, **small)).eval()
     c = model.config
-    images = torch.rand(n, 3, 224, 224)
-    peer = Blip2VisionModel(Blip2VisionConfig(
-        hidden_size=c.vit_dim, intermediate_size=c.vit_mlp, num_hidden_layers=depth,
-        num_attention_heads=c.vit_heads, image_size=224, patch_size=14, hidden_act="gelu",
-    )).eval()  # fmt: skip
-    note = f"transformers' BLIP-2 tower of the same size, {depth} of 39 blocks, float32"
+    like = dict(device=model.device, dtype=model.vit.cls_token.dtype)
+    images = torch.rand(n, 3, 224, 224, **like)
+    with torch.device(model.device):
+        peer = Blip2VisionModel(Blip2VisionConfig(
+            hidden_size=c.vit_dim, intermediate_size=c.vit_mlp, num_hidden_layers=depth,
+            num_attention_heads=c.vit_heads, image_size=224, patch_size=14, hidden_act="gelu",
+        )).to(**like).eval()  # fmt: skip
+    note = f"transformers' BLIP-2 tower of the same size, {depth} of 39 blocks, {numbers}"
     yield compare(f"ViT-g, {n} frames", lambda: model.vit(images), lambda: peer(images), 5, note)
 
     branch = model.appearance
+    n = min(n, 32)
     queries = branch.queries.expand(n, -1, -1)
-    features = torch.randn(n, 257, c.vit_dim)
-    qformer = peer_qformer(branch.qformer)
+    features = torch.randn(n, 257, c.vit_dim, **like)
+    qformer = peer_qformer(branch.qformer).to(**like)
     ours = lambda: branch.qformer(branch.queries, features)  # noqa: E731
     theirs = lambda: qformer(queries, encoder_hidden_states=features)  # noqa: E731
-    torch.testing.assert_close(ours(), theirs().last_hidden_state, rtol=1e-3, atol=1e-4)
-    note = "transformers' BLIP-2 Q-Former, same weights, all 12 layers, float32"
+    expected = theirs().last_hidden_state.float()
+    off = (ours().float() - expected).norm() / expected.norm()
+    assert off < {"float32": 1e-4, "bfloat16": 0.03}[numbers], off
+    note = f"transformers' BLIP-2 Q-Former, same weights, all 12 layers, {numbers}"
     yield compare(f"Q-Former, {n} frames", ours, theirs, 5, note)
 
 
@@ -271,58 +284,202 @@ def generation(args):
         yield compare(f"generate, LLaMA {name}", ours, theirs, 3, note)
 
 
+@torch.no_grad()
+def decoding(args):
+    """A word of the 7B model on a GPU: beside the card's bandwidth (a word reads every weight once), beside
+    transformers' generate, compiled, and in int8."""
+    if not torch.cuda.is_available():
+        yield row("decoding on a GPU", None, None, None, "-", GPU_ONLY)
+        return
+    new = 33 if args.quick else 65
+    peer_rate, peer_first = peer_generation(new)
+    bandwidth = copy_bandwidth()
+    model = random_model("cuda")
+    read = sum(p.nbytes for name, p in model.llama.named_parameters() if "embed_tokens" not in name)
+    limit = bandwidth / read
+    share = f"the bandwidth limit: {bandwidth / 1e9:.0f} GB/s copied, {read / 1e9:.2f} GB a word"
+    theirs = "transformers' generate, bf16"
+
+    def rate(batch=1):
+        model.steps.clear()
+        first, each = generation_times(model, new, 150, batch)
+        return batch / each, first
+
+    default, first = rate()
+    yield row("7B, batch 1", default, limit, default / limit, "tokens/s", share)
+    ratio = default / peer_rate[1]
+    yield row("7B, batch 1, beside a peer", default, peer_rate[1], ratio, "tokens/s", theirs)
+    ratio = peer_first[1] / first
+    yield row("7B, prompt of 214, first token", first, peer_first[1], ratio, "s", theirs)
+    several, _ = rate(8)
+    yield row("7B, batch 8", several, peer_rate[8], several / peer_rate[8], "tokens/s", theirs)
+    model.compile_step = True
+    compiled = rate()[0]
+    yield row("7B, batch 1, --compile", compiled, limit, compiled / limit, "tokens/s", share)
+    several, _ = rate(8)
+    yield row("7B, batch 8, --compile", several, peer_rate[8], several / peer_rate[8], "tokens/s", theirs)
+    in_int8(model)
+    model.compile_step = False
+    ours = rate()[0]
+    yield row("7B, batch 1, --int8", ours, default, ours / default, "tokens/s", "bf16")
+    model.compile_step = True
+    ours = rate()[0]
+    yield row("7B, batch 1, --int8 --compile", ours, compiled, ours / compiled, "tokens/s", "bf16, --compile")
+
+
+def peer_generation(new):
+    """transformers' generate on a 7B LLaMA: ({batch: tokens a second}, {batch: seconds to the first token}),
+    after a prompt of 214."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    with torch.device("cuda"):
+        peer = LlamaForCausalLM(LlamaConfig(**size, vocab_size=32000)).to(torch.bfloat16).eval()
+    rates = {}
+    firsts = {}
+    for batch in (1, 8):
+        x = torch.randn(batch, 214, 4096, device="cuda", dtype=torch.bfloat16)
+
+        def run(words, x=x):
+            fixed = dict(do_sample=False, pad_token_id=0, max_new_tokens=words, min_new_tokens=words)
+            peer.generate(inputs_embeds=x, **fixed)
+
+        firsts[batch], whole = medians([partial(run, 1), partial(run, new)], 2)
+        rates[batch] = batch * (new - 1) / (whole - firsts[batch])
+    return rates, firsts
+
+
+def in_int8(model):
+    for place, module in list(model.llama.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.llama.set_submodule(place, Int8Linear(module))
+    model.steps.clear()
+
+
+def answer(args):
+    """What a user waits for: a 720p video of 6 seconds is read, its flow found, 2 x 32 frames encoded, a
+    prompt read and 64 words made, with random weights of the 7B size."""
+    if not torch.cuda.is_available():
+        yield row("video to 64 words, 7B, GPU", None, None, None, "-", GPU_ONLY)
+        return
+    model = random_model("cuda", **REAL_TOWERS)
+    yield answering("video to 64 words, 7B, GPU", model)
+    in_int8(model)
+    torch.cuda.empty_cache()
+    yield answering("video to 64 words, 7B, GPU, --int8", model)
+
+
+def answering(name, model):
+    ids = random_prompt(model.config, 150, device="cuda")
+    parts = []
+    torch.cuda.reset_peak_memory_stats()
+
+    def run(path):
+        seen = encode_video(model, path)
+        start = time.perf_counter()
+        model.generate(seen.encoding, ids, 64, eos_id=-1)
+        parts.append([*seen.seconds.values(), time.perf_counter() - start])
+
+    with tempfile.TemporaryDirectory() as folder:
+        video = Path(folder) / "clip.mp4"
+        make_video(video, 6)
+        spent = seconds(lambda: run(video), 5)
+    read, encoded, made = np.median(parts[1:], axis=0)
+    held = torch.cuda.max_memory_allocated() / 1e9
+    note = f"no peer; read {read:.3f} s, encode {encoded:.3f} s, words {made:.3f} s; {held:.1f} GB"
+    return row(name, spent, None, None, "s", note)
+
+
 # ---- Training ----------------------------------------------------------------------------------------------
 def call(*command):
     """Runs `python COMMAND` in the repository."""
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
 
 
-def train_rate(out, steps, batch, *options):
+def train_rate(out, steps, batch, *options, run=None):
     """(samples a second in the second half of the steps, when what the loader held at the start is used up;
-    peak GB)"""
-    call("train.py", "--stage", 2, "--steps", steps, "--batch-size", batch, "--out", out, *options)
+    peak GB). run: another way than `python train.py`."""
+    run = run or partial(call, "train.py")
+    run("--stage", 2, "--steps", steps, "--batch-size", batch, "--out", out, *options)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     half, end = (line["step"] * batch / line["samples_per_s"] for line in (lines[steps // 2 - 1], lines[-1]))
     return steps // 2 * batch / (end - half), lines[-1]["memory_mb"] * 2**20 / 1e9
 
 
 def training(args):
-    """Samples a second of `train.py --stage 2` from the cache and from the videos, with the tiny preset; on a
-    GPU with the 7B one, random weights and the toy world's vocabulary (needs 17 GB of disk), and what that
-    holds in memory."""
-    gpu = torch.cuda.is_available()
-    place = "quick" if args.quick else "cpu"
-    if gpu:
-        place = "gpu"
-    sizes = {"gpu": (96, 40, 16, 8), "quick": (16, 12, 8, 2), "cpu": (64, 40, 8, 2)}
-    clips, steps, batch, workers = sizes[place]
+    """Samples a second of `train.py --stage 2` from the cache and from the videos: with the tiny preset, or,
+    on a GPU, with the 7B one."""
+    if torch.cuda.is_available():
+        yield from training_7b(args)
+        return
+    clips, steps, batch = (16, 12, 8) if args.quick else (64, 40, 8)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         toy = folder / "toy"
         call("-m", "apps.toy", "--out", toy, "--n-train", clips, "--n-test", 8, "--seed", 0)
         weights = ROOT / "weights/tiny"
-        if gpu:
-            weights = folder / "weights"
-            vocab_size = Tokenizer(toy / "tokenizer.model").vocab_size
-            model = random_model("cuda", **REAL_TOWERS, vocab_size=vocab_size)
-            model.save_pretrained(weights, tokenizer=toy / "tokenizer.model")
-            del model
-            torch.cuda.empty_cache()
         call("prepare.py", "features", "--weights", weights, "--data", toy, "--out", folder / "features")
-        common = ["--weights", weights, "--data", toy, "--workers", workers]
-        cached = [*common, "--features", folder / "features"]
-        ours, held = train_rate(folder / "cached", steps, batch, *cached)
+        common = ["--weights", weights, "--data", toy, "--workers", 2]
+        ours, _ = train_rate(folder / "cached", steps, batch, *common, "--features", folder / "features")
         peer, _ = train_rate(folder / "videos", steps, batch, *common)
         note = "the same training from the videos, mode paper"
-        if gpu:
-            note += f"; batch {batch}, {held:.1f} GB held"
-        preset = "7B, GPU" if gpu else "tiny preset"
-        yield row(f"stage 2 from cached features, {preset}", ours, peer, ours / peer, "samples/s", note)
-        for mode in ("paper", "lora") if gpu else ():
-            options = [*cached, "--train", mode, "--set", "gradient_checkpointing=true"]
-            rate, held = train_rate(folder / mode, steps, batch, *options)
-            note = f"no peer; batch {batch}, {rate:.1f} samples/s"
-            yield row(f"7B, {mode}, cached, checkpointing, peak", held, None, None, "GB", note)
+        yield row("stage 2 from cached features, tiny", ours, peer, ours / peer, "samples/s", note)
+
+
+def training_7b(args):
+    """The programs run in this process, so that random weights of the 7B size (with the vocabulary of
+    weights/tiny, 0.5 GB less) are made once, on the GPU, and written nowhere."""
+    size = REAL_TOWERS | {"vocab_size": HawkConfig.preset("tiny").vocab_size}
+    tokenizer = ROOT / "weights/tiny/tokenizer.model"
+    clips = 16 if args.quick else 32
+    saved = (Hawk.from_pretrained, data.frozen_fingerprint, train.build, train.save)
+
+    def run(main, *command):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        main([str(word) for word in command])
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_video(folder / "0.mp4", 6)
+        example = json.loads((ROOT / "examples/index.jsonl").read_text().splitlines()[0])
+        with open(folder / "train.jsonl", "w") as index:
+            for i in range(clips):
+                if i:
+                    (folder / f"{i}.mp4").hardlink_to(folder / "0.mp4")
+                index.write(json.dumps(example | {"video": f"{i}.mp4"}) + "\n")
+        try:
+            Hawk.from_pretrained = lambda *_, **__: random_model("cuda", **size, llama_layers=1)
+            data.frozen_fingerprint = lambda model: dict.fromkeys(model.config.branches, "random weights")
+            options = ["--weights", folder, "--data", folder, "--out", folder / "features", "--bfloat16"]
+            run(prepare.main, "features", *options, "--workers", 8)
+            files = (folder / "features/train").glob("*.safetensors")
+            made = sorted(file.stat().st_mtime for file in files)[clips // 2 - 1 :]
+            rate = (len(made) - 1) / (made[-1] - made[0])
+            note = f"no peer; {clips} clips of 6 s of 720p, 8 readers, the second half"
+            yield row("prepare.py features, 7B towers", rate, None, None, "clips/s", note)
+            Hawk.from_pretrained = saved[0]
+            model = random_model("cuda", **size)
+            train.build = lambda *_: (model, tokenizer)
+            train.save = lambda *_, **__: None
+            common = ["--weights", folder, "--data", folder, "--device", model.device]
+            cached = [*common, "--features", folder / "features"]
+            rate = partial(train_rate, run=partial(run, train.main))
+            ours, held = rate(folder / "cached", 48, 4, *cached)
+            for workers, steps in ((2, 16), (8, 40)):
+                peer, _ = rate(folder / f"videos-{workers}", steps, 4, *common, "--workers", workers)
+                name = f"stage 2 from cached features, 7B, {workers} loaders"
+                note = f"the same training from the videos, mode paper, batch 4; {held:.1f} GB held"
+                yield row(name, ours, peer, ours / peer, "samples/s", note)
+            model.config.gradient_checkpointing = True
+            for mode in ("paper", "lora"):
+                for block in model.llama.layers:
+                    block.__dict__.pop("forward", None)  # the checkpointing of the run before
+                speed, held = rate(folder / mode, 8, 4, *cached, "--train", mode)
+                note = f"no peer; batch 4, {speed:.1f} samples/s"
+                yield row(f"7B, {mode}, cached, checkpointing, peak", held, None, None, "GB", note)
+        finally:
+            Hawk.from_pretrained, data.frozen_fingerprint, train.build, train.save = saved
 
 
 def saved_bytes(model, run):
@@ -405,26 +562,17 @@ def tensor_bytes(module):
 
 
 def int8(args):
-    """Decoding with int8 weights beside bfloat16: a LLaMA of (half) a billion parameters, on a GPU the 7B
-    one."""
-    if torch.cuda.is_available():
-        name = "LLaMA 7B, GPU"
-        model = random_model("cuda")
-        model.compile_step = True  # inductor makes one kernel of reading int8 and multiplying
-    else:
-        name = "LLaMA 0.5B, CPU" if args.quick else "LLaMA 1B, CPU"
-        model = random_model("cpu", **ONE_BILLION | ({"llama_layers": 8} if args.quick else {}))
+    """Decoding with int8 weights beside bfloat16 on a CPU: a LLaMA of (half) a billion parameters."""
+    name = "LLaMA 0.5B, CPU" if args.quick else "LLaMA 1B, CPU"
+    model = random_model("cpu", **ONE_BILLION | ({"llama_layers": 8} if args.quick else {}))
     new = 9 if args.quick else 33
     larger = tensor_bytes(model.llama) / 1e9
     peer = generation_times(model, new)[1]
-    for place, module in list(model.llama.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            model.llama.set_submodule(place, Int8Linear(module))
+    in_int8(model)
     smaller = tensor_bytes(model.llama) / 1e9
     ours = generation_times(model, new)[1]
-    yield row(
-        f"int8, {name}", 1 / ours, 1 / peer, peer / ours, "tokens/s", "bfloat16, batch 1, without the prompt"
-    )
+    note = "bfloat16, batch 1, without the prompt"
+    yield row(f"int8, {name}", 1 / ours, 1 / peer, peer / ours, "tokens/s", note)
     yield row(f"int8 weights, {name}", smaller, larger, larger / smaller, "GB", "bfloat16")
 
 
@@ -469,22 +617,13 @@ def growth(args):
 
 # ---- GPU ---------------------------------------------------------------------------------------------------
 def gpu(args):
-    """Decoding against the card's memory bandwidth, and how much of its arithmetic a training step uses."""
+    """How much of a card's arithmetic a training step of the frozen LLaMA uses."""
     if not torch.cuda.is_available():
-        yield row("decoding and training on a GPU", None, None, None, "-", GPU_ONLY)
+        yield row("a training step on a GPU", None, None, None, "-", GPU_ONLY)
         return
-    bandwidth = copy_bandwidth()
     model = random_model("cuda")
-    read = sum(p.nbytes for name, p in model.llama.named_parameters() if "embed_tokens" not in name)
-    note = f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; the ratio is the share of the limit"
-    for name in ("7B, bf16, batch 1", "7B, bf16, batch 1, --compile"):
-        model.compile_step = "compile" in name
-        model.steps.clear()
-        each = generation_times(model, 17 if args.quick else 65)[1]
-        yield row(name, 1 / each, bandwidth / read, read / each / bandwidth, "tokens/s", note)
-
     square = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * SIDE**3 / gpu_seconds(lambda: square @ square)
+    peak = 2 * SIDE**3 / seconds(lambda: square @ square, 5)
     x = torch.randn(8, 512, model.config.llama_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step():
@@ -493,7 +632,7 @@ def gpu(args):
 
     # Frozen weights: for each weight and token 2 operations forward, 2 for the gradient of the activations
     layers = sum(p.numel() for p in model.llama.layers.parameters())
-    done = 4 * layers * x.shape[0] * x.shape[1] / gpu_seconds(step)
+    done = 4 * layers * x.shape[0] * x.shape[1] / seconds(step, 5)
     note = f"a bf16 matrix product of {SIDE}²; frozen LLaMA, 8 x 512 tokens, forward and backward"
     yield row("7B, training step", done / 1e12, peak / 1e12, done / peak, "TFLOP/s", note)
 
@@ -501,15 +640,7 @@ def gpu(args):
 def copy_bandwidth():
     """Bytes a second, read and written, of the largest simple operation: a copy within the card."""
     source, target = torch.empty(2, COPIED, dtype=torch.uint8, device="cuda")
-    return 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source))
-
-
-def gpu_seconds(run):
-    def wait():
-        run()
-        torch.cuda.synchronize()
-
-    return seconds(wait, 5)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), 5)
 
 
 # ---- What does not grow ------------------------------------------------------------------------------------
@@ -556,7 +687,7 @@ def load(args):
     evaluate.answer_batch = answer_batch
 
 
-ALL = (reading, flow, encode, generation, training, memory, int8, growth, gpu, load)
+ALL = (reading, flow, encode, generation, decoding, answer, training, memory, int8, growth, gpu, load)
 PARTS = {part.__name__: part for part in ALL}
 
 

@@ -9,7 +9,8 @@ import pytest
 import sentencepiece
 import torch
 
-from hawk import PRESETS, Hawk, HawkConfig, Int8Linear
+import sample
+from hawk import PRESETS, Hawk, HawkConfig
 from train import init_weights
 
 if (
@@ -36,7 +37,7 @@ def in_int8(model):
     """The model with an Int8Linear for each linear layer of LLaMA, as `sample.load` makes it."""
     for name, module in list(model.llama.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            model.llama.set_submodule(name, Int8Linear(module))
+            model.llama.set_submodule(name, sample.Int8Linear(module))
     return model
 
 

@@ -60,7 +60,7 @@ def test_the_same_words_from_one_graph(graphs, int8):
     model.compile_step = True
     model.steps.clear()
     assert answers() == expected and expected[0] != expected[1]
-    assert len(graphs) == 1  # steps, prompts and clips share it
+    assert len(graphs) == 1  # layers, steps, prompts and clips share it
 
     def others():  # as many sizes of the cache as long chats need; the web page answers in a thread
         for extra in range(1, 11):

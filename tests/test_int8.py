@@ -1,7 +1,10 @@
-"""LLaMA's weights in int8 (hawk.py): near the model they come from, half as large, and in use."""
+"""LLaMA's weights in int8 (sample.py): near the model they come from, half as large, and in use."""
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch.nn as nn
 from conftest import in_int8
 
 import sample
-from hawk import Encoding, Hawk, HawkConfig, Int8Linear
+from hawk import Encoding, Hawk, HawkConfig
 
 SMALL = dict(
     vit_dim=32, vit_depth=1, vit_heads=2, vit_mlp=32, qformer_dim=32, qformer_layers=1, qformer_heads=2
@@ -27,7 +30,7 @@ def test_each_weight_is_within_half_a_step(rows, dtype):
     torch.manual_seed(0)
     linear = nn.Linear(96, 64, bias=False, dtype=dtype)
     linear.weight.data[3] = 0  # a row without a largest weight to scale by
-    rounded = Int8Linear(linear)
+    rounded = sample.Int8Linear(linear)
     step = rounded.scale.float()[:, None]
     restored = rounded.weight.float() * step
     error = (restored - linear.weight.float()).abs()
@@ -74,7 +77,30 @@ def test_option_and_lora(world, tmp_path, capsys):
     assert sample.main([*command, "--max-new-tokens", "5", "--json", "--int8", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] > 0
     model, _ = sample.load(world / "weights", "cpu", int8=True)
-    assert isinstance(model.llama.layers[0].self_attn.q_proj, Int8Linear)
+    assert isinstance(model.llama.layers[0].self_attn.q_proj, sample.Int8Linear)
     Hawk(HawkConfig(**SMALL, **LLAMA, lora_rank=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="merge"):
         sample.load(tmp_path, "cpu", int8=True)
+
+
+def test_the_triton_kernel_multiplies_as_the_plain_product():
+    """In Triton's interpreter, which needs no GPU and must be chosen before Triton is imported."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    code = """
+import torch, sample
+torch.manual_seed(0)
+for N, K in ((8, 1024), (6, 1500), (3, 7), (64, 2100)):
+    for dtype, near in ((torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+        linear = sample.Int8Linear(torch.nn.Linear(K, N, bias=False).to(dtype))
+        x = torch.randn(1, K).to(dtype)
+        y = torch.full((1, N), torch.nan, dtype=dtype)
+        grid = (-(-N // 4),)
+        sample.int8_product[grid](x, linear.weight, linear.scale, y, N, K, ROWS=4, BLOCK=1024)
+        expected = x.double() @ linear.weight.double().T * linear.scale.double()
+        assert (y - expected).norm() < near * expected.norm(), (N, K, dtype)
+print("done")
+"""
+    path = os.path.dirname(sample.__file__)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([path, *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr

@@ -12,8 +12,8 @@ from pretended_gpu import GPU, Graph, compute, pretended_gpu, record
 
 import train
 from data import farneback
-from hawk import Hawk, Int8Linear
-from sample import ask, encode_clips, encode_video, generate, load
+from hawk import Hawk
+from sample import Int8Linear, ask, encode_clips, encode_video, generate, load
 
 FRAMES = torch.randint(0, 256, (3, 40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -151,15 +151,18 @@ def test_the_benchmark_s_gpu_parts_run(gpu, monkeypatch):
     small = bench.SMALL_TOWERS | dict(
         llama_dim=64, llama_layers=1, llama_heads=2, llama_mlp=128, vocab_size=500
     )
-    for name, value in dict(SMALL_TOWERS=small, COPIED=1 << 16, SIDE=64).items():
+    for name, value in dict(SMALL_TOWERS=small, REAL_TOWERS=small, COPIED=1 << 16, SIDE=64).items():
         monkeypatch.setattr(bench, name, value)
     real = bench.medians
     monkeypatch.setattr(bench, "medians", lambda runs, repeat: real(runs, 1))
+    monkeypatch.setattr(bench, "peer_generation", lambda new: ({1: 1.0, 8: 1.0}, {1: 1.0, 8: 1.0}))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     rows = {
         row["name"]: row
-        for part in ("flow", "int8", "gpu")
+        for part in ("flow", "decoding", "answer", "gpu")
         for row in bench.PARTS[part](Namespace(quick=True))
     }
-    assert {"optical flow, 16 pairs, GPU", "int8, LLaMA 7B, GPU", "7B, bf16, batch 1, --compile"} < set(rows)
+    assert rows.keys() > {"optical flow, 16 pairs, GPU", "7B, batch 8", "7B, batch 1, --int8 --compile"}
+    answers = [rows.pop(f"video to 64 words, 7B, GPU{how}") for how in ("", ", --int8")]
+    assert all(row["ours"] > 0 for row in answers)
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows.values())
