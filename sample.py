@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
@@ -281,20 +282,15 @@ def add_model_options(p):
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32")
     add("--int8", action="store_true", help="LLaMA in int8: half of bfloat16's memory, slightly less exact")
-    add("--compile", action="store_true", help="compile the decoding step, for GPUs; takes about a minute")
+    add("--compile", action="store_true", help="compile the decoding step, for GPUs; takes 10 to 25 seconds")
 
 
 def main(argv=None):
     p = Parser(__doc__)
+    add = partial(p.add_argument, action="extend", metavar="VIDEO")
+    add("video", nargs="*", help="video files, or folders of numbered pictures")
+    add("--video", nargs="+", help="the same")
     add = p.add_argument
-    add(
-        "video",
-        nargs="*",
-        action="extend",
-        metavar="VIDEO",
-        help="video files, or folders of numbered pictures",
-    )
-    add("--video", nargs="+", action="extend", metavar="VIDEO", help="the same")
     add("--question", help=f"default: {data.DESCRIBE_QUESTIONS[0]}")
     add("--chat", action="store_true", help="ask about one video in rounds, questions from stdin")
     add("--json", action="store_true", help="one JSON object a video, also with times, memory and notes")

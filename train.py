@@ -112,11 +112,8 @@ def settle(args, begun):
         if getattr(args, name) is None:
             setattr(args, name, begun.get(name, min(most, math.ceil(args.steps / 10))))
     for name, now in vars(args).items():
-        then = begun.get(name, now)
-        require(
-            name in FREE.split() or now == then,
-            f"--{name.replace('_', '-')} {now}: this run began with {then}",
-        )
+        same = name in FREE.split() or now == begun.get(name, now)
+        require(same, f"--{name.replace('_', '-')} {now}: this run began with {begun.get(name)}")
     counts = (args.steps, args.batch_size, args.accumulate, args.save_every, args.eval_every)
     require(min(counts) > 0, "--steps, --batch-size, --accumulate, --save-every and --eval-every are above 0")
     return args
@@ -248,10 +245,8 @@ def load(dataset, order, args, device, most=math.inf):
                     file.write(line)
         unread = len(batch["errors"])
         bad = {json.loads(line)["video"] for line in listed.open()} if unread else ()
-        told = (
-            f"{len(bad)} unreadable videos for {len(dataset)} rows; see {listed.name}; when mended, delete it"
-        )
-        require(len(bad) <= most, told)
+        advice = f"see {listed.name}; when they are mended, delete it"
+        require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
         clips = len(batch.get("input_ids", ()))
         if not clips:
             others = (data.collate([dataset[i]]) for i in range(len(dataset)))

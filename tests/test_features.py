@@ -91,3 +91,49 @@ def test_another_cache_is_refused(world, folder):
         cache(world, folder)[1].load(0, 0)
     with pytest.raises(SystemExit, match="holds neither train.jsonl nor test.jsonl"):
         features(world, folder / "cache")
+
+
+class Elsewhere(str):
+    """The CPU, by the name of a GPU."""
+
+    type = "cuda"
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_threads_read_for_a_gpu(world, folder, monkeypatch, capsys):
+    features(world, folder)
+    expected = cache(world, folder)[1]
+    shutil.move(folder / "cache", folder / "before")
+    devices = []
+    read_clip = data.read_clip
+
+    def seen(*paths, device, **options):
+        devices.append(device)
+        return read_clip(*paths, device=device, **options)
+
+    monkeypatch.setattr(data, "read_clip", seen)
+    monkeypatch.setattr(data, "usable_device", lambda name: Elsewhere("cpu"))
+    monkeypatch.setattr(prepare, "DataLoader", None)
+    features(world, folder)
+    found = cache(world, folder)[1]
+    assert {*map(type, devices)} == {Elsewhere} and len(devices) == 4
+    expected.folder = folder / "before/train"
+    for i in (0, 2):
+        for name, stream in found.load(i, 0).streams.items():
+            assert torch.equal(stream, expected.load(i, 0).streams[name])
+    assert found.bad == expected.bad and [*found.bad] == [1]
+
+
+def test_threads_work_only_a_little_ahead():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        return i * i
+
+    results = prepare.in_threads(work, range(100), 2)
+    assert [next(results) for _ in range(10)] == [i * i for i in range(10)]
+    assert max(begun) <= 10 + 2 * 2
+    assert [*results] == [i * i for i in range(10, 100)]
+    with pytest.raises(ZeroDivisionError):
+        list(prepare.in_threads(lambda i: 1 // i, [1, 0], 2))
