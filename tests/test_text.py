@@ -234,7 +234,7 @@ ROWS = [
 
 
 def fake_clip(path, n_frames, image_size, branches, motion_mask, sampling="uniform", generator=None,
-              fps=25):  # fmt: skip
+              fps=25, device="cpu"):  # fmt: skip
     """Frames drawn from the path, indices from the generator: what read_clip does, without a video."""
     if path.startswith("bad"):
         raise data.VideoError(path, "no frames")
