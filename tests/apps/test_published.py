@@ -157,6 +157,6 @@ def test_memory_is_that_of_the_page_on_performance():
         assert figure in page and figure.split()[0] in CARD
     for row, rate in (
         ("`--train paper` from the cache |", "29.6 samples/s"),
-        ("with it |", "12.7 samples/s"),
+        ("`--train lora`, with it", "12.7 samples/s"),
     ):
         assert rate in page and cell(row) == f"{4 / float(rate.split()[0]):.2f}"
