@@ -331,7 +331,7 @@ def features(args, dataset=None):
             samples = DataLoader(clips, None, sampler=todo, num_workers=args.workers)
         else:  # threads share the GPU, which finds the flow in a tenth of the time
             clips.device = device
-            samples = in_threads(clips.__getitem__, todo, max(1, args.workers))
+            samples = read_ahead(clips.__getitem__, todo, max(1, args.workers))
         bad = []
         for sample in tqdm(samples, desc=split, total=len(todo)):
             if "error" in sample:
@@ -347,7 +347,7 @@ def features(args, dataset=None):
         data.replace_file(folder / "bad_videos.jsonl", "".join(bad))
 
 
-def in_threads(function, items, threads):
+def read_ahead(function, items, threads):
     """As map(...), but threads work on up to two items each that are not asked for yet."""
     with ThreadPoolExecutor(threads) as pool:
         results = deque()
@@ -547,7 +547,7 @@ def main(argv=None):
             add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")
             add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")
             add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
-            add("--workers", type=int, default=2, help="processes that read videos")
+            add("--workers", type=int, default=2, help="processes, on a GPU threads, that read videos")
             add("--device", help="default: the best there is")
     args = parser.parse_args(argv)
     try:

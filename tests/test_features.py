@@ -131,9 +131,9 @@ def test_threads_work_only_a_little_ahead():
         begun.append(i)
         return i * i
 
-    results = prepare.in_threads(work, range(100), 2)
+    results = prepare.read_ahead(work, range(100), 2)
     assert [next(results) for _ in range(10)] == [i * i for i in range(10)]
     assert max(begun) <= 10 + 2 * 2
     assert [*results] == [i * i for i in range(10, 100)]
     with pytest.raises(ZeroDivisionError):
-        list(prepare.in_threads(lambda i: 1 // i, [1, 0], 2))
+        list(prepare.read_ahead(lambda i: 1 // i, [1, 0], 2))
