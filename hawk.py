@@ -264,8 +264,8 @@ class Branch(nn.Module):
 
 # ---- LLaMA-2, its cache, and one decoding step -------------------------------------------------------------
 def rotate(x, cos, sin):
-    """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF. In
-    float32, as cos and sin are; sin is negative in the first half."""
+    """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF. cos and
+    sin (…, S, d) are in float32; the first half holds -sin, the second sin."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -274,7 +274,7 @@ class KVCache:
     device, so that a step can be recorded. `padding` (B,): empty tokens in front of shorter prompts."""
 
     def __init__(self, config, batch, size, like, padding=0):
-        shape = (2, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)
+        shape = (2, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)  # k and v
         self.layers = [like.new_zeros(shape) for _ in range(config.llama_layers)]
         self.slots = torch.arange(size, device=like.device)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
@@ -322,9 +322,9 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
         self.norm = nn.RMSNorm(config.llama_dim, config.norm_eps)
         self.lm_head = nn.Linear(config.llama_dim, config.vocab_size, bias=False)
 
-    def forward(self, x, cache=None, run=nn.Module.__call__):
-        """Embeddings (B, S, D) -> hidden states (B, S, D). With a cache, x continues what it holds. `run`
-        may be a compiled LlamaBlock.forward."""
+    def forward(self, x, cache=None, run_layer=nn.Module.__call__):
+        """Embeddings (B, S, D) -> hidden states (B, S, D). With a cache, x continues what it holds.
+        `run_layer` may be a compiled LlamaBlock.forward."""
         positions = torch.arange(x.shape[1], device=x.device)  # (S,)
         cached = ()
         if cache is not None:
@@ -332,10 +332,10 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
         d = self.config.llama_dim // self.config.llama_heads
         pairs = torch.arange(0, d, 2, device=x.device, dtype=torch.float32)
         turn = self.config.rope_theta ** (-pairs / d)
-        angle = positions[..., None].float() * torch.cat([-turn, turn])  # (…, S, d)
+        angle = positions[..., None].float() * torch.cat([-turn, turn])  # (…, S, d), signed for rotate
         rotation = (angle.cos(), angle.sin())
         for i, layer in enumerate(self.layers):
-            x = run(layer, x, *rotation, cache and cache.layers[i], *cached)
+            x = run_layer(layer, x, *rotation, cache and cache.layers[i], *cached)
         return self.norm(x)
 
 
@@ -350,17 +350,17 @@ class DecodingStep:
         self.token = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.logits = torch.zeros(batch, llama.config.vocab_size, device=like.device)
         self.run = self.step
-        self.layer = nn.Module.__call__
+        self.run_layer = nn.Module.__call__
         if compiled:  # by inductor, which fuses the small kernels; the code of one layer serves them all
             torch._dynamo.config.recompile_limit = 256  # sizes of the cache; it holds for this thread only
             options = {"coordinate_descent_tuning": True}
-            self.layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=False, options=options)
+            self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=False, options=options)
 
     def step(self):
-        self.read(self.llama.embed_tokens(self.token[:, None]), self.layer)
+        self.read(self.llama.embed_tokens(self.token[:, None]), self.run_layer)
 
-    def read(self, x, layer=nn.Module.__call__):  # a prompt (B, S, D), or the last token
-        self.logits.copy_(self.llama.lm_head(self.llama(x, self.cache, layer)[:, -1]))
+    def read(self, x, run_layer=nn.Module.__call__):  # a prompt (B, S, D), or the last token
+        self.logits.copy_(self.llama.lm_head(self.llama(x, self.cache, run_layer)[:, -1]))
         self.token.copy_(self.logits.argmax(-1))
 
     def record(self):
@@ -445,7 +445,7 @@ class Hawk(nn.Module):
         """Frames {branch: (B, T, 3, H, W)} in [0, 1] -> {branch: (B, T, Q, C)}, which can be cached."""
         B, T = streams[self.config.branches[0]].shape[:2]
         images = torch.cat([streams[name].flatten(0, 1) for name in self.config.branches])
-        images = images.to(self.vit.cls_token.dtype).split(32)  # so that memory does not grow with B
+        images = images.to(self.vit.cls_token.dtype).split(32)  # bounds the memory of activations
         features = torch.cat([self.vit(x) for x in images]).chunk(len(self.config.branches))
         pairs = zip(self.config.branches, features, strict=True)  # of (B·T, 1 + patches, C)
         return {name: self.branch(name).frames(x).unflatten(0, (B, T)) for name, x in pairs}
@@ -499,11 +499,10 @@ class Hawk(nn.Module):
         if motion_input_ids is not None and "motion" in c.branches:
             soft = clips.tokens.split(c.n_video_queries, dim=1)[c.branches.index("motion")]
             motion_language = self.language_loss(motion_input_ids, motion_labels, soft, per_sample)
-        consistency = self.consistency_loss(clips)
-        total = c.video_language_weight * video_language  # paper, Eq. 9
-        total = total + c.motion_language_weight * motion_language + c.consistency_weight * consistency
         losses = {"video_language": video_language, "motion_language": motion_language}
-        return losses | {"consistency": consistency, "total": total}
+        losses["consistency"] = self.consistency_loss(clips)
+        total = sum(getattr(c, f"{name}_weight") * loss for name, loss in losses.items())  # paper, Eq. 9
+        return losses | {"total": total}
 
     def forward(self, streams, input_ids, labels, **targets):
         return self.losses(self.encode(streams), input_ids, labels, **targets)
@@ -517,7 +516,7 @@ class Hawk(nn.Module):
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         padding = torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device)
         x = self.embed(ids, encoding.tokens)  # (B, S, D)
-        new = []  # B tokens of each step
+        answers = [[] for _ in rows]
         generator = torch.Generator(self.device).manual_seed(seed)
         step = self.decoding_step(x, max_new_tokens)
         step.cache.length.zero_()
@@ -525,12 +524,13 @@ class Hawk(nn.Module):
         step.read(x)
         for _ in range(max_new_tokens):
             if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
-                seen = torch.tensor(new, dtype=torch.long, device=self.device).view(-1, len(x)).T
-                token = choose(step.logits, seen, temperature, top_p, repetition_penalty, generator)
+                new = torch.tensor(answers, dtype=torch.long, device=self.device)  # (B, n)
+                token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
                 step.token.copy_(token)
-            new.append(step.token.tolist())  # here, and nowhere else, the CPU waits for the device
-            answers = [list(row) for row in zip(*new, strict=True)]
-            if (on_token and on_token(new[-1]) is False) or all(eos_id in row for row in answers):
+            tokens = step.token.tolist()  # waits for the device
+            for answer, token in zip(answers, tokens, strict=True):
+                answer.append(token)
+            if (on_token and on_token(tokens) is False) or all(eos_id in row for row in answers):
                 break
             step.run()
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]

@@ -326,6 +326,7 @@ def test_generation_equals_naive_in_any_batch(lengths, seed):
     encoding = model.encode(frames)
     assert model.generate(encoding, [row.tolist() for row in rows], max_new_tokens=8) == naive
     assert model.generate(encoding, rows, max_new_tokens=8) == naive  # the step's cache is used again
+    assert model.generate(encoding, rows, max_new_tokens=0) == [[] for _ in rows]
 
 
 def log_probability(model, encoding, ids, words):
