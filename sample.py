@@ -48,26 +48,24 @@ class Int8Linear(torch.nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype)  # (out,)
-        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+        weight = linear.weight.detach().float()  # (out, in)
+        self.scale = torch.nn.Buffer((weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype))
+        steps = weight / self.scale.float()[:, None]
+        self.weight = torch.nn.Buffer(steps.round().clamp(-127, 127).to(torch.int8))
 
     def forward(self, x):
         rows = x.flatten(0, -2)
         N, K = self.weight.shape
         if x.device.type == "cpu" and len(rows) <= 8:  # memory-bound: this kernel of torch's reads bytes
             return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
-        # --compile: inductor is left the small matrices, as it multiplies by several of them at once
+        # under --compile the small matrices are left to inductor, which multiplies by several at once
         large = N * K > 1 << 25 or not torch.compiler.is_compiling()
         if triton and x.is_cuda and len(rows) == 1 and large:
             y = x.new_empty(*x.shape[:-1], N)
             int8_product[((N + 3) // 4,)](rows, self.weight, self.scale, y, N, K, ROWS=4, BLOCK=1024)
             return y
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
-        scale = self.scale.float() if x.is_cuda else self.scale
-        return (F.linear(x, self.weight.to(x.dtype)) * scale).to(x.dtype)
+        return (F.linear(x, self.weight.to(x.dtype)) * self.scale.float()).to(x.dtype)
 
 
 if triton:
@@ -77,7 +75,7 @@ if triton:
         """y (N,) = scale · (weight (N, K) x): each program computes ROWS of y, BLOCK columns at a time."""
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in tl.range(0, K, BLOCK, num_stages=3):  # the next columns are on their way by then
+        for start in tl.range(0, K, BLOCK, num_stages=3):  # the next columns load meanwhile
             k = start + tl.arange(0, BLOCK)
             inside = (n < N)[:, None] & (k < K)
             w = tl.load(weight + n[:, None] * K + k, mask=inside, other=0).to(tl.float32)
