@@ -926,9 +926,12 @@ def usable_device(name=None):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(device for device in there if there[device])
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":  # CUDA graphs and Triton's kernels run on the current one
+        torch.cuda.set_device(device)
+    return device
 
 
 def peak_memory_mb(device):

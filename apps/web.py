@@ -26,7 +26,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from apps.look import motion_sheet, write_picture
-from data import DESCRIBE_QUESTIONS
+from data import DESCRIBE_QUESTIONS, usable_device
 from sample import (
     HELP,
     PROBLEMS,
@@ -87,7 +87,7 @@ class Page:
         self.max_new_tokens = max_new_tokens
         self.uploads = Path(uploads)
         self.users = {}
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1, initializer=usable_device, initargs=[model.device])
         self.work = Future()  # the last work that the thread was given
         self.work.set_result(None)
 

@@ -167,6 +167,7 @@ class Generator(torch.Generator):  # draws on the CPU, so that the draws can be 
 @contextmanager
 def pretended_gpu():
     present = dict(is_available=lambda: True, device_count=lambda: 1, _lazy_init=lambda: None)
+    present |= dict(set_device=lambda _: None)
     present |= dict(max_memory_allocated=lambda *_: 0, synchronize=lambda *_: None)
     present |= dict(reset_peak_memory_stats=lambda *_: None, empty_cache=lambda: None)
     present |= dict(Stream=Stream, current_stream=Stream, stream=Stream, CUDAGraph=Graph, graph=record)
