@@ -112,6 +112,31 @@ def test_int8_without_torch_s_slow_kernel(gpu, monkeypatch, rows):
     assert y.dtype == torch.bfloat16 and y.cpu().equal(expected)
 
 
+def test_int8_row_through_the_triton_kernel(gpu, monkeypatch):
+    calls = []
+
+    class Kernel:
+        def __class_getitem__(cls, grid):
+            def launch(x, weight, scale, y, N, K, **sizes):
+                calls.append((grid, N, K, sizes))
+                y.copy_(torch.nn.functional.linear(x, weight.float()) * scale)
+
+            return launch
+
+    monkeypatch.setattr("sample.triton", True)
+    monkeypatch.setattr("sample.int8_product", Kernel, raising=False)
+    linear = Int8Linear(torch.nn.Linear(32, 50, bias=False))
+    x = torch.randn(3, 1, 32)
+    expected = linear(x)
+    linear.to(gpu)
+    rows = torch.cat([linear(row.to(gpu)[None]) for row in x])
+    assert calls == [((13,), 50, 32, {"ROWS": 4, "BLOCK": 1024})] * 3
+    assert rows.shape == (3, 1, 50)
+    torch.testing.assert_close(rows.cpu(), expected)
+    linear(x.to(gpu))  # a batch is left to the plain product
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("more", ["--train lora --accumulate 2", "--train all --stage 1"])
 def test_training(world, tmp_path, more):
     row = {"description": "A red car.", "motion": "car drives"}
