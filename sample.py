@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
@@ -285,10 +284,9 @@ def add_model_options(p):
 
 def main(argv=None):
     p = Parser(__doc__)
-    add = partial(p.add_argument, action="extend", metavar="VIDEO")
-    add("video", nargs="*", help="video files, or folders of numbered pictures")
-    add("--video", nargs="+", help="the same")
     add = p.add_argument
+    add("video", nargs="*", action="extend", metavar="VIDEO", help="files, or folders of numbered pictures")
+    add("--video", nargs="+", action="extend", metavar="VIDEO", help="the same")
     add("--question", help=f"default: {data.DESCRIBE_QUESTIONS[0]}")
     add("--chat", action="store_true", help="ask about one video in rounds, questions from stdin")
     add("--json", action="store_true", help="one JSON object a video, also with times, memory and notes")
