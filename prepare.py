@@ -348,7 +348,7 @@ def features(args, dataset=None):
 
 
 def read_ahead(function, items, threads):
-    """As map(...), but threads work on up to two items each that are not asked for yet."""
+    """Like map(), but threads work ahead, on up to two items for each thread."""
     with ThreadPoolExecutor(threads) as pool:
         results = deque()
         for item in items:
