@@ -11,7 +11,7 @@ import torch
 from pretended_gpu import GPU, Graph, compute, pretended_gpu, record
 
 import train
-from data import farneback
+from data import farneback, usable_device
 from hawk import Hawk
 from sample import Int8Linear, ask, encode_clips, encode_video, generate, load
 
@@ -60,6 +60,13 @@ def test_flow(gpu):
     flow = farneback(first.to(gpu), second.to(gpu))
     assert flow.device == GPU
     torch.testing.assert_close(flow.cpu(), farneback(first, second), rtol=0, atol=1e-4)
+
+
+def test_the_device_becomes_the_current_one(gpu, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert usable_device("cuda:0") == gpu and chosen == [gpu]
+    assert usable_device("cpu") == torch.device("cpu") and chosen == [gpu]
 
 
 OPTIONS = [{}, dict(beams=3), dict(temperature=0.9, top_p=0.9, repetition_penalty=1.3), dict(int8=True)]
