@@ -7,8 +7,7 @@
     model = Hawk.from_pretrained("weights/tiny")
     encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
     ids = model.generate(encoding, input_ids)  # lists of new token ids
-Letters: B batch, T frames, S tokens, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads.
-The README has the shapes and the number of parameters of each step in both presets."""
+Letters: B batch, T frames, S tokens, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads."""
 
 import hashlib
 import json
@@ -26,8 +25,16 @@ from safetensors.torch import save_file
 COMPARED = ("appearance", "motion")  # the branches whose features the consistency loss compares
 FROZEN = ("ln_vision", "queries", "qformer")  # the frame-level part of a branch: BLIP-2's
 
-
 # ---- Configuration -----------------------------------------------------------------------------------------
+# A clip on its way through the model         7b: shape        parameters    tiny: shape       parameters
+#   ViT, on the frames of every branch        (32, 257, 1408)  985,894,528   (8, 65, 128)         876,416
+#   ln_vision, queries, frame Q-Former        (32, 32, 768)    105,165,056   (8, 16, 128)         531,712
+#   + frame position, frames side by side     (1024, 768)           24,576   (128, 128)             1,024
+#   video Q-Former and its queries            (32, 768)         18,929,664   (32, 128)            533,504
+#   proj_0, encoder_0, encoder_1, decoder_2   (32, 4096)        37,761,280   (32, 192)            105,056
+#   LLaMA, over the whole sentence            (S, 4096)      6,738,415,616   (S, 192)           2,164,416
+
+
 @dataclass
 class HawkConfig:  # every size and choice, flat; the defaults are the published 7B model
     branches: tuple = ("appearance", "motion")  # streams of a clip, in the order of their soft tokens
