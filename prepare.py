@@ -116,10 +116,7 @@ SHAPES = {  # released name of a tensor: what its dimensions are in HawkConfig
     "video_frame_position_embedding.weight": ["n_frames"], "video_query_tokens": (None, "n_video_queries"),
     "llama_proj_last.encoder_1.weight": ["tight_dim"],
 }  # fmt: skip
-LAYERS = {  # HawkConfig: the released names that are counted, one a layer
-    "vit_depth": r"blocks\.\d+\.norm1\.bias", "qformer_layers": r"Qformer\.bert.+output_query\.dense\.bias",
-    "video_layers": r"video_Qformer\.bert.+output_query\.dense\.bias",
-}  # fmt: skip
+LAYERS = {"vit_depth": "blocks", "qformer_layers": "Qformer", "video_layers": "video_Qformer"}  # counted
 
 
 def infer_config(file, llama, held, overrides):
@@ -143,8 +140,9 @@ def infer_config(file, llama, held, overrides):
     for name, fields in SHAPES.items():
         c |= zip(fields, held[name].read().shape if name in held else (), strict=False)
     c.pop(None, None)
-    for field, pattern in LAYERS.items():
-        c[field] = sum(re.fullmatch(pattern, name) is not None for name in held) or c[field]
+    for field, stack in LAYERS.items():
+        numbers = {found[1] for name in held if (found := re.match(rf"{stack}\D*\.(\d+)\.", name))}
+        c[field] = len(numbers) or c[field]
     c["image_size"] = round(max(0, c["image_size"] - 1) ** 0.5) * c["patch_size"]  # less the class token
     whole = any(name.startswith(("norm.", "head.")) for name in held)  # one block more than used
     c["vit_depth"] = 39 if c["vit_dim"] == 1408 else c["vit_depth"] - whole
