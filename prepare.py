@@ -14,7 +14,7 @@ import signal
 import sys
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter, deque, namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -346,15 +346,13 @@ def features(args, dataset=None):
 
 
 def read_ahead(function, items, threads):
-    """As map(...), but threads work on up to two items each that are not asked for yet."""
+    """As map(...) of a sequence, but threads work on up to two items each that are not asked for yet."""
     with ThreadPoolExecutor(threads) as pool:
-        results = deque()
-        for item in items:
-            results.append(pool.submit(function, item))
-            if len(results) > 2 * threads:
-                yield results.popleft().result()
-        for result in results:
-            yield result.result()
+        ahead = [pool.submit(function, item) for item in items[: 2 * threads]]
+        for item in items[2 * threads :]:
+            yield ahead.pop(0).result()
+            ahead.append(pool.submit(function, item))
+        yield from (result.result() for result in ahead)
 
 
 class FeatureDataset(data.ClipDataset):
