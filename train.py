@@ -238,12 +238,10 @@ def load(dataset, order, args, device, most=math.inf):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
-        for error in batch["errors"]:
-            line = json.dumps(error) + "\n"
-            if line not in listed.read_text():
-                with listed.open("a") as file:
-                    file.write(line)
         unread = len(batch["errors"])
+        lines = {json.dumps(error) + "\n" for error in batch["errors"]}
+        with listed.open("r+") as file:
+            file.writelines(sorted(lines.difference(file)))
         bad = {json.loads(line)["video"] for line in listed.open()} if unread else ()
         advice = f"see {listed.name}; when they are mended, delete it"
         require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
