@@ -50,12 +50,11 @@ class HawkTask:
         """The samples of the "train" split, or of the "test" split, which are held out."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
-        features = None
+        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
+        samples = data.HawkDataset(*given, None, args.max_tokens, args.motion_targets)
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
-            features = data.CachedFeatures(*cache)
-        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
-        samples = data.HawkDataset(*given, features, args.max_tokens, args.motion_targets)
+            samples.features = data.CachedFeatures(*cache)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
             about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
