@@ -257,8 +257,7 @@ def weights(args):
     used = {found.origin for found in ours.values()}
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
     for name, (origin, read) in held.items():
-        fits = origin in used or re.fullmatch(known, name)
-        require(fits, f"{origin} {tuple(read().shape)} is unknown to the model")
+        require(origin in used or re.fullmatch(known, name), f"{origin} {tuple(read().shape)} is unknown")
     dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
     write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
