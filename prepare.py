@@ -483,10 +483,9 @@ def hawk(args):
         print(f"{source:14}{count:7} {column}")
     if args.tokenizer:  # as sampled from a video of about two minutes: 32 times in the prompt
         encode = partial(data.Tokenizer(args.tokenizer).encode_conversation, message="60.0, " * 32)
-        texts = [row["description"] for split in rows.values() for row in split]
-        turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": text} for text in texts]
+        turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": row["description"]} for row in sum(rows.values(), [])]
         lost = sum(len(encode([turn], max_tokens=513)[0]) > 512 for turn in turns)
-        print(f"{lost} of {len(texts)} descriptions lose their end at the released 512 tokens (--max-tokens)")
+        print(f"{lost} of {len(turns)} descriptions lose their end at the released 512 tokens (--max-tokens)")
 
 
 def hawk_row(entry, videos, places):
