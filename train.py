@@ -321,7 +321,6 @@ def main(argv=None, task=None):
     args = parse_args(argv, task)
     rank, world, device, last = begin(args)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)
     tokenizer = data.Tokenizer(tokenizer_file, model.config.vocab_size)
     train_set = task.dataset(args, model, tokenizer, "train")
