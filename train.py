@@ -385,15 +385,13 @@ def main(argv=None, task=None):
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
     if rank == 0 and stop:
         note("stopped, and saved; the same command with --resume continues")
-    if signal.SIGINT in stop:
-        raise KeyboardInterrupt
+    return 130 if signal.SIGINT in stop else 0
 
 
 def run(argv=None, task=None):
     """`main` as a program: returns the exit status, and prints an error as one line."""
     try:
-        main(argv, task)
-        return 0
+        return main(argv, task)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
