@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
@@ -212,16 +212,15 @@ def micro_batches(n, args, start, rank, world):
     """Yields this process's micro-batches from step `start` on: lists of sample numbers (epoch * n + index).
     All epochs form one line of positions; a micro-batch takes the next few for all processes together."""
     together = args.batch_size // args.accumulate
-    epoch = None
+
+    @lru_cache(1)
+    def order(epoch):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        return torch.randperm(n, generator=generator).tolist()
+
     for first in range(start * args.batch_size, args.steps * args.batch_size, together):
-        numbers = []
-        for position in range(first + rank, first + together, world):
-            if position // n != epoch:
-                epoch = position // n
-                generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-                order = torch.randperm(n, generator=generator).tolist()
-            numbers.append(epoch * n + order[position % n])
-        yield numbers
+        positions = range(first + rank, first + together, world)
+        yield [position // n * n + order(position // n)[position % n] for position in positions]
 
 
 def load(dataset, order, args, device, most=math.inf):
