@@ -237,9 +237,10 @@ def load(dataset, order, args, device, most=math.inf):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
         unread = len(batch["errors"])
-        lines = {json.dumps(error) + "\n" for error in batch["errors"]} - set(listed.open())
-        with listed.open("a") as file:  # which all processes share
-            file.writelines(sorted(lines))
+        lines = {json.dumps(error) + "\n" for error in batch["errors"]}
+        with listed.open("a+") as file:  # which all processes share, and anyone may delete
+            file.seek(0)
+            file.writelines(sorted(lines.difference(file)))
         bad = {json.loads(line)["video"] for line in listed.open()} if unread else ()
         advice = f"see {listed.name}; when they are mended, delete it"
         require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
