@@ -1,9 +1,10 @@
-"""Jobs that run once, before anything is trained or asked. One sub-command each, in this order:
+"""Jobs that run once, before anything is trained or asked. One sub-command each:
 
-python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b
-python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
-python prepare.py merge --weights runs/x/last --out weights/x
-python prepare.py hawk --annotations PATH --videos DIR --out data/hawk
+    python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b
+    python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
+    python prepare.py merge --weights runs/x/last --out weights/x
+    python prepare.py hawk --annotations PATH --videos DIR --out data/hawk
+Top to bottom: weights (names, sizes, the motion Q-Former that no file holds), features, merge, hawk.
 """
 
 import json
@@ -115,7 +116,7 @@ SHAPES = {  # released name of a tensor: what its dimensions are in HawkConfig
     "video_frame_position_embedding.weight": ["n_frames"], "video_query_tokens": (None, "n_video_queries"),
     "llama_proj_last.encoder_1.weight": ["tight_dim"],
 }  # fmt: skip
-LAYERS = {"vit_depth": "blocks", "qformer_layers": "Qformer", "video_layers": "video_Qformer"}  # to count
+LAYERS = {"vit_depth": "blocks", "qformer_layers": "Qformer", "video_layers": "video_Qformer"}  # counted
 
 
 def infer_config(file, llama, held, overrides):
