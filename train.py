@@ -51,7 +51,7 @@ class HawkTask:
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
         given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
-        samples = data.HawkDataset(*given, None, args.max_tokens, args.motion_targets)
+        samples = data.HawkDataset(*given, max_tokens=args.max_tokens, motion_targets=args.motion_targets)
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
             samples.features = data.CachedFeatures(*cache)
