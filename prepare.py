@@ -14,7 +14,7 @@ import signal
 import sys
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter, deque, namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -116,10 +116,7 @@ SHAPES = {  # released name of a tensor: what its dimensions are in HawkConfig
     "video_frame_position_embedding.weight": ["n_frames"], "video_query_tokens": (None, "n_video_queries"),
     "llama_proj_last.encoder_1.weight": ["tight_dim"],
 }  # fmt: skip
-LAYERS = {  # HawkConfig: the released names that are counted, one a layer
-    "vit_depth": r"blocks\.\d+\.norm1\.bias", "qformer_layers": r"Qformer\.bert.+output_query\.dense\.bias",
-    "video_layers": r"video_Qformer\.bert.+output_query\.dense\.bias",
-}  # fmt: skip
+LAYERS = {"vit_depth": "blocks", "qformer_layers": "Qformer", "video_layers": "video_Qformer"}  # counted
 
 
 def infer_config(file, llama, held, overrides):
@@ -143,8 +140,9 @@ def infer_config(file, llama, held, overrides):
     for name, fields in SHAPES.items():
         c |= zip(fields, held[name].read().shape if name in held else (), strict=False)
     c.pop(None, None)
-    for field, pattern in LAYERS.items():
-        c[field] = sum(re.fullmatch(pattern, name) is not None for name in held) or c[field]
+    for field, stack in LAYERS.items():
+        numbers = {found[1] for name in held if (found := re.match(rf"{stack}\D*\.(\d+)\.", name))}
+        c[field] = len(numbers) or c[field]
     c["image_size"] = round(max(0, c["image_size"] - 1) ** 0.5) * c["patch_size"]  # less the class token
     whole = any(name.startswith(("norm.", "head.")) for name in held)  # one block more than used
     c["vit_depth"] = 39 if c["vit_dim"] == 1408 else c["vit_depth"] - whole
@@ -260,8 +258,7 @@ def weights(args):
     used = {found.origin for found in ours.values()}
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
     for name, (origin, read) in held.items():
-        fits = origin in used or re.fullmatch(known, name)
-        require(fits, f"{origin} {tuple(read().shape)} is unknown to the model")
+        require(origin in used or re.fullmatch(known, name), f"{origin} {tuple(read().shape)} is unknown")
     dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
     write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
@@ -348,15 +345,13 @@ def features(args, dataset=None):
 
 
 def read_ahead(function, items, threads):
-    """Like map(), but threads work ahead, on up to two items for each thread."""
+    """Like map() over a sequence, but threads work ahead, on up to two items for each thread."""
     with ThreadPoolExecutor(threads) as pool:
-        results = deque()
-        for item in items:
-            results.append(pool.submit(function, item))
-            if len(results) > 2 * threads:
-                yield results.popleft().result()
-        for result in results:
-            yield result.result()
+        ahead = [pool.submit(function, item) for item in items[: 2 * threads]]
+        for item in items[2 * threads :]:
+            yield ahead.pop(0).result()
+            ahead.append(pool.submit(function, item))
+        yield from (result.result() for result in ahead)
 
 
 class FeatureDataset(data.ClipDataset):
@@ -489,10 +484,9 @@ def hawk(args):
         print(f"{source:14}{count:7} {column}")
     if args.tokenizer:  # as sampled from a video of about two minutes: 32 times in the prompt
         encode = partial(data.Tokenizer(args.tokenizer).encode_conversation, message="60.0, " * 32)
-        texts = [row["description"] for split in rows.values() for row in split]
-        turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": text} for text in texts]
+        turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": row["description"]} for row in sum(rows.values(), [])]
         lost = sum(len(encode([turn], max_tokens=513)[0]) > 512 for turn in turns)
-        print(f"{lost} of {len(texts)} descriptions lose their end at the released 512 tokens (--max-tokens)")
+        print(f"{lost} of {len(turns)} descriptions lose their end at the released 512 tokens (--max-tokens)")
 
 
 def hawk_row(entry, videos, places):

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
@@ -50,12 +50,11 @@ class HawkTask:
         """The samples of the "train" split, or of the "test" split, which are held out."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
-        features = None
+        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
+        samples = data.HawkDataset(*given, max_tokens=args.max_tokens, motion_targets=args.motion_targets)
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
-            features = data.CachedFeatures(*cache)
-        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
-        samples = data.HawkDataset(*given, features, args.max_tokens, args.motion_targets)
+            samples.features = data.CachedFeatures(*cache)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
             about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
@@ -213,16 +212,15 @@ def micro_batches(n, args, start, rank, world):
     """Yields this process's micro-batches from step `start` on: lists of sample numbers (epoch * n + index).
     All epochs form one line of positions; a micro-batch takes the next few for all processes together."""
     together = args.batch_size // args.accumulate
-    epoch = None
+
+    @lru_cache(1)
+    def order(epoch):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        return torch.randperm(n, generator=generator).tolist()
+
     for first in range(start * args.batch_size, args.steps * args.batch_size, together):
-        numbers = []
-        for position in range(first + rank, first + together, world):
-            if position // n != epoch:
-                epoch = position // n
-                generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-                order = torch.randperm(n, generator=generator).tolist()
-            numbers.append(epoch * n + order[position % n])
-        yield numbers
+        positions = range(first + rank, first + together, world)
+        yield [position // n * n + order(position // n)[position % n] for position in positions]
 
 
 def load(dataset, order, args, device, most=math.inf):
@@ -238,12 +236,11 @@ def load(dataset, order, args, device, most=math.inf):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
-        for error in batch["errors"]:
-            line = json.dumps(error) + "\n"
-            if line not in listed.read_text():
-                with listed.open("a") as file:
-                    file.write(line)
         unread = len(batch["errors"])
+        lines = {json.dumps(error) + "\n" for error in batch["errors"]}
+        with listed.open("a+") as file:  # which all processes share, and anyone may delete
+            file.seek(0)
+            file.writelines(sorted(lines.difference(file)))
         bad = {json.loads(line)["video"] for line in listed.open()} if unread else ()
         advice = f"see {listed.name}; when they are mended, delete it"
         require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
@@ -324,7 +321,6 @@ def main(argv=None, task=None):
     args = parse_args(argv, task)
     rank, world, device, last = begin(args)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    # the model, its samples, and the module that computes its losses
     model, tokenizer_file = build(args, last if args.resume else args.weights, device)
     tokenizer = data.Tokenizer(tokenizer_file, model.config.vocab_size)
     train_set = task.dataset(args, model, tokenizer, "train")
@@ -389,15 +385,13 @@ def main(argv=None, task=None):
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
     if rank == 0 and stop:
         note("stopped, and saved; the same command with --resume continues")
-    if signal.SIGINT in stop:
-        raise KeyboardInterrupt
+    return 130 if signal.SIGINT in stop else 0
 
 
 def run(argv=None, task=None):
     """`main` as a program: returns the exit status, and prints an error as one line."""
     try:
-        main(argv, task)
-        return 0
+        return main(argv, task)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
