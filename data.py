@@ -183,19 +183,16 @@ def open_folder(path, fps):
         for entry in os.scandir(path):
             found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
             if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
-                numbered.setdefault(int(found[1]), []).append(entry.path)
-    except OSError as error:
-        raise VideoError(path, error.strerror) from None
-    for names in numbered.values():
-        if len(names) > 1:
-            names = " and ".join(map(os.path.basename, names[:2]))
-            raise VideoError(path, f"{names} have the same number; keep one series of pictures")
-    if not numbered:
-        raise VideoError(path, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
+                twin = numbered.setdefault(int(found[1]), entry)
+                names = f"{twin.name} and {entry.name}"
+                require(twin is entry, f"{names} have the same number; keep one series of pictures")
+        require(numbered, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
+    except (OSError, ValueError) as error:
+        raise VideoError(path, getattr(error, "strerror", None) or error) from None
     numbers = sorted(numbered)
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
-    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n][0] for n in numbers])
+    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n].path for n in numbers])
 
 
 def read_files(video, size, numbers):
