@@ -115,12 +115,10 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
 
 
 def read_frames(pipe, times, size):
-    while True:
-        frame = np.empty((size, size, 3), np.uint8)
-        if pipe.readinto(frame.data.cast("B")) < frame.size:
-            return
+    frame = np.empty((size, size, 3), np.uint8)
+    while pipe.readinto(frame) == frame.size:
         ticks, tick = times.readline().split(",")
-        yield int(ticks) * Fraction(tick), frame
+        yield int(ticks) * Fraction(tick), frame.copy()
 
 
 def check_run(path, code, log, count):
