@@ -234,17 +234,16 @@ def open_video(path, size, fps=25):
         else:  # stream, dts, pts, duration, size, checksum, and F=0x10 or so unless the flags are just "key"
             flags = [int(entry[2:], 16) for entry in fields if entry.startswith("F=")]
             table.extend((int(fields[2]), *(flags or [1])))
-    stamps, flags = np.array(table, dtype=np.int64).reshape(-1, 2).T
-    order = np.argsort(stamps)  # packets are in the order of decoding
-    stamps = stamps[order]
-    keys = np.flatnonzero(flags[order] & 1)
+    packets = np.array(table, dtype=np.int64).reshape(-1, 2)
+    stamps, flags = packets[np.argsort(packets[:, 0])].T  # they came in the order of decoding
+    keys = np.flatnonzero(flags & 1)
     ordinary = not (flags & ~0x11).any()  # "key" and "disposable": no packet is to be left out
     if not np.diff(stamps).all() or not ordinary or 0 not in keys[:1] or "[error]" in log[0]:
         return decode_all(path, size)
     tick = Fraction(header["#tb"])
     seconds = (stamps - stamps[0]) * float(tick.numerator) / tick.denominator
     seekable = re.search(r"^\[info\] Input #0, (mov|matroska),", log[0], re.M)
-    codec = header["#codec_id"] if seekable else ""
+    codec = seekable and header["#codec_id"]
     return Video(path, seconds, [], stamps=stamps, tick=tick, keys=keys, codec=codec)
 
 
