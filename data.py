@@ -156,9 +156,8 @@ def damage(video):
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
     concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
     bad = failed + sum(int(again or 0) + 1 for again in concealed)
-    lost = max((video.promised or 0) - decoded - failed, 0) if bad else 0  # in silence
-    bad += lost
-    total = decoded + failed + lost
+    total = max(video.promised or 0, decoded + failed)
+    bad += (total - decoded - failed) * (bad > 0)  # those lost in silence
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     # references are missing also where an intact video was cut
