@@ -635,9 +635,8 @@ class Tokenizer:
                 prompt += self.sp.encode(f"</Video> {plain_text(message + turn['q'])} [/INST]")
             else:
                 prompt = self.sp.encode(f"[INST] {plain_text(turn['q'])} [/INST]")
-            answer = []
-            if turn["a"]:  # the dummy prefix of this piece is the space after [/INST]
-                answer = self.sp.encode(plain_text(turn["a"]) + " ") + [self.eos]
+            # the dummy prefix of this piece is the space after [/INST]
+            answer = self.sp.encode(plain_text(turn["a"]) + " ") + [self.eos] if turn["a"] else []
             ids += [self.bos] + prompt + answer
             labels += [IGNORE] * (1 + len(prompt)) + answer
         return ids[:max_tokens], labels[:max_tokens]
