@@ -351,14 +351,14 @@ def seek(video, size, numbers):
 BLOCK = 3  # pairs of frames whose flow a thread computes at a time: more do not fit into its cache
 
 
-def in_threads(function, *items):
+def in_threads(function, items):
     """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
     with the first items while later ones are still made."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # glibc then keeps freed blocks of up to this size: 10% faster
     try:
         with ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, *items))
+            return list(pool.map(function, items))
     finally:
         torch.set_num_threads(threads)
 
@@ -376,13 +376,11 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
     parabola f(u) = uᵀA u + bᵀu + c. If the second is the first shifted by d, then f₂(u) = f₁(u - d),
     so A₂ = A₁ and b₂ = b₁ - 2 A d. Hence A d = (b₁ - b₂)/2: two equations a pixel, solved by
     least squares over a window. Large shifts are found in small images first; finer scales correct."""
-    previous = torch.as_tensor(previous)
-    pairs = [frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, torch.as_tensor(current))]
-    scales = [0.5**k for k in range(levels + 1) if k == 0 or min(previous.shape[-2:]) * 0.5**k >= 32]
+    pairs = torch.stack([torch.as_tensor(frames).float() for frames in (previous, current)])
+    scales = [0.5**k for k in range(levels + 1) if k == 0 or min(pairs.shape[-2:]) * 0.5**k >= 32]
 
-    def coarse_to_fine(previous, current):  # (B, H, W) -> (2, B, H, W)
-        frames = torch.stack([previous.float(), current.float()])
-        flow = frames.new_zeros(2, len(previous), 1, 1)
+    def coarse_to_fine(frames):  # (2, B, H, W) -> flow (2, B, H, W)
+        flow = frames.new_zeros(2, frames.shape[1], 1, 1)
         for scale in reversed(scales):
             images = blur_and_shrink(frames, scale)  # (2, B, h, w)
             flow = 2 * F.interpolate(flow, images.shape[-2:], mode="bilinear")
@@ -394,11 +392,12 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
                 flow = improve(flow, first, second, winsize)
         return flow
 
-    blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
+    flat = pairs.reshape(2, -1, *pairs.shape[-2:])
+    blocks = flat.split(BLOCK if flat.device.type == "cpu" else flat.shape[1], dim=1)
     # A thread takes whole blocks: single steps are too short to be divided.
-    in_order = in_threads if len(blocks[0]) > 1 else map
-    flow = torch.cat([*in_order(coarse_to_fine, *blocks)], dim=1)
-    return flow.permute(1, 2, 3, 0).reshape(*previous.shape, 2)
+    in_order = in_threads if len(blocks) > 1 else map
+    flow = torch.cat([*in_order(coarse_to_fine, blocks)], dim=1)
+    return flow.permute(1, 2, 3, 0).reshape(*pairs.shape[1:], 2)
 
 
 def correlate(images, dim, weights, sign=1):
