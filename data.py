@@ -40,14 +40,15 @@ from hawk import is_frame_level, require
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
 CONTAINERS += ",mxf,dv,wtv,dhav,yuv4mpegpipe,mjpeg,jpeg_pipe"
 SUPPORTED = "mp4, mkv, webm, avi, ts, wmv, dav, y4m, mjpeg and so on, and folders of numbered pictures"
-PICTURES = "image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe"  # formats of the files of a folder
+# The files of a folder are pictures, and neither patterns nor lists of others.
+PICTURES = b"option pattern_type none\noption format_whitelist image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe\n"
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
 SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
 HELD_BYTES = 96 << 20  # of frames, at most, that an open video holds
 SEEK_MARGIN = 24  # a seek aims this many frames ahead: those right behind a keyframe may need earlier ones
 # Codecs in which decoding from a keyframe is exact, and the NAL unit types of such keyframes (None: any).
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
-PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists packets without decoding
+PACKETS = " -c copy -copyinkf -copypriorss 1 -f framecrc pipe:1"  # lists packets without decoding
 
 # When each frame is shown (seconds since the first); what ffmpeg said, a text a run; notes for the user.
 # All frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks,
@@ -75,20 +76,23 @@ def check_file(path):
     return size
 
 
-def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=None, patient=False):
-    """Runs ffmpeg on one file, without shell or network, and yields what it writes: lines, or, given the size
-    of frames, (time stamp in seconds, (size, size, 3) uint8 RGB). Raises VideoError, also after the last one.
-    output, before: options after and before the input. log: a list that gets all messages as one more text.
-    stdin: an open file in place of `path`. patient: no time limit, as the caller takes time between items."""
-    seconds = 0 if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
+def ffmpeg(path, log, size=None, terms="1", before="", after="", stdin=None, threads=None, patient=False):
+    """Runs ffmpeg on one file, without shell or network, and yields a line a packet or, given a size, frames:
+    (time stamp in seconds, (size, size, 3) uint8 RGB), those for which a term holds. Raises VideoError, also
+    after the last one. log: None, or a list that gets all messages as one text. before, after: options before
+    and after the input. stdin: an open file in place of `path`, without a time limit. patient: no limit."""
+    seconds = threading.TIMEOUT_MAX if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} -max_pixels 100000000"
     options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -copyts"
-    options += " -hide_banner -nostats -v level+verbose"
+    options += f" -hide_banner -nostats -v level+verbose {before} -i"
     times, times_end = os.pipe()  # for the time stamps of frames, one a line
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), *before, "-i", source, "-an", "-sn", "-dn"]
-    command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
+    if size:
+        after += f" -vf select='{'+'.join(terms)}',scale={size}:{size}:flags=bilinear -fps_mode passthrough"
+        after += f" -enc_time_base demux -stats_enc_pre pipe:{times_end} -stats_enc_pre_fmt {{pts}},{{tb}}"
+    after += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1" if size else PACKETS
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), source, "-an", "-sn", "-dn", *after.split()]
     with open(times) as times, tempfile.TemporaryFile() as messages:
         pipes = {"stdin": stdin or DEVNULL, "stdout": PIPE, "stderr": messages, "pass_fds": [times_end]}
         with Popen(command, **pipes, pipesize=1 << 20, process_group=0) as process:
@@ -139,14 +143,6 @@ def check_run(path, code, log, count):
         error = re.search(r"^(?:\[[^]]* @ [^]]*\] )*\[(?:error|fatal)\] (.*?)(?: '.*)?$", log, re.M)
         hint = "; in a pipe, an mp4 needs its index in front: ffmpeg -movflags +faststart" * (path == "-")
         raise VideoError(path, f"cannot be read as a video ({error[1] if error else 'no frames'}){hint}")
-
-
-def frame_options(size, terms=()):
-    """Options for size x size frames: all, or those for which a term holds."""
-    select = f"select='{'+'.join(terms)}'," if terms else ""
-    output = "-fps_mode passthrough -enc_time_base demux -stats_enc_pre TIMES -stats_enc_pre_fmt {pts},{tb}"
-    output += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1"
-    return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *output.split()]
 
 
 def damage(video):
@@ -201,11 +197,10 @@ def read_files(video, size, numbers):
             if re.search("[\r\n]", name):
                 raise VideoError(name, "has a line break in its path; rename it")
             quoted = os.fsencode(name).replace(b"'", rb"'\''")
-            listing.write(b"file 'file:%s'\nduration 1\noption pattern_type none\n" % quoted)
-            listing.write(f"option format_whitelist {PICTURES}\n".encode())
+            listing.write(b"file 'file:%s'\nduration 1\n%s" % (quoted, PICTURES))
         listing.seek(0)
-        before = "-f concat -safe 0 -format_whitelist concat".split()
-        frames = ffmpeg(video.path, frame_options(size), size, before, video.log, listing, patient=True)
+        before = "-f concat -safe 0 -format_whitelist concat"
+        frames = ffmpeg(video.path, video.log, size, before=before, stdin=listing)
         with suppress(VideoError):  # the picture is named instead
             for (stamp, frame), number in zip(frames, numbers, strict=False):
                 if stamp != count:
@@ -226,7 +221,7 @@ def open_video(path, size, fps=25):
     log = []
     header = {}
     table = array("q")  # stamp and flags of each packet: 16 bytes a frame, also for a million of them
-    for line in ffmpeg(path, PACKETS, log=log):
+    for line in ffmpeg(path, log):
         fields = line.decode().replace(",", " ").split()
         if fields[0].startswith("#"):
             header[fields[0]] = fields[-1]
@@ -272,7 +267,7 @@ def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
     before = float("inf")
     step = Fraction(1, 25)
     shown = -step
-    for stamp, frame in ffmpeg(path, frame_options(size), size, (), log, stdin, patient=patient or stdin):
+    for stamp, frame in ffmpeg(path, log, size, stdin=stdin, patient=patient):
         step = stamp - before if stamp > before else step  # a clock that steps back repeats its last step
         shown += step
         before = stamp
@@ -308,7 +303,7 @@ def decode(video, size, numbers):
     # Seeks are exact from clean keyframes, and with many of them faster than decoding all.
     seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
     if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
-        table = ffmpeg(video.path, ["-bsf:v", f"filter_units=pass_types={clean}", *PACKETS])
+        table = ffmpeg(video.path, None, after=f"-bsf:v filter_units=pass_types={clean}")
         seeks = sum(not line.startswith(b"#") for line in table) == len(video.keys)
     if video.frames:
         yield from ((number, video.frames[number]) for number in numbers)
@@ -317,10 +312,10 @@ def decode(video, size, numbers):
     elif seeks:
         yield from seek(video, size, numbers)
     else:
-        wanted = frame_options(size, [f"eq(n,{number})" for number in numbers])
+        wanted = [f"eq(n,{number})" for number in numbers]
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
-        frames = ffmpeg(video.path, wanted, size, log=video.log, threads=threads)
+        frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
         yield from ((number, frame) for (_, frame), number in zip(frames, numbers, strict=False))
         if f"; {len(video.seconds)} frames decoded;" not in video.log[-1]:
             raise EOFError
@@ -330,13 +325,13 @@ def seek(video, size, numbers):
     """As `decode`, but neighbours are decoded from a keyframe before them, by several runs at a time."""
 
     def decode_neighbours(wanted):
-        options = ["-frames:v", str(len(wanted))]
-        options += frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted])
-        start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
-        before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
-        before = before if wanted[0] > SEEK_MARGIN else []
+        terms = [f"eq(pts,{stamp})" for stamp in video.stamps[wanted]]
+        first = max(0, wanted[0] - SEEK_MARGIN)
+        start = float(int(video.stamps[first]) * video.tick)
+        before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}" if first else ""
+        after = f"-frames:v {len(wanted)}"
         with suppress(VideoError):  # then there are none
-            return list(ffmpeg(video.path, options, size, before, video.log, threads=1))
+            return list(ffmpeg(video.path, video.log, size, terms, before, after, threads=1))
         return []
 
     neighbours = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
