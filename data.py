@@ -40,7 +40,6 @@ from hawk import is_frame_level, require
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
 CONTAINERS += ",mxf,dv,wtv,dhav,yuv4mpegpipe,mjpeg,jpeg_pipe"
 SUPPORTED = "mp4, mkv, webm, avi, ts, wmv, dav, y4m, mjpeg and so on, and folders of numbered pictures"
-# The files of a folder are pictures, and neither patterns nor lists of others.
 PICTURES = b"option pattern_type none\noption format_whitelist image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe\n"
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
 SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
@@ -563,8 +562,7 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
 
     masked = in_threads(mask, decoded()) if on_cpu else list(map(mask, decoded()))
     streams = {name: np.stack([frames[i] for i in indices]) for name in branches}
-    for name in masks:
-        streams[name] = np.concatenate([block[name].cpu().numpy() for block in masked])
+    streams |= {name: np.concatenate([block[name].cpu().numpy() for block in masked]) for name in masks}
     shown = [round(second, 1) for second in even_times(video.seconds)[indices].tolist()]
     message = f"The video contains {len(shown)} frames sampled at {', '.join(map(str, shown))} seconds. "
     return Clip(streams, shown, message, indices, damage(video))
