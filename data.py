@@ -386,8 +386,7 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
                 flow = improve(flow, first, second, winsize)
         return flow
 
-    flat = pairs.reshape(2, -1, *pairs.shape[-2:])
-    blocks = flat.split(BLOCK if flat.device.type == "cpu" else flat.shape[1], dim=1)
+    blocks = pairs.reshape(2, -1, *pairs.shape[-2:]).split(BLOCK if pairs.is_cpu else pairs.numel(), dim=1)
     # A thread takes whole blocks: single steps are too short to be divided.
     in_order = in_threads if len(blocks) > 1 else map
     flow = torch.cat([*in_order(coarse_to_fine, blocks)], dim=1)
