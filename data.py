@@ -235,9 +235,8 @@ def open_video(path, size, fps=25):
         return decode_all(path, size)
     tick = Fraction(header["#tb"])
     seconds = (stamps - stamps[0]) * float(tick.numerator) / tick.denominator
-    seekable = re.search(r"^\[info\] Input #0, (mov|matroska),", log[0], re.M)
-    codec = seekable and header["#codec_id"]
-    return Video(path, seconds, [], stamps=stamps, tick=tick, keys=keys, codec=codec)
+    seeks = re.search(r"^\[info\] Input #0, (mov|matroska),", log[0], re.M)
+    return Video(path, seconds, [], stamps=stamps, tick=tick, keys=keys, codec=seeks and header["#codec_id"])
 
 
 def decode_all(path, size):
