@@ -708,9 +708,8 @@ def random_crop(streams, generator, scale=(0.5, 1.0)):
     left = int(generator.integers(width - w + 1))
     cropped = {}
     for name, frames in streams.items():
-        frames = frames[..., top : top + h, left : left + w].float()
-        frames = F.interpolate(frames, size=(height, width), mode="bicubic")
-        cropped[name] = frames.round().clamp(0, 255).to(torch.uint8)
+        part = frames[..., top : top + h, left : left + w].float()
+        cropped[name] = F.interpolate(part, (height, width), mode="bicubic").round().clamp(0, 255).byte()
     return cropped
 
 
