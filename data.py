@@ -255,8 +255,7 @@ def decode_all(path, size):
 
 def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
     """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) of all frames in order, as they are
-    decoded. stdin: an open file in place of `path`. fps: pictures a second of a folder. log: a list to which
-    ffmpeg's messages are added. Raises VideoError, after the last frame of a cut file."""
+    decoded. fps: pictures a second of a folder. The rest, and VideoError, as `ffmpeg`."""
     if os.path.isdir(path):
         video = open_folder(path, fps)._replace(log=log)
         for number, frame in read_files(video, size, range(len(video.files))):
