@@ -176,8 +176,7 @@ def open_folder(path, fps):
             found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
             if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
                 twin = numbered.setdefault(int(found[1]), entry)
-                names = f"{twin.name} and {entry.name}"
-                require(twin is entry, f"{names} have the same number; keep one series of pictures")
+                require(twin is entry, f"{twin.name} and {entry.name} have the same number; keep one series")
         require(numbered, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
     except (OSError, ValueError) as error:
         raise VideoError(path, getattr(error, "strerror", None) or error) from None
@@ -883,8 +882,7 @@ class CachedFeatures:
                 about = opened.metadata()
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
         except SafetensorError as error:
-            reason = f"has damaged features ({error}); remove {file} and make it again"
-            raise VideoError(video, reason) from error
+            raise VideoError(video, f"damaged features ({error}); remove {file} and make it again") from error
         if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
             raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
