@@ -384,8 +384,7 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
         return flow
 
     blocks = pairs.reshape(2, -1, *pairs.shape[-2:]).split(BLOCK if pairs.is_cpu else pairs.numel(), dim=1)
-    # A thread takes whole blocks: single steps are too short to be divided.
-    in_order = in_threads if len(blocks) > 1 else map
+    in_order = in_threads if len(blocks) > 1 else map  # single steps are too short to be divided
     flow = torch.cat([*in_order(coarse_to_fine, blocks)], dim=1)
     return flow.permute(1, 2, 3, 0).reshape(*pairs.shape[1:], 2)
 
@@ -623,9 +622,8 @@ class Tokenizer:
                 prompt += self.sp.encode(f"</Video> {plain_text(message + turn['q'])} [/INST]")
             else:
                 prompt = self.sp.encode(f"[INST] {plain_text(turn['q'])} [/INST]")
-            # the dummy prefix of this piece is the space after [/INST]
             answer = self.sp.encode(plain_text(turn["a"]) + " ") + [self.eos] if turn["a"] else []
-            ids += [self.bos] + prompt + answer
+            ids += [self.bos] + prompt + answer  # the answer's dummy prefix is the space after [/INST]
             labels += [IGNORE] * (1 + len(prompt)) + answer
         return ids[:max_tokens], labels[:max_tokens]
 
