@@ -655,8 +655,7 @@ def read_index(path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                     row = check_row(json.loads(text, parse_constant=int))  # NaN is no JSON: int refuses it
                     rows.append(row | {"video": os.path.join(folder, row["video"])})
             except (ValueError, RecursionError) as error:
