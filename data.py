@@ -198,7 +198,7 @@ def read_files(video, size, numbers):
             listing.write(b"file 'file:%s'\nduration 1\n%s" % (quoted, PICTURES))
         listing.seek(0)
         before = "-f concat -safe 0 -format_whitelist concat"
-        frames = ffmpeg(video.path, video.log, size, before=before, stdin=listing)
+        frames = ffmpeg(video.path, video.log, size, "1", before, stdin=listing)
         with suppress(VideoError):  # the picture is named instead
             for (stamp, frame), number in zip(frames, numbers, strict=False):
                 if stamp != count:
@@ -322,9 +322,8 @@ def seek(video, size, numbers):
 
     def decode_neighbours(wanted):
         terms = [f"eq(pts,{stamp})" for stamp in video.stamps[wanted]]
-        first = max(0, wanted[0] - SEEK_MARGIN)
-        start = float(int(video.stamps[first]) * video.tick)
-        before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}" if first else ""
+        start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
+        before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}" if wanted[0] > SEEK_MARGIN else ""
         after = f"-frames:v {len(wanted)}"
         with suppress(VideoError):  # then there are none
             return list(ffmpeg(video.path, video.log, size, terms, before, after, threads=1))
