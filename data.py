@@ -40,14 +40,14 @@ from hawk import is_frame_level, require
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
 CONTAINERS += ",mxf,dv,wtv,dhav,yuv4mpegpipe,mjpeg,jpeg_pipe"
 SUPPORTED = "mp4, mkv, webm, avi, ts, wmv, dav, y4m, mjpeg and so on, and folders of numbered pictures"
-PICTURES = "image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe"  # formats of the files of a folder
+PICTURES = b"option pattern_type none\noption format_whitelist image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe\n"
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
 SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
 HELD_BYTES = 96 << 20  # of frames, at most, that an open video holds
 SEEK_MARGIN = 24  # a seek aims this many frames ahead: those right behind a keyframe may need earlier ones
 # Codecs in which decoding from a keyframe is exact, and the NAL unit types of such keyframes (None: any).
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
-PACKETS = "-c copy -copyinkf -copypriorss 1 -f framecrc pipe:1".split()  # lists packets without decoding
+PACKETS = " -c copy -copyinkf -copypriorss 1 -f framecrc pipe:1"  # lists packets without decoding
 
 # When each frame is shown (seconds since the first); what ffmpeg said, a text a run; notes for the user.
 # All frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks,
@@ -75,20 +75,23 @@ def check_file(path):
     return size
 
 
-def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=None, patient=False):
-    """Runs ffmpeg on one file, without shell or network, and yields what it writes: lines, or, given the size
-    of frames, (time stamp in seconds, (size, size, 3) uint8 RGB). Raises VideoError, also after the last one.
-    output, before: options after and before the input. log: a list that gets all messages as one more text.
-    stdin: an open file in place of `path`. patient: no time limit, as the caller takes time between items."""
-    seconds = 0 if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
+def ffmpeg(path, log, size=None, terms="1", before="", after="", stdin=None, threads=None, patient=False):
+    """Runs ffmpeg on one file, without shell or network, and yields a line a packet or, given a size, frames:
+    (time stamp in seconds, (size, size, 3) uint8 RGB), those for which a term holds. Raises VideoError, also
+    after the last one. log: None, or a list that gets all messages as one text. before, after: options before
+    and after the input. stdin: an open file in place of `path`, without a time limit. patient: no limit."""
+    seconds = threading.TIMEOUT_MAX if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} -max_pixels 100000000"
     options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -copyts"
-    options += " -hide_banner -nostats -v level+verbose"
+    options += f" -hide_banner -nostats -v level+verbose {before} -i"
     times, times_end = os.pipe()  # for the time stamps of frames, one a line
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), *before, "-i", source, "-an", "-sn", "-dn"]
-    command += [option.replace("TIMES", f"pipe:{times_end}") for option in output]
+    if size:
+        after += f" -vf select='{'+'.join(terms)}',scale={size}:{size}:flags=bilinear -fps_mode passthrough"
+        after += f" -enc_time_base demux -stats_enc_pre pipe:{times_end} -stats_enc_pre_fmt {{pts}},{{tb}}"
+    after += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1" if size else PACKETS
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), source, "-an", "-sn", "-dn", *after.split()]
     with open(times) as times, tempfile.TemporaryFile() as messages:
         pipes = {"stdin": stdin or DEVNULL, "stdout": PIPE, "stderr": messages, "pass_fds": [times_end]}
         with Popen(command, **pipes, pipesize=1 << 20, process_group=0) as process:
@@ -115,12 +118,10 @@ def ffmpeg(path, output, size=None, before=(), log=None, stdin=None, threads=Non
 
 
 def read_frames(pipe, times, size):
-    while True:
-        frame = np.empty((size, size, 3), np.uint8)
-        if pipe.readinto(frame.data.cast("B")) < frame.size:
-            return
+    frame = np.empty((size, size, 3), np.uint8)
+    while pipe.readinto(frame) == frame.size:
         ticks, tick = times.readline().split(",")
-        yield int(ticks) * Fraction(tick), frame
+        yield int(ticks) * Fraction(tick), frame.copy()
 
 
 def check_run(path, code, log, count):
@@ -143,14 +144,6 @@ def check_run(path, code, log, count):
         raise VideoError(path, f"cannot be read as a video ({error[1] if error else 'no frames'}){hint}")
 
 
-def frame_options(size, terms=()):
-    """Options for size x size frames: all, or those for which a term holds."""
-    select = f"select='{'+'.join(terms)}'," if terms else ""
-    output = "-fps_mode passthrough -enc_time_base demux -stats_enc_pre TIMES -stats_enc_pre_fmt {pts},{tb}"
-    output += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1"
-    return ["-vf", f"{select}scale={size}:{size}:flags=bilinear", *output.split()]
-
-
 def damage(video):
     """Notes on the frames that were decoded. VideoError if most of them are damaged."""
     text = "".join(video.log)
@@ -158,9 +151,8 @@ def damage(video):
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
     concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
     bad = failed + sum(int(again or 0) + 1 for again in concealed)
-    lost = max((video.promised or 0) - decoded - failed, 0) if bad else 0  # in silence
-    bad += lost
-    total = decoded + failed + lost
+    total = max(video.promised or 0, decoded + failed)
+    bad += (total - decoded - failed) * (bad > 0)  # those lost in silence
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     # references are missing also where an intact video was cut
@@ -183,19 +175,15 @@ def open_folder(path, fps):
         for entry in os.scandir(path):
             found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
             if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
-                numbered.setdefault(int(found[1]), []).append(entry.path)
-    except OSError as error:
-        raise VideoError(path, error.strerror) from None
-    for names in numbered.values():
-        if len(names) > 1:
-            names = " and ".join(map(os.path.basename, names[:2]))
-            raise VideoError(path, f"{names} have the same number; keep one series of pictures")
-    if not numbered:
-        raise VideoError(path, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
+                twin = numbered.setdefault(int(found[1]), entry)
+                require(twin is entry, f"{twin.name} and {entry.name} have the same number; keep one series")
+        require(numbered, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
+    except (OSError, ValueError) as error:
+        raise VideoError(path, getattr(error, "strerror", None) or error) from None
     numbers = sorted(numbered)
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
-    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n][0] for n in numbers])
+    return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n].path for n in numbers])
 
 
 def read_files(video, size, numbers):
@@ -207,11 +195,10 @@ def read_files(video, size, numbers):
             if re.search("[\r\n]", name):
                 raise VideoError(name, "has a line break in its path; rename it")
             quoted = os.fsencode(name).replace(b"'", rb"'\''")
-            listing.write(b"file 'file:%s'\nduration 1\noption pattern_type none\n" % quoted)
-            listing.write(f"option format_whitelist {PICTURES}\n".encode())
+            listing.write(b"file 'file:%s'\nduration 1\n%s" % (quoted, PICTURES))
         listing.seek(0)
-        before = "-f concat -safe 0 -format_whitelist concat".split()
-        frames = ffmpeg(video.path, frame_options(size), size, before, video.log, listing, patient=True)
+        before = "-f concat -safe 0 -format_whitelist concat"
+        frames = ffmpeg(video.path, video.log, size, "1", before, stdin=listing)
         with suppress(VideoError):  # the picture is named instead
             for (stamp, frame), number in zip(frames, numbers, strict=False):
                 if stamp != count:
@@ -232,25 +219,23 @@ def open_video(path, size, fps=25):
     log = []
     header = {}
     table = array("q")  # stamp and flags of each packet: 16 bytes a frame, also for a million of them
-    for line in ffmpeg(path, PACKETS, log=log):
+    for line in ffmpeg(path, log):
         fields = line.decode().replace(",", " ").split()
         if fields[0].startswith("#"):
             header[fields[0]] = fields[-1]
         else:  # stream, dts, pts, duration, size, checksum, and F=0x10 or so unless the flags are just "key"
             flags = [int(entry[2:], 16) for entry in fields if entry.startswith("F=")]
             table.extend((int(fields[2]), *(flags or [1])))
-    stamps, flags = np.array(table, dtype=np.int64).reshape(-1, 2).T
-    order = np.argsort(stamps)  # packets are in the order of decoding
-    stamps = stamps[order]
-    keys = np.flatnonzero(flags[order] & 1)
+    packets = np.array(table, dtype=np.int64).reshape(-1, 2)
+    stamps, flags = packets[np.argsort(packets[:, 0])].T  # they came in the order of decoding
+    keys = np.flatnonzero(flags & 1)
     ordinary = not (flags & ~0x11).any()  # "key" and "disposable": no packet is to be left out
     if not np.diff(stamps).all() or not ordinary or 0 not in keys[:1] or "[error]" in log[0]:
         return decode_all(path, size)
     tick = Fraction(header["#tb"])
     seconds = (stamps - stamps[0]) * float(tick.numerator) / tick.denominator
-    seekable = re.search(r"^\[info\] Input #0, (mov|matroska),", log[0], re.M)
-    codec = header["#codec_id"] if seekable else ""
-    return Video(path, seconds, [], stamps=stamps, tick=tick, keys=keys, codec=codec)
+    seeks = re.search(r"^\[info\] Input #0, (mov|matroska),", log[0], re.M)
+    return Video(path, seconds, [], stamps=stamps, tick=tick, keys=keys, codec=seeks and header["#codec_id"])
 
 
 def decode_all(path, size):
@@ -269,8 +254,7 @@ def decode_all(path, size):
 
 def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
     """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) of all frames in order, as they are
-    decoded. stdin: an open file in place of `path`. fps: pictures a second of a folder. log: a list to which
-    ffmpeg's messages are added. Raises VideoError, after the last frame of a cut file."""
+    decoded. fps: pictures a second of a folder. The rest, and VideoError, as `ffmpeg`."""
     if os.path.isdir(path):
         video = open_folder(path, fps)._replace(log=log)
         for number, frame in read_files(video, size, range(len(video.files))):
@@ -279,7 +263,7 @@ def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
     before = float("inf")
     step = Fraction(1, 25)
     shown = -step
-    for stamp, frame in ffmpeg(path, frame_options(size), size, (), log, stdin, patient=patient or stdin):
+    for stamp, frame in ffmpeg(path, log, size, stdin=stdin, patient=patient):
         step = stamp - before if stamp > before else step  # a clock that steps back repeats its last step
         shown += step
         before = stamp
@@ -315,7 +299,7 @@ def decode(video, size, numbers):
     # Seeks are exact from clean keyframes, and with many of them faster than decoding all.
     seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
     if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
-        table = ffmpeg(video.path, ["-bsf:v", f"filter_units=pass_types={clean}", *PACKETS])
+        table = ffmpeg(video.path, None, after=f"-bsf:v filter_units=pass_types={clean}")
         seeks = sum(not line.startswith(b"#") for line in table) == len(video.keys)
     if video.frames:
         yield from ((number, video.frames[number]) for number in numbers)
@@ -324,13 +308,12 @@ def decode(video, size, numbers):
     elif seeks:
         yield from seek(video, size, numbers)
     else:
-        wanted = frame_options(size, [f"eq(n,{number})" for number in numbers])
+        wanted = [f"eq(n,{number})" for number in numbers]
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
-        frames = ffmpeg(video.path, wanted, size, log=video.log, threads=threads)
+        frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
         yield from ((number, frame) for (_, frame), number in zip(frames, numbers, strict=False))
-        decoded = re.findall(r"Input stream #0:\d+ \(video\): .*; (\d+) frames decoded", video.log[-1])
-        if decoded != [str(len(video.seconds))]:
+        if f"; {len(video.seconds)} frames decoded;" not in video.log[-1]:
             raise EOFError
 
 
@@ -338,13 +321,12 @@ def seek(video, size, numbers):
     """As `decode`, but neighbours are decoded from a keyframe before them, by several runs at a time."""
 
     def decode_neighbours(wanted):
-        options = ["-frames:v", str(len(wanted))]
-        options += frame_options(size, [f"eq(pts,{video.stamps[number]})" for number in wanted])
+        terms = [f"eq(pts,{stamp})" for stamp in video.stamps[wanted]]
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
-        before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}".split()
-        before = before if wanted[0] > SEEK_MARGIN else []
+        before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}" if wanted[0] > SEEK_MARGIN else ""
+        after = f"-frames:v {len(wanted)}"
         with suppress(VideoError):  # then there are none
-            return list(ffmpeg(video.path, options, size, before, video.log, threads=1))
+            return list(ffmpeg(video.path, video.log, size, terms, before, after, threads=1))
         return []
 
     neighbours = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
@@ -359,14 +341,14 @@ def seek(video, size, numbers):
 BLOCK = 3  # pairs of frames whose flow a thread computes at a time: more do not fit into its cache
 
 
-def in_threads(function, *items):
+def in_threads(function, items):
     """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
     with the first items while later ones are still made."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # glibc then keeps freed blocks of up to this size: 10% faster
     try:
         with ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, *items))
+            return list(pool.map(function, items))
     finally:
         torch.set_num_threads(threads)
 
@@ -384,13 +366,11 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
     parabola f(u) = uᵀA u + bᵀu + c. If the second is the first shifted by d, then f₂(u) = f₁(u - d),
     so A₂ = A₁ and b₂ = b₁ - 2 A d. Hence A d = (b₁ - b₂)/2: two equations a pixel, solved by
     least squares over a window. Large shifts are found in small images first; finer scales correct."""
-    previous = torch.as_tensor(previous)
-    pairs = [frames.reshape(-1, *frames.shape[-2:]) for frames in (previous, torch.as_tensor(current))]
-    scales = [0.5**k for k in range(levels + 1) if k == 0 or min(previous.shape[-2:]) * 0.5**k >= 32]
+    pairs = torch.stack([torch.as_tensor(frames).float() for frames in (previous, current)])
+    scales = [0.5**k for k in range(levels + 1) if k == 0 or min(pairs.shape[-2:]) * 0.5**k >= 32]
 
-    def coarse_to_fine(previous, current):  # (B, H, W) -> (2, B, H, W)
-        frames = torch.stack([previous.float(), current.float()])
-        flow = frames.new_zeros(2, len(previous), 1, 1)
+    def coarse_to_fine(frames):  # (2, B, H, W) -> flow (2, B, H, W)
+        flow = frames.new_zeros(2, frames.shape[1], 1, 1)
         for scale in reversed(scales):
             images = blur_and_shrink(frames, scale)  # (2, B, h, w)
             flow = 2 * F.interpolate(flow, images.shape[-2:], mode="bilinear")
@@ -402,11 +382,10 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
                 flow = improve(flow, first, second, winsize)
         return flow
 
-    blocks = [frames.split(BLOCK if frames.device.type == "cpu" else len(frames)) for frames in pairs]
-    # A thread takes whole blocks: single steps are too short to be divided.
-    in_order = in_threads if len(blocks[0]) > 1 else map
-    flow = torch.cat([*in_order(coarse_to_fine, *blocks)], dim=1)
-    return flow.permute(1, 2, 3, 0).reshape(*previous.shape, 2)
+    blocks = pairs.reshape(2, -1, *pairs.shape[-2:]).split(BLOCK if pairs.is_cpu else pairs.numel(), dim=1)
+    in_order = in_threads if len(blocks) > 1 else map  # single steps are too short to be divided
+    flow = torch.cat([*in_order(coarse_to_fine, blocks)], dim=1)
+    return flow.permute(1, 2, 3, 0).reshape(*pairs.shape[1:], 2)
 
 
 def correlate(images, dim, weights, sign=1):
@@ -577,8 +556,7 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
 
     masked = in_threads(mask, decoded()) if on_cpu else list(map(mask, decoded()))
     streams = {name: np.stack([frames[i] for i in indices]) for name in branches}
-    for name in masks:
-        streams[name] = np.concatenate([block[name].cpu().numpy() for block in masked])
+    streams |= {name: np.concatenate([block[name].cpu().numpy() for block in masked]) for name in masks}
     shown = [round(second, 1) for second in even_times(video.seconds)[indices].tolist()]
     message = f"The video contains {len(shown)} frames sampled at {', '.join(map(str, shown))} seconds. "
     return Clip(streams, shown, message, indices, damage(video))
@@ -643,10 +621,8 @@ class Tokenizer:
                 prompt += self.sp.encode(f"</Video> {plain_text(message + turn['q'])} [/INST]")
             else:
                 prompt = self.sp.encode(f"[INST] {plain_text(turn['q'])} [/INST]")
-            answer = []
-            if turn["a"]:  # the dummy prefix of this piece is the space after [/INST]
-                answer = self.sp.encode(plain_text(turn["a"]) + " ") + [self.eos]
-            ids += [self.bos] + prompt + answer
+            answer = self.sp.encode(plain_text(turn["a"]) + " ") + [self.eos] if turn["a"] else []
+            ids += [self.bos] + prompt + answer  # the answer's dummy prefix is the space after [/INST]
             labels += [IGNORE] * (1 + len(prompt)) + answer
         return ids[:max_tokens], labels[:max_tokens]
 
@@ -678,8 +654,7 @@ def read_index(path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                     row = check_row(json.loads(text, parse_constant=int))  # NaN is no JSON: int refuses it
                     rows.append(row | {"video": os.path.join(folder, row["video"])})
             except (ValueError, RecursionError) as error:
@@ -727,9 +702,8 @@ def random_crop(streams, generator, scale=(0.5, 1.0)):
     left = int(generator.integers(width - w + 1))
     cropped = {}
     for name, frames in streams.items():
-        frames = frames[..., top : top + h, left : left + w].float()
-        frames = F.interpolate(frames, size=(height, width), mode="bicubic")
-        cropped[name] = frames.round().clamp(0, 255).to(torch.uint8)
+        part = frames[..., top : top + h, left : left + w].float()
+        cropped[name] = F.interpolate(part, (height, width), mode="bicubic").round().clamp(0, 255).byte()
     return cropped
 
 
@@ -904,8 +878,7 @@ class CachedFeatures:
                 about = opened.metadata()
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
         except SafetensorError as error:
-            reason = f"has damaged features ({error}); remove {file} and make it again"
-            raise VideoError(video, reason) from error
+            raise VideoError(video, f"damaged features ({error}); remove {file} and make it again") from error
         if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
             raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
