@@ -85,7 +85,7 @@ def test_option_and_lora(world, tmp_path, capsys):
 
 def test_the_triton_kernel_multiplies_as_the_plain_product():
     """In Triton's interpreter, which needs no GPU and must be chosen before Triton is imported."""
-    pytest.importorskip("triton", reason="Triton is for Linux only")
+    pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
     code = """
 import torch, sample
 torch.manual_seed(0)
