@@ -188,8 +188,8 @@ def test_the_benchmark_s_gpu_parts_run(gpu, monkeypatch):
     real = bench.medians
     monkeypatch.setattr(bench, "medians", lambda runs, repeat: real(runs, 1))
     monkeypatch.setattr(bench, "peer_generation", lambda new: ({1: 1.0, 8: 1.0}, {1: 1.0, 8: 1.0}))
-    few = Hawk.generate
-    monkeypatch.setattr(Hawk, "generate", lambda model, seen, ids, n, **more: few(model, seen, ids, 4, **more))
+    full = Hawk.generate
+    monkeypatch.setattr(Hawk, "generate", lambda *inputs, **more: full(*inputs[:3], 4, **more))  # 4 words
     tiny = "testsrc2=size=64x48:rate=5:duration=2"
     monkeypatch.setattr(bench, "make_video", lambda path, _: bench.ffmpeg("-f", "lavfi", "-i", tiny, path))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
