@@ -499,10 +499,11 @@ class Hawk(nn.Module):
         if motion_input_ids is not None and "motion" in c.branches:
             soft = clips.tokens.split(c.n_video_queries, dim=1)[c.branches.index("motion")]
             motion_language = self.language_loss(motion_input_ids, motion_labels, soft, per_sample)
+        consistency = self.consistency_loss(clips)
+        total = c.video_language_weight * video_language  # paper, Eq. 9
+        total = total + c.motion_language_weight * motion_language + c.consistency_weight * consistency
         losses = {"video_language": video_language, "motion_language": motion_language}
-        losses["consistency"] = self.consistency_loss(clips)
-        total = sum(getattr(c, f"{name}_weight") * loss for name, loss in losses.items())  # paper, Eq. 9
-        return losses | {"total": total}
+        return losses | {"consistency": consistency, "total": total}
 
     def forward(self, streams, input_ids, labels, **targets):
         return self.losses(self.encode(streams), input_ids, labels, **targets)

@@ -116,7 +116,7 @@ SHAPES = {  # released name of a tensor: what its dimensions are in HawkConfig
     "video_frame_position_embedding.weight": ["n_frames"], "video_query_tokens": (None, "n_video_queries"),
     "llama_proj_last.encoder_1.weight": ["tight_dim"],
 }  # fmt: skip
-LAYERS = {"vit_depth": "blocks", "qformer_layers": "Qformer", "video_layers": "video_Qformer"}  # counted
+LAYERS = {"vit_depth": "blocks", "qformer_layers": "Qformer", "video_layers": "video_Qformer"}
 
 
 def infer_config(file, llama, held, overrides):
@@ -140,7 +140,7 @@ def infer_config(file, llama, held, overrides):
     for name, fields in SHAPES.items():
         c |= zip(fields, held[name].read().shape if name in held else (), strict=False)
     c.pop(None, None)
-    for field, stack in LAYERS.items():
+    for field, stack in LAYERS.items():  # layers are counted by the numbers in their names
         numbers = {found[1] for name in held if (found := re.match(rf"{stack}\D*\.(\d+)\.", name))}
         c[field] = len(numbers) or c[field]
     c["image_size"] = round(max(0, c["image_size"] - 1) ** 0.5) * c["patch_size"]  # less the class token

@@ -43,14 +43,13 @@ Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_
 
 # ---- LLaMA in int8 -----------------------------------------------------------------------------------------
 class Int8Linear(torch.nn.Module):
-    """In place of a Linear: W ≈ scale · int8, one scale a row, half of bfloat16's memory. For inference."""
+    """A Linear with W ≈ scale · int8, one scale a row: half of bfloat16's memory, for inference."""
 
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach().float()  # (out, in)
         self.scale = torch.nn.Buffer((weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype))
-        steps = weight / self.scale.float()[:, None]
-        self.weight = torch.nn.Buffer(steps.round().clamp(-127, 127).to(torch.int8))
+        self.weight = torch.nn.Buffer((weight / self.scale.float()[:, None]).round().clamp(-127, 127).char())
 
     def forward(self, x):
         rows = x.flatten(0, -2)
