@@ -1,13 +1,13 @@
 """The Hawk model, from leaf to whole. It sees a clip twice: as it is, and with all that stands still black.
 
-    frames -+         +- appearance: Q-Former, + frame position, video Q-Former, projection -+  2 x 32
-            +-- ViT --+                                                                      +-- soft -- LLaMA
-    motion -+         +- motion:     Q-Former, + frame position, video Q-Former, projection -+  tokens
+    frames -+        +- appearance: Q-Former, + frame position, video Q-Former, projection -+
+            +- ViT --+                                                                      +- tokens - LLaMA
+    motion -+        +- motion:     Q-Former, + frame position, video Q-Former, projection -+  2 x 32
 
     model = Hawk.from_pretrained("weights/tiny")
     encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
     ids = model.generate(encoding, input_ids)  # lists of new token ids
-Letters: B batch, T frames, S tokens, Q queries, C width of ViT or Q-Former, D width of LLaMA, h heads."""
+B batch, T frames, Q queries, S tokens, N soft ones, V words, C width of ViT, Q-Former, D of LLaMA, h heads"""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ COMPARED = ("appearance", "motion")  # the branches whose features the consisten
 FROZEN = ("ln_vision", "queries", "qformer")  # the frame-level part of a branch: BLIP-2's
 
 # ---- Configuration -----------------------------------------------------------------------------------------
-# A clip on its way through the model         7b: shape        parameters    tiny: shape       parameters
+# A clip on its way (rows 2 to 5: a branch)   7b: shape        parameters    tiny: shape       parameters
 #   ViT, on the frames of every branch        (32, 257, 1408)  985,894,528   (8, 65, 128)         876,416
 #   ln_vision, queries, frame Q-Former        (32, 32, 768)    105,165,056   (8, 16, 128)         531,712
 #   + frame position, frames side by side     (1024, 768)           24,576   (128, 128)             1,024
@@ -53,17 +53,17 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
     n_queries: int = 32  # per frame
     video_layers: int = 2
     n_video_queries: int = 32  # soft tokens per branch
-    tight_dim: int = 256  # width of the features that the consistency loss compares
+    tight_dim: int = 256  # width of the "tight" (compressed) features that the consistency loss compares
     llama_dim: int = 4096
     llama_layers: int = 32
     llama_heads: int = 32
     llama_mlp: int = 11008
     vocab_size: int = 32000  # the placeholder <ImageHere> is one past the end: id `vocab_size`
-    context_length: int = 4096  # the most tokens of a prompt and its answer together
+    context_length: int = 4096  # the most tokens of a prompt and its answer together: sample.ask keeps to it
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    dropout: float = 0.1  # in Q-Formers that train
-    motion_mask: str = "hard"  # of the motion stream; "soft" is the paper's Eq. 4
+    dropout: float = 0.1  # of Q-Formers with trainable parameters, in training
+    motion_mask: str = "hard"  # of the motion stream, see data.moving; "soft" is the paper's Eq. 4
     consistency: str = "cosine"  # "debiased" leaves out the bias of encoder_1
     video_language_weight: float = 1.0
     motion_language_weight: float = 0.1
@@ -76,21 +76,22 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
 
     def __post_init__(self):
         """ValueError for what cannot be built: a config file may hold anything."""
-        for name, value in vars(self).items():
+        for name, value in vars(self).items():  # type(): a bool is an int to isinstance
             least = 1 if type(value) is int and name != "lora_rank" else 0
             require(type(value) not in (int, float) or least <= value < 2**31, f"{name} is {value}")
         depth = max(self.vit_depth, self.qformer_layers, self.video_layers, self.llama_layers)
         require(depth <= 200, f"{depth} layers; at most 200 are possible")
         require(self.image_size >= self.patch_size, f"image_size {self.image_size} is below one patch")
-        for tower, even in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary positions turn pairs
+        for tower, of in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary positions turn pairs
             dim = getattr(self, f"{tower}_dim")
             heads = getattr(self, f"{tower}_heads")
-            require(dim % (heads * even) == 0, f"{heads} {tower}_heads do not divide {tower}_dim {dim}")
+            require(dim % (heads * of) == 0, f"{heads} {tower}_heads do not divide {tower}_dim {dim} evenly")
         known = self.motion_mask in ("hard", "soft") and self.consistency in ("cosine", "debiased")
         known = known and {"q_proj", "k_proj", "v_proj", "o_proj"}.issuperset(self.lora_targets)
         require(known, f"motion_mask {self.motion_mask}, consistency {self.consistency}, {self.lora_targets}")
-        words = {name for name in self.branches if str(name).isidentifier()} - {"vit", "llama"}
-        require(0 < len(self.branches) == len(words), f"branches {self.branches}: words, not vit or llama")
+        words = {name for name in self.branches if str(name).isidentifier() and not hasattr(Hawk, name)}
+        distinct = 0 < len(self.branches) == len(words - {"vit", "llama", "config", "steps"})
+        require(distinct, f"branches {self.branches} must be distinct words without a meaning in the model")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
     n_visual = property(lambda self: len(self.branches) * self.n_video_queries)  # soft tokens of a clip
@@ -134,12 +135,12 @@ def attend(q, k, v, heads, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
-def linears(**sizes):  # by name, each given as (in, out) or (in, out, bias)
+def linears(**sizes):  # Linears by name, each given as (in, out) or (in, out, bias); others may be added
     return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
 
 # ---- ViT: EVA-CLIP-g, as in BLIP-2 -------------------------------------------------------------------------
-class ViTBlock(nn.Module):  # pre-norm; keys have no bias, which would cancel in the softmax
+class ViTBlock(nn.Module):  # pre-norm; keys have no bias: it would cancel in the softmax
     def __init__(self, config):
         super().__init__()
         C = config.vit_dim
@@ -220,7 +221,7 @@ class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)
 
     def forward(self, queries, context):
         """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C)."""
-        x = F.dropout(self.norm(queries), self.dropout, self.training).expand(len(context), -1, -1)
+        x = F.dropout(self.norm(queries).expand(len(context), -1, -1), self.dropout, self.training)
         for layer in self.layers:
             x = layer(x, context)
         return x
@@ -259,29 +260,35 @@ class Branch(nn.Module):
         x = (frames.to(position.dtype) + position[:, None]).flatten(1, 2)  # (B, T·Q, C)
         x = self.video_qformer(self.video_queries, x)  # (B, 32, C)
         x = self.encoder_0(self.proj_0(x))  # (B, 32, D); no activation anywhere in this chain
-        return self.decoder_2(x), self.encoder_1 and self.encoder_1(x)
+        return self.decoder_2(x), None if self.encoder_1 is None else self.encoder_1(x)
 
 
 # ---- LLaMA-2, its cache, and one decoding step -------------------------------------------------------------
 def rotate(x, cos, sin):
     """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF. cos and
     sin (…, S, d) are in float32; the first half holds -sin, the second sin."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
     """Keys and values of each layer for `size` tokens. `length`, how many are filled, is a tensor on the
-    device, so that a step can be recorded. `padding` (B,): empty tokens in front of shorter prompts."""
+    device, so that a step can be recorded. `padding`: the number of empty tokens before each prompt."""
 
-    def __init__(self, config, batch, size, like, padding=0):
+    def __init__(self, config, batch, size, like):
         shape = (2, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)  # k and v
         self.layers = [like.new_zeros(shape) for _ in range(config.llama_layers)]
         self.slots = torch.arange(size, device=like.device)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
-        self.padding = torch.as_tensor(padding, device=like.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
+        self.padding = torch.zeros(batch, 1, 1, 1, dtype=torch.long, device=like.device)
+
+    def clear(self, padding):  # (B,)
+        for kv in self.layers:
+            kv.zero_()  # what a mask hides must be finite, too: 0 times NaN is NaN
+        self.length.zero_()
+        self.padding.copy_(padding.view(-1, 1, 1, 1))
 
     def extend(self, S):
-        """-> positions (B or 1, 1, S) of S more tokens, their slots (S,), mask (B or 1, 1, S, size)."""
+        """S more tokens -> their positions behind the padding (B, 1, S), slots (S,), mask (B, 1, S, size)."""
         slots = self.length + torch.arange(S, device=self.length.device)
         self.length += S
         seen = (self.padding <= self.slots) & (self.slots <= slots[:, None])
@@ -301,12 +308,12 @@ class LlamaBlock(nn.Module):
         up = (D, config.llama_mlp, False)
         self.mlp = linears(gate_proj=up, up_proj=up, down_proj=(config.llama_mlp, D, False))
 
-    def forward(self, x, cos, sin, cache=None, slots=None, mask=None):
+    def forward(self, x, cos, sin, kv=None, slots=None, mask=None):  # kv: this layer's part of a KVCache
         y = self.input_layernorm(x)
         q, k, v = (split_heads(self.self_attn[f"{part}_proj"](y), self.heads) for part in "qkv")
         q, k = rotate(torch.cat([q, k], dim=1), cos, sin).chunk(2, dim=1)  # (B, h, S, d)
-        if cache is not None:  # into their slots, beside those of earlier tokens: (B, h, size, d)
-            k, v = cache.index_copy_(3, slots, torch.stack([k, v]).to(cache.dtype))
+        if kv is not None:  # into their slots, beside those of earlier tokens: (B, h, size, d)
+            k, v = kv.index_copy_(3, slots, torch.stack([k, v]).to(kv.dtype))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
@@ -324,18 +331,16 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
 
     def forward(self, x, cache=None, run_layer=nn.Module.__call__):
         """Embeddings (B, S, D) -> hidden states (B, S, D). With a cache, x continues what it holds.
-        `run_layer` may be a compiled LlamaBlock.forward."""
-        positions = torch.arange(x.shape[1], device=x.device)  # (S,)
-        cached = ()
-        if cache is not None:
-            positions, *cached = cache.extend(x.shape[1])  # positions (B or 1, 1, S)
+        `run_layer` may be a compiled LlamaBlock.forward; by default, layers are called as usual."""
+        alone = [torch.arange(x.shape[1], device=x.device)]
+        positions, *where = cache.extend(x.shape[1]) if cache else alone  # (B, 1, S) or (S,); slots, mask
         d = self.config.llama_dim // self.config.llama_heads
         pairs = torch.arange(0, d, 2, device=x.device, dtype=torch.float32)
         turn = self.config.rope_theta ** (-pairs / d)
         angle = positions[..., None].float() * torch.cat([-turn, turn])  # (…, S, d), signed for rotate
         rotation = (angle.cos(), angle.sin())
         for i, layer in enumerate(self.layers):
-            x = run_layer(layer, x, *rotation, cache and cache.layers[i], *cached)
+            x = run_layer(layer, x, *rotation, cache and cache.layers[i], *where)
         return self.norm(x)
 
 
@@ -346,13 +351,13 @@ class DecodingStep:
 
     def __init__(self, llama, batch, size, like, compiled=False):
         self.llama = llama
-        self.cache = KVCache(llama.config, batch, size, like, torch.zeros(batch, dtype=torch.long))
+        self.cache = KVCache(llama.config, batch, size, like)
         self.token = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.logits = torch.zeros(batch, llama.config.vocab_size, device=like.device)
-        self.run = self.step
+        self.run = self.step  # or a replay of its recording
         self.run_layer = nn.Module.__call__
         if compiled:  # by inductor, which fuses the small kernels; the code of one layer serves them all
-            torch._dynamo.config.recompile_limit = 256  # sizes of the cache; it holds for this thread only
+            torch._dynamo.config.recompile_limit = 256  # in this thread: one for each size of the cache
             options = {"coordinate_descent_tuning": True}
             self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=False, options=options)
 
@@ -374,7 +379,7 @@ class DecodingStep:
 
 
 # ---- LoRA, a stand-in for a Linear -------------------------------------------------------------------------
-class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); W is frozen, and B starts at zero
+class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); B starts at zero
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
@@ -390,7 +395,7 @@ class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); W is
 
 
 # ---- Hawk --------------------------------------------------------------------------------------------------
-# Of B clips: soft tokens (B, 32 for each branch, D); {compared branch: tight features (B, 32, tight_dim)}
+# Of B clips: soft tokens (B, N, D), 32 for each branch; {compared branch: tight features (B, 32, tight_dim)}
 Encoding = namedtuple("Encoding", "tokens tight")
 
 
@@ -410,7 +415,7 @@ class Hawk(nn.Module):
             self.add_module(name, Branch(config, compared=both and name in COMPARED))
         self.llama = Llama(config)
         self.compile_step = False  # whether generate compiles its decoding step
-        self.steps = {}  # the last decoding step, by batch, size of the cache, device and type
+        self.steps = {}  # holds the last decoding step, by all that it depends on
         if config.lora_rank:
             self.add_lora()
 
@@ -419,7 +424,8 @@ class Hawk(nn.Module):
 
     def set_trainable(self, mode):
         """Chooses what learns: "paper" what follows the frame Q-Formers, without LLaMA; "released" also the
-        motion branch's queries, an oversight; "lora" also a LoRA; "all". The rest stays in eval mode."""
+        motion branch's queries, an oversight of its authors; "lora" also a LoRA, which is added if there
+        is none; "all" everything. The rest stays in eval mode, also after train(). ValueError for others."""
         require(mode in ("released", "paper", "lora", "all"), f"mode {mode!r}: released, paper, lora or all")
         if mode == "lora" and not any(isinstance(module, LoRALinear) for module in self.modules()):
             self.config.lora_rank = self.config.lora_rank or 8
@@ -431,6 +437,7 @@ class Hawk(nn.Module):
         return self.train(self.training)
 
     def train(self, mode=True):
+        self.steps.clear()  # a recording keeps the layers and the dropout that it was made with
         for module in self.modules():
             module.training = mode and any(p.requires_grad for p in module.parameters())
         return self
@@ -447,13 +454,16 @@ class Hawk(nn.Module):
         images = torch.cat([streams[name].flatten(0, 1) for name in self.config.branches])
         images = images.to(self.vit.cls_token.dtype).split(32)  # bounds the memory of activations
         features = torch.cat([self.vit(x) for x in images]).chunk(len(self.config.branches))
-        pairs = zip(self.config.branches, features, strict=True)  # of (B·T, 1 + patches, C)
+        pairs = zip(self.config.branches, features, strict=True)  # features: (B·T, 1 + patches, C)
         return {name: self.branch(name).frames(x).unflatten(0, (B, T)) for name, x in pairs}
 
     def encode(self, streams):
-        """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding."""
+        """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding. ValueError
+        if a branch has no stream, or streams differ in shape, or have more frames than the model."""
         for name in self.config.branches:
             require(name in streams, f"no stream for the model's branch {name}: there are {list(streams)}")
+        alike = len({streams[name].shape for name in self.config.branches}) == 1
+        require(alike, f"streams differ in shape: {[x.shape for x in streams.values()]}")
         if streams[self.config.branches[0]].ndim == 5:
             streams = self.frame_features(streams)
         encoded = {name: self.branch(name).video(streams[name]) for name in self.config.branches}
@@ -479,20 +489,20 @@ class Hawk(nn.Module):
         require(kept.any(), "a batch without a single supervised token (all labels are -100)")
         loss = F.cross_entropy(self.llama.lm_head(hidden[kept]).float(), target[kept], reduction="none")
         weight = kept / kept.sum(1, keepdim=True) / len(kept) if per_sample else kept / kept.sum()
-        return (loss * weight[kept]).sum()
+        return (loss * weight[kept]).sum()  # [kept] leaves out rows without labels, whose weights are 0 / 0
 
     def consistency_loss(self, encoding):
         """Paper, Eq. 7: 1 − cos(tight appearance, tight motion), flattened per sample, mean over the batch.
         The biases of the two encoder_1 alone can satisfy it; "debiased" compares without them."""
         if not encoding.tight:  # one of the two branches is not there
             return encoding.tokens.new_zeros(())
-        bias = 1 if self.config.consistency == "debiased" else 0
-        a, m = (encoding.tight[name] - bias * self.branch(name).encoder_1.bias for name in COMPARED)
+        share = 1 if self.config.consistency == "debiased" else 0  # of the bias that is taken off
+        a, m = (encoding.tight[name] - share * self.branch(name).encoder_1.bias for name in COMPARED)
         return (1 - F.cosine_similarity(a.flatten(1).float(), m.flatten(1).float())).mean()
 
     def losses(self, clips, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False):
-        """The losses of an Encoding of clips by name (scalars). Without a motion target or a motion branch,
-        motion_language is video_language again, as in the released stage 2."""
+        """Encoding of clips, ids and labels (B, S) -> losses by name (scalars). Without a motion target or a
+        motion branch, motion_language is video_language again, as in the released stage 2."""
         c = self.config
         video_language = self.language_loss(input_ids, labels, clips.tokens, per_sample)
         motion_language = video_language
@@ -511,8 +521,9 @@ class Hawk(nn.Module):
     @torch.no_grad()
     def generate(self, encoding, input_ids, max_new_tokens=300, temperature=0.0, top_p=1.0,
                  repetition_penalty=1.0, seed=0, eos_id=2, on_token=None):  # fmt: skip
-        """Continues each row of input_ids ((B, S), or lists of unequal length) until `eos_id`, included,
-        or max_new_tokens -> lists of new ids. `on_token`(list of B ids) may return False to stop."""
+        """Continues each row of input_ids ((B, S), or unequal lists) until `eos_id`, included, or
+        max_new_tokens -> lists of new ids. `choose` explains the options. `on_token`(list of B ids) may
+        return False to stop. ValueError as in `embed`."""
         rows = [torch.as_tensor(row, device=self.device) for row in input_ids]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         padding = torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device)
@@ -520,8 +531,7 @@ class Hawk(nn.Module):
         answers = [[] for _ in rows]
         generator = torch.Generator(self.device).manual_seed(seed)
         step = self.decoding_step(x, max_new_tokens)
-        step.cache.length.zero_()
-        step.cache.padding.copy_(padding.view(-1, 1, 1, 1))
+        step.cache.clear(padding)
         step.read(x)
         for _ in range(max_new_tokens):
             if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
@@ -540,7 +550,8 @@ class Hawk(nn.Module):
         """The step for a prompt x (B, S, D) and its answer; on a GPU it is recorded once for each size."""
         size = math.ceil((x.shape[1] + max_new_tokens) / 256) * 256
         autocast = torch.is_autocast_enabled(x.device.type)  # whose copies of weights a recording would keep
-        key = (len(x), size, x.device, x.dtype, autocast)
+        place = self.llama.embed_tokens.weight.data_ptr()  # a model that was moved lies elsewhere
+        key = (len(x), size, x.device, x.dtype, autocast, self.compile_step, place)
         if key not in self.steps:
             self.steps = {key: DecodingStep(self.llama, len(x), size, x, self.compile_step)}
             if x.is_cuda and not autocast:
@@ -554,8 +565,9 @@ class Hawk(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         kept = [(name, p) for name, p in self.named_parameters() if base is None or p.requires_grad]
         save_tensors({name: p.detach().to("cpu", dtype) for name, p in kept}, folder / "model.safetensors")
-        source = base and {"base": str(Path(base).resolve()), "base_fingerprint": fingerprint(base)}
-        config = asdict(self.config) | (source or {})
+        config = asdict(self.config)
+        if base is not None:
+            config |= {"base": str(Path(base).resolve()), "base_fingerprint": fingerprint(base)}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if tokenizer is not None:
             (folder / "tokenizer.model").write_bytes(Path(tokenizer).read_bytes())
@@ -572,7 +584,8 @@ class Hawk(nn.Module):
         for file, name, tensor in read_tensors(folders):
             fits = shapes.get(name) == tensor.shape
             require(fits, f"{file}: {name} has shape {tuple(tensor.shape)}, not {shapes.get(name)} ({hint})")
-            fits = tensor.itemsize > 1 and tensor.is_floating_point() and math.isfinite(sum(tensor.aminmax()))
+            wide = tensor.itemsize > 1 and tensor.is_floating_point()  # torch finds no minimum of float8
+            fits = wide and all(map(math.isfinite, tensor.aminmax()))
             require(fits, f"{file}: {name} ({tensor.dtype}) must be finite floats")
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
@@ -582,8 +595,8 @@ class Hawk(nn.Module):
 
 
 def choose(logits, new, temperature, top_p, penalty, generator):
-    """Token (B,) from logits (B, V): the likeliest, or a draw from the fewest that reach top_p. The logits of
-    tokens in new (B, n) are divided by the repetition penalty if positive, else multiplied."""
+    """Token (B,) from logits (B, V): the likeliest (temperature 0), or a draw from the fewest that reach
+    top_p. The penalty divides the logits of tokens in new (B, n) if they are positive, else multiplies."""
     seen = logits.gather(1, new)
     logits = logits.scatter(1, new, torch.where(seen > 0, seen / penalty, seen * penalty))
     if temperature < 1e-6:  # a division by less would overflow
@@ -609,7 +622,8 @@ def read_chain(folder, above=(), base=None):
     if base is None or base in folders:
         return config, folders
     require(there, f"{file}: its base {base} is not there; say where: prepare.py merge --base DIR")
-    require(mark in (None, fingerprint(base)), f"{base}: is not what {folder} was trained on, or has changed")
+    same = mark is None or mark == fingerprint(base)
+    require(same, f"{base}: is not what {folder} was trained on, or has changed")
     return config, read_chain(base, folders)[1]
 
 

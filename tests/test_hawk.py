@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from data import recover_folder, replaced_folder
-from hawk import COMPARED, Encoding, Hawk, HawkConfig, LoRALinear, choose
+from hawk import COMPARED, Encoding, Hawk, HawkConfig, LoRALinear, QFormer, choose
 from sample import generate
 
 SMALL = dict(
@@ -371,6 +371,35 @@ def test_beam_search_is_no_worse_than_greedy_and_takes_batches():
         assert p >= q - 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*NaN")
+def test_a_bad_clip_leaves_nothing_in_the_cache():
+    model = build()
+    good = model.encode(clips())
+    expected = model.generate(good, [prompt(3)], max_new_tokens=5, eos_id=-1)
+    model.generate(Encoding(good.tokens * torch.nan, {}), [prompt(9)], max_new_tokens=5, eos_id=-1)
+    assert model.generate(good, [prompt(3)], max_new_tokens=5, eos_id=-1) == expected
+
+
+def test_a_step_is_made_anew_when_the_model_changes():
+    model = build()
+    encoding = model.encode(clips())
+
+    def step():
+        model.generate(encoding, [prompt(3)], max_new_tokens=2)
+        return next(iter(model.steps.values()))
+
+    first = step()
+    assert step() is first
+    model.compile_step = True
+    model.decoding_step(torch.zeros(1, 8, 32), 2)
+    model.compile_step = False
+    second = step()
+    model.set_trainable("lora")
+    third = step()
+    model.llama.embed_tokens.weight.data = model.llama.embed_tokens.weight.data.clone()  # as .to(device) does
+    assert len({first, second, third, step()}) == 4
+
+
 def test_sampling():
     model, rows = build(), [prompt(2), prompt(4)]
     make = dict(input_ids=rows, max_new_tokens=12, eos_id=-1, encoding=model.encode(clips(2)))
@@ -514,6 +543,8 @@ def test_dropout_only_where_something_trains():
     features = model.frame_features(clips())
     assert all(torch.equal(x, features[name]) for name, x in model.frame_features(clips()).items())
     assert not torch.equal(model.encode(features).tokens, model.encode(features).tokens)
+    queries = QFormer(model.config, 0, 24, 1).train()(model.motion.queries, torch.zeros(2, 1, 24))
+    assert not torch.equal(*queries)  # each clip of a batch loses other numbers
     model.set_trainable("all")
     assert all(m.training for m in model.modules())
     assert not any(m.training for m in model.eval().modules())
@@ -626,6 +657,9 @@ BAD = {
         ["config.json", "consistency", "cosinus"],
     ),
     "heads": (lambda d: configure(d, vit_heads=5), ["config.json", "vit_dim 32", "5 vit_heads"]),
+    "odd heads": (lambda d: configure(d, llama_heads=32), ["32 llama_heads", "evenly"]),
+    "a part": (lambda d: configure(d, branches=["steps"]), ["config.json", "distinct words"]),
+    "a method": (lambda d: configure(d, branches=["train"]), ["config.json", "distinct words"]),
     "no JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json", "cannot be read"]),
     "no object": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "cannot be read"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json", "cannot be read"]),
