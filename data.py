@@ -44,14 +44,15 @@ PICTURES = b"option pattern_type none\noption format_whitelist image2,jpeg_pipe,
 MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
 SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
 HELD_BYTES = 96 << 20  # of frames, at most, that an open video holds
-SEEK_MARGIN = 24  # a seek aims this many frames ahead: those right behind a keyframe may need earlier ones
-# Codecs in which decoding from a keyframe is exact, and the NAL unit types of such keyframes (None: any).
+SEEK_MARGIN = 24  # a seek aims so many frames before the wanted one: it may need some of them
+# Codecs that decode exactly from a keyframe on, and the NAL unit types of such keyframes (None: any).
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 PACKETS = " -c copy -copyinkf -copypriorss 1 -f framecrc pipe:1"  # lists packets without decoding
 
-# When each frame is shown (seconds since the first); what ffmpeg said, a text a run; notes for the user.
-# All frames if they are few, or the files of a folder. Where packets are to be trusted: time stamps in ticks,
-# a tick in seconds, numbers of the keyframes, the codec if seeks may be exact. Else how many they promised.
+# `seconds`: when each frame is shown, since the first; `log`: what ffmpeg said, a text a run; `notes` for the
+# user; all `frames` if they are few, or the `files` of a folder. Where packets are to be trusted: `stamps` in
+# ticks, a `tick` in seconds, frame numbers of the `keys` (keyframes), the `codec` if its seeks may be exact.
+# Where they proved wrong: the number of frames that they had `promised`.
 FIELDS = "path seconds log notes frames files stamps tick keys codec promised"
 Video = namedtuple("Video", FIELDS, defaults=(None,) * 8)
 
@@ -64,7 +65,7 @@ class VideoError(ValueError):
 
 
 def check_file(path):
-    """Size in bytes. VideoError unless it is a regular file (a named pipe could block) and not empty."""
+    """Size in bytes. VideoError unless it is a regular file (a named pipe may never end) and not empty."""
     try:
         size = os.stat(path).st_size
         require(os.path.isfile(path), "is not a regular file")
@@ -75,11 +76,12 @@ def check_file(path):
     return size
 
 
-def ffmpeg(path, log, size=None, terms="1", before="", after="", stdin=None, threads=None, patient=False):
-    """Runs ffmpeg on one file, without shell or network, and yields a line a packet or, given a size, frames:
-    (time stamp in seconds, (size, size, 3) uint8 RGB), those for which a term holds. Raises VideoError, also
-    after the last one. log: None, or a list that gets all messages as one text. before, after: options before
-    and after the input. stdin: an open file in place of `path`, without a time limit. patient: no limit."""
+def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, threads=0, patient=False):
+    """Runs ffmpeg on one file, without shell or network, and yields lines (bytes): headers, and one a packet;
+    or, given a size, frames: (time stamp in seconds, (size, size, 3) uint8 RGB), where any of the terms
+    holds. VideoError, perhaps only after the last one. log: None, or a list that gets all messages as one
+    text. before, after: options before and after the input. stdin: an open file in place of `path`, without a
+    time limit. patient: no limit. threads: 0 for as many as torch has."""
     seconds = threading.TIMEOUT_MAX if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
@@ -152,7 +154,7 @@ def damage(video):
     concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
     bad = failed + sum(int(again or 0) + 1 for again in concealed)
     total = max(video.promised or 0, decoded + failed)
-    bad += (total - decoded - failed) * (bad > 0)  # those lost in silence
+    bad += (total - decoded - failed) * (bad > 0)  # lost in silence; with no others, the packets were wrong
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     # references are missing also where an intact video was cut
@@ -230,7 +232,7 @@ def open_video(path, size, fps=25):
     stamps, flags = packets[np.argsort(packets[:, 0])].T  # they came in the order of decoding
     keys = np.flatnonzero(flags & 1)
     ordinary = not (flags & ~0x11).any()  # "key" and "disposable": no packet is to be left out
-    if not np.diff(stamps).all() or not ordinary or 0 not in keys[:1] or "[error]" in log[0]:
+    if not np.diff(stamps).all() or not ordinary or not len(keys) or keys[0] > 0 or "[error]" in log[0]:
         return decode_all(path, size)
     tick = Fraction(header["#tb"])
     seconds = (stamps - stamps[0]) * float(tick.numerator) / tick.denominator
@@ -239,7 +241,7 @@ def open_video(path, size, fps=25):
 
 
 def decode_all(path, size):
-    """Video, from decoding all of it: the truth where packets do not tell it."""
+    """Video, from decoding all of it, which tells the truth where packets do not."""
     seconds = []
     frames = []
     log = []
@@ -260,18 +262,19 @@ def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
         for number, frame in read_files(video, size, range(len(video.files))):
             yield video.seconds[number].item(), frame
         return
-    before = float("inf")
+    previous = float("inf")
     step = Fraction(1, 25)
     shown = -step
     for stamp, frame in ffmpeg(path, log, size, stdin=stdin, patient=patient):
-        step = stamp - before if stamp > before else step  # a clock that steps back repeats its last step
+        step = stamp - previous if stamp > previous else step  # a clock that does not advance keeps its step
         shown += step
-        before = stamp
+        previous = stamp
         yield float(shown), frame
 
 
 def even_times(seconds):
-    """i / fps, as released, if one rate fits all to the millisecond to which containers round; else as is."""
+    """Times (T,) -> i / fps, as released, if one rate fits all to the millisecond to which containers round;
+    else as they are."""
     numbers = np.arange(len(seconds))
     fps = numbers[-1] / max(seconds[-1], 1e-9)
     rates = [round(fps), round(fps * 1.001) * 1000 / 1001, fps]  # 30, NTSC's 30000/1001, or any other
@@ -301,7 +304,7 @@ def decode(video, size, numbers):
     if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
         table = ffmpeg(video.path, None, after=f"-bsf:v filter_units=pass_types={clean}")
         seeks = sum(not line.startswith(b"#") for line in table) == len(video.keys)
-    if video.frames:
+    if video.frames is not None:
         yield from ((number, video.frames[number]) for number in numbers)
     elif video.files:
         yield from read_files(video, size, numbers)
@@ -311,7 +314,7 @@ def decode(video, size, numbers):
         wanted = [f"eq(n,{number})" for number in numbers]
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
-        frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
+        frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)  # first in zip: to its very end
         yield from ((number, frame) for (_, frame), number in zip(frames, numbers, strict=False))
         if f"; {len(video.seconds)} frames decoded;" not in video.log[-1]:
             raise EOFError
@@ -345,7 +348,7 @@ def in_threads(function, items):
     """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
     with the first items while later ones are still made."""
     threads = torch.get_num_threads()
-    torch.empty(31 << 20, dtype=torch.uint8)  # glibc then keeps freed blocks of up to this size: 10% faster
+    torch.empty(31 << 20, dtype=torch.uint8)  # and freed: glibc then keeps blocks of this size, 10% faster
     try:
         with ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, items))
@@ -420,7 +423,7 @@ def blur_and_shrink(images, scale):
 
 def polynomial_expansion(images, n, sigma):
     """(2, B, h, w) -> (2, 5, B, h, w): at each pixel, halves of by, bx, ayy, axx, axy of the best parabola
-    f = c + by y + bx x + ayy y² + axx x² + 2 axy xy. (Means and half differences of two frames are needed.)
+    f = c + by y + bx x + ayy y² + axx x² + 2 axy xy. (Halves, because two frames' sum is then their mean.)
 
     Least squares over (2n + 1)² neighbours, weights g. Odd moments vanish; m2 = Σ g x², m4 = Σ g x⁴:
         Σ g f y = m2 by        Σ g f x = m2 bx        Σ g f xy = m2² 2 axy
@@ -454,8 +457,8 @@ def improve(flow, first, second, winsize):
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
     y = dy + torch.arange(h, device=flow.device)[:, None]
-    right, bottom = ((n - 1) * (1 - 1e-7) for n in (w, h))  # in OpenCV, the last pixel is outside
-    inside = ((x == x.clamp(0, right)) & (y == y.clamp(0, bottom))).float()
+    x_end, y_end = ((n - 1) * (1 - 1e-7) for n in (w, h))  # in OpenCV, the last pixel is outside
+    inside = ((x == x.clamp(0, x_end)) & (y == y.clamp(0, y_end))).float()
     grid = torch.stack([x * (2 / (second.shape[-1] - 1)), y * (2 / (second.shape[-2] - 1))]).sub_(1)
     second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1).mul_(inside)
     by, bx = first[:2] - second[:2]
@@ -464,15 +467,15 @@ def improve(flow, first, second, winsize):
     bx.addcmul_(axx, dx).addcmul_(axy, dy)
     equations = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
     equations += [(ayy * by).addcmul_(axy, bx), (axy * by).addcmul_(axx, bx)]
-    # Near the border, a pixel counts less.
+    # Near the border, a pixel counts less, by OpenCV's factors.
     ramp = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472] + [1.0] * max(h, w), device=flow.device)
     weight = ((ramp[:h] * ramp[:h].flip(0))[:, None] * ramp[:w] * ramp[:w].flip(0)) ** 2
     m = winsize // 2
     padded = F.pad(torch.stack(equations).mul_(weight), (m, m, m, m), mode="replicate")
     sums = padded.unfold(-2, 2 * m + 1, 1).sum(-1)  # fast in this direction only
-    yy, xy, xx, y, x = correlate(sums, -1, [1] * (m + 1))
+    yy, xy, xx, by, bx = correlate(sums, -1, [1] * (m + 1))
     determinant = yy * xx - xy * xy + 1e-3 * winsize**4  # 1e-3 is meant for sums divided by winsize²
-    return torch.stack([yy * x - xy * y, xx * y - xy * x]) / determinant
+    return torch.stack([yy * bx - xy * by, xx * by - xy * bx]) / determinant
 
 
 # ---- 1. Video: streams -------------------------------------------------------------------------------------
@@ -534,8 +537,9 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
     masks = {name: MASKS[name] for name in branches if MASKS[name]}
     # Motion is seen between two frames. Frame 0 has no previous one: frame 1 stands in for it, as released.
     last = len(video.seconds) - 1
-    current = np.clip(indices, 1, last)
-    previous = np.maximum(current - 1, 0)  # a lone frame is its own
+    current = np.clip(indices, 1, last)  # a lone frame stays 0, and is its own previous one
+    previous = np.maximum(current - 1, 0)
+    wanted = np.unique([indices, previous, current] if masks else indices)  # in ascending order
     on_cpu = torch.device(device).type == "cpu"  # a GPU takes all pairs at once, when they are here
     step = BLOCK if on_cpu else len(indices)
     blocks = np.split(np.arange(len(indices)), range(step, len(indices), step)) if masks else []
@@ -546,10 +550,11 @@ def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
         before, after = (torch.from_numpy(x).to(device) for x in pairs)  # (B, H, W, 3)
         flow = farneback(rgb_to_gray(before), rgb_to_gray(after))
         speed = torch.hypot(flow[..., :1], flow[..., 1:]) * (last > 0)  # a lone frame does not move
-        return {name: (after * of(speed, motion_mask)).round().to(torch.uint8) for name, of in masks.items()}
+        seen = {name: after * weigh(speed, motion_mask) for name, weigh in masks.items()}
+        return {name: x.round().to(torch.uint8) for name, x in seen.items()}
 
     def decoded():
-        for number, frame in decode(video, size, np.unique([indices, previous, current]).tolist()):
+        for number, frame in decode(video, size, wanted.tolist()):
             frames[number] = frame
             while blocks and number >= current[blocks[0][-1]]:
                 yield blocks.pop(0)
@@ -642,8 +647,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Token ids -> text, without control tokens, padding and placeholders."""
-        pieces = [int(i) for i in ids if 0 < i < self.vocab_size]
-        return self.sp.decode([i for i in pieces if not self.sp.is_control(i)]).strip()
+        known = [i for i in map(int, ids) if 0 < i < self.vocab_size and not self.sp.is_control(i)]
+        return self.sp.decode(known).strip()
 
 
 # ---- 3. Datasets: index files, samples, batches ------------------------------------------------------------
@@ -769,7 +774,7 @@ class HawkDataset(ClipDataset):
             streams = random_crop(streams, generator) if self.augment else streams
         n_visual = self.config.n_visual
         if self.stage == 1:
-            caption = row.get("description") or next(turn["a"] for turn in row["qa"] if turn["a"])
+            caption = row.get("description") or qa[0]["a"]
             ids, labels = self.tokenizer.encode_caption(caption, n_visual)
         else:
             ids, labels = self.tokenizer.encode_conversation(qa, clip.message, n_visual, self.max_tokens)
@@ -782,15 +787,16 @@ class HawkDataset(ClipDataset):
         return {"streams": streams} | {key: torch.as_tensor(value) for key, value in sample.items()}
 
     def conversation(self, row, generator):
-        """Half of the time the annotated rounds, else the description as the answer to the first of them."""
+        """In training, half of the time the annotated rounds; else the description as the first answer."""
         qa = [turn for turn in row.get("qa") or [] if turn["a"]]  # a new list: the row itself is never edited
         description = row.get("description")
         if not self.train:
             return [{"q": DESCRIBE_QUESTIONS[0], "a": description}] if description else qa
         annotated = bool(qa) and generator.random() < 0.5
         question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
-        described = [{"q": question, "a": description}, *qa[1:]]  # as released, the later rounds stay
-        return qa if annotated or not description else described
+        if annotated or not description:
+            return qa
+        return [{"q": question, "a": description}, *qa[1:]]  # as released, the later rounds stay
 
 
 def collate(samples, pad_id=0):
@@ -803,7 +809,8 @@ def collate(samples, pad_id=0):
         if key == "streams":
             batch[key] = {name: stack([streams[name] for streams in values]) for name in values[0]}
         elif key.endswith(("input_ids", "labels")):
-            batch[key] = pad_sequence(values, True, IGNORE if key.endswith("labels") else pad_id)
+            padding = IGNORE if key.endswith("labels") else pad_id
+            batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
         else:
             batch[key] = stack(values)
     return batch
@@ -813,8 +820,8 @@ def stack(values):
     """B tensors -> one; of different lengths, the shorter ones repeat their last entry."""
     if values[0].dim() == 0:
         return torch.stack(values)
-    longest = torch.arange(max(map(len, values)))
-    return torch.stack([value[longest.clamp(max=len(value) - 1)] for value in values])
+    numbers = torch.arange(max(map(len, values)))
+    return torch.stack([value[numbers.clamp(max=len(value) - 1)] for value in values])
 
 
 # ---- 4. Feature cache: what `prepare.py features` wrote ----------------------------------------------------
@@ -862,7 +869,7 @@ class CachedFeatures:
         expected = cache_meta(rows, config, {name: fingerprint[name] for name in self.branches})
         for key in ("weights", "videos", "motion_mask", "n_frames", "image_size"):
             both = f"{meta.get(key)!r}, this run has {expected[key]!r}"
-            require(meta.get(key) == expected[key], f"{folder}: made with {key} {both}; make it again")
+            require(meta.get(key) == expected[key], f"{folder}: made with {key} {both}; make another folder")
         clips = [(i, choice) for i in range(len(rows)) if i not in self.bad for choice in range(self.choices)]
         missing = [clip for clip in clips if not cache_file(folder, *clip).exists()]
         require(not missing, f"{folder}: {len(missing)} clips are missing; run `prepare.py features` again")
@@ -872,7 +879,7 @@ class CachedFeatures:
         file = cache_file(self.folder, i, choice)
         video = self.rows[i]["video"]
         if not file.exists():
-            raise VideoError(video, self.bad[i].split(": ", 1)[-1])
+            raise VideoError(video, self.bad.get(i, f": {file} has gone").split(": ", 1)[-1])
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata()
@@ -919,7 +926,7 @@ def peak_memory_mb(device):
 def replaced_folder(folder):
     """Yields an empty folder beside `folder` to write into, which atomically replaces it on success."""
     old = recover_folder(folder)
-    new = old.with_suffix(".tmp")
+    new = Path(f"{Path(folder)}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
@@ -936,7 +943,7 @@ def replaced_folder(folder):
 
 def recover_folder(folder):
     """Undoes a replacement that was killed between its two renames. Returns where the old folder waits."""
-    old = Path(f"{folder}.old")
+    old = Path(f"{Path(folder)}.old")  # Path: without a slash at its end
     if Path(folder).exists():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():

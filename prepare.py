@@ -4,9 +4,10 @@
     python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
     python prepare.py merge --weights runs/x/last --out weights/x
     python prepare.py hawk --annotations PATH --videos DIR --out data/hawk
-Top to bottom: weights (names, sizes, the motion Q-Former that no file holds), features, merge, hawk.
+Top to bottom: weights (names, sizes, the motion Q-Former that no file holds), features, merge.
 """
 
+import importlib
 import json
 import os
 import re
@@ -14,12 +15,11 @@ import signal
 import sys
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import safetensors.torch
@@ -397,114 +397,9 @@ def merge(args):
     write_folder(args.out, config, held, dtypes, args.weights)
 
 
-# ---- 4. hawk: the published annotations, and videos as they lie on this disk -> index files of ours --------
-SOURCES = {  # folders of the published videos: what annotations and other copies of the videos call them
-    "UCF_Crime": "UCF[-_]?Crime", "ShanghaiTech": "ShanghaiTech(Dataset)?", "UBnormal": "UBnormal",
-    "CUHK_Avenue": "avenue/avenue|CUHK[-_]Avenue", "Ped1": "ped1/ped1|ped1", "Ped2": "ped2/ped2|ped2",
-    "DoTA": "DoTA",
-}  # fmt: skip
-REFUSALS = (  # a language model that should describe a video says that it is one, or that it sees no video
-    r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|my apolog|i apolog)",
-    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
-    r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
-    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don.t) have|have no)\b"
-    r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
-    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|(view|see|watch)ing the actual)\b"
-    r"[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|screen|store))",
-)
-
-
-def published_path(name):
-    """(source, path in the published videos) of a path in the annotations or on this disk, in any case."""
-    name = name.replace("\\", "/")
-    for source, pattern in SOURCES.items():
-        if found := re.search(f"(?i)(^|/)({pattern})/", name):
-            return source, str(Path(source, name[found.end() :]))
-    return "other", name
-
-
-def video_path(videos, name):
-    """The path of a video in a folder; ValueError for a name that leads out: "..", a full path, a link."""
-    path = (videos / name).resolve()
-    require(path.is_relative_to(videos.resolve()), f"{str(name)!r} leads out of the folder of videos")
-    return path
-
-
-def index_row(path, source, description, qa=()):
-    """A row of an index, flagged if its description is a refusal. Motion captions: apps/captions.py."""
-    told = re.sub(r"""(?<=\w)[,:]? ["“][^"”]*["”]""", "", description)  # without what people in it say
-    flags = ["refusal"] * any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
-    return {"video": str(path), "source": source, "description": description, "qa": list(qa), "flags": flags}
-
-
-def write_splits(out, splits):
-    """Writes OUT/train.jsonl and so on when all are whole. splits: {name: rows}; none without rows."""
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out) as folder:
-        for split, rows in splits.items():
-            with Path(folder, split).open("w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        for split in splits:
-            made = Path(folder, split).replace(out / f"{split}.jsonl")
-            if not made.stat().st_size:
-                made.unlink()
-    print(f"note: stage 1 also needs motion captions: python -m apps.captions {out}", file=sys.stderr)
-
-
 def hawk(args):
-    """Turns Hawk's annotations into index files, and finds each video, whose folder may have been renamed.
-
-    --annotations is a JSON file or a folder, searched for all_videos_train.json and all_videos_test.json, or
-    else for any JSON files: then those whose names end in "test" are for testing. OUT/report.json lists
-    what is missing or broken. Refusals ("As an AI …") get a flag."""
-    find = args.annotations.rglob
-    whole = {x.name: x for x in sorted(find("all_videos_t*.json")) if x.stem[11:] in ("train", "test")}
-    files = [*whole.values()] or sorted(find("*.json")) or [args.annotations]
-    videos = args.videos.resolve()
-    places = {}  # {published path in lower case: {published path: path on this disk}}
-    for path in sorted(videos.rglob("*")):
-        published = published_path(str(path.relative_to(videos)))[1]
-        places.setdefault(published.lower(), {})[published] = path
-    rows = {"train": [], "test": [], "missing": [], "broken": []}
-    counts = Counter()
-    for file in files:
-        split = "test" if file.stem.endswith("test") else "train"
-        entries = read_json(file)
-        require(isinstance(entries, list), f"{file}: must be a list of {{video, QA, description}}")
-        for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
-            state, row = hawk_row(entry, videos, places)
-            rows[split if state == "found" else state].append(row | {"file": str(file), "number": number})
-            counts.update((row["source"], column) for column in (state, *row.get("flags", ())))
-    report = {state: rows.pop(state) for state in ("missing", "broken")}
-    first = json.dumps(next(iter(report["missing"] + report["broken"]), "no annotations"))
-    require(any(rows.values()), f"{args.videos}: holds no video of {args.annotations}; first: {first}")
-    write_splits(args.out, rows)
-    data.replace_file(args.out / "report.json", json.dumps(report, indent=1) + "\n")
-    for (source, column), count in sorted(counts.items()):
-        print(f"{source:14}{count:7} {column}")
-    if args.tokenizer:  # as sampled from a video of about two minutes: 32 times in the prompt
-        encode = partial(data.Tokenizer(args.tokenizer).encode_conversation, message="60.0, " * 32)
-        turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": row["description"]} for row in sum(rows.values(), [])]
-        lost = sum(len(encode([turn], max_tokens=513)[0]) > 512 for turn in turns)
-        print(f"{lost} of {len(turns)} descriptions lose their end at the released 512 tokens (--max-tokens)")
-
-
-def hawk_row(entry, videos, places):
-    """("found", row of an index), or ("missing" or "broken", {"source", "reason"}), of an annotation."""
-    source = "other"
-    try:
-        row = {"video": entry["video"], "description": entry["description"], "qa": entry["QA"]}
-        data.check_row({key: 0 if value is None else value for key, value in row.items()})
-        source, name = published_path(row["video"])
-        found = places.get(name.lower(), {name: videos / name})
-        path = video_path(videos, found.get(name) or next(iter(found.values())))
-        if len(found) > 1 and name not in found:
-            return "missing", {"source": source, "reason": f"{name}: could be any of {', '.join(found)}"}
-        if path.is_dir() or (path.is_file() and path.stat().st_size > 0):  # a folder of pictures, or a video
-            return "found", index_row(path, source, row["description"], row["qa"])
-        return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
-    except (KeyError, TypeError, ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
-        return "broken", {"source": source, "reason": f"needs video, QA and description ({e!r})"}
+    """Turns Hawk's annotations into index files: see the top of apps/annotations.py, where this is done."""
+    importlib.import_module("apps.annotations").make_index(args)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from apps import run_program
-from prepare import index_row, video_path, write_splits
+from apps.annotations import index_row, video_path, write_splits
 from sample import Parser, number, print_error
 
 COLUMNS = {"videoid", "page_dir", "name"}  # name is the caption; other columns are ignored

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import prepare
+from apps.annotations import index_row, write_splits
 from data import DESCRIBE_QUESTIONS, HawkDataset, clip_generator, read_index
 from hawk import HawkConfig
 
@@ -175,6 +176,27 @@ def test_folders_that_were_not_renamed(tmp_path):
         assert paths == [f"Videos/{name}" for name in names] and report == {"missing": [], "broken": []}
 
 
+def test_a_whole_copy_comes_before_an_empty_one(tmp_path):
+    for place in ("a", "z"):
+        put(tmp_path / place / "disk/backup" / "DoTA/1.mp4", "" if place == "a" else "whole")
+        put(tmp_path / place / "disk/DoTA/1.mp4", "whole" if place == "a" else "")
+        assert found(tmp_path / place, [], ["DoTA/1.mp4"])[1] == {"missing": [], "broken": []}
+
+
+def test_two_published_splits_are_one_too_many(world):
+    put(world.annotations / "old/all_videos_train.json", "[]")
+    assert "which one" in make(world)
+
+
+def test_the_latest_annotations_are_no_test_and_a_report_no_annotations(world):
+    folder = world.annotations.parent / "mine"
+    put(folder / "latest.json", json.dumps([entry("DoTA/-a b'c.mp4")]))
+    put(folder / "DoTATest.json", json.dumps([entry("DoTA/-a b'c.mp4"), entry("DoTA/gone.mp4")]))
+    for _ in range(2):
+        assert run("hawk", annotations=folder, videos=world.videos, out=folder) is None
+        assert [len(read_index(folder / f"{split}.jsonl")) for split in ("train", "test")] == [1, 1]
+
+
 def test_windows_paths(tmp_path):
     wanted = ["D:\\Data\\DoTA\\x\\1.mp4", "C:\\UCF-Crime\\2.mp4", "E:/ped1/ped1\\3.mp4"]
     assert found(tmp_path, ["DoTA/x/1.mp4", "UCF_Crime/2.mp4", "Ped1/3.mp4"], wanted)[0] == [
@@ -268,7 +290,7 @@ DESCRIBED = [
 
 
 def flagged(description):
-    return prepare.index_row("x.mp4", "s", description)["flags"] == ["refusal"]
+    return index_row("x.mp4", "s", description)["flags"] == ["refusal"]
 
 
 @pytest.mark.parametrize("text", REFUSED)
@@ -283,8 +305,8 @@ def test_descriptions_are_no_refusals(text):
 
 def test_a_refused_answer_does_not_flag_the_description():
     qa = [{"q": "Who?", "a": "I'm sorry, but I cannot tell."}]
-    assert prepare.index_row("x.mp4", "s", "A man breaks a window.", qa)["flags"] == []
-    assert prepare.index_row("x.mp4", "s", "As an AI, I cannot see it.", qa)["flags"] == ["refusal"]
+    assert index_row("x.mp4", "s", "A man breaks a window.", qa)["flags"] == []
+    assert index_row("x.mp4", "s", "As an AI, I cannot see it.", qa)["flags"] == ["refusal"]
 
 
 def test_an_index_is_replaced_when_all_of_it_is_whole(tmp_path):
@@ -294,16 +316,16 @@ def test_an_index_is_replaced_when_all_of_it_is_whole(tmp_path):
         yield row
         raise ValueError
 
-    row = prepare.index_row("x.mp4", "webvid", "A dog runs.")
-    prepare.write_splits(tmp_path, {"train": [row], "test": [row]})
+    row = index_row("x.mp4", "webvid", "A dog runs.")
+    write_splits(tmp_path, {"train": [row], "test": [row]})
     with pytest.raises(ValueError):
-        prepare.write_splits(tmp_path, {"train": [row] * 3, "test": rows()})
+        write_splits(tmp_path, {"train": [row] * 3, "test": rows()})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.jsonl", "train.jsonl"]
     assert len(read_index(tmp_path / "train.jsonl")) == 1
 
 
 def test_one_line_says_where_motion_captions_are_made(tmp_path, capsys):
-    row = prepare.index_row("x.mp4", "webvid", "A dog runs.")
-    prepare.write_splits(tmp_path, {"train": [row] * 3, "test": []})
+    row = index_row("x.mp4", "webvid", "A dog runs.")
+    write_splits(tmp_path, {"train": [row] * 3, "test": []})
     lines = capsys.readouterr().err.splitlines()
     assert sum(f"python -m apps.captions {tmp_path}" in line for line in lines) == 1

@@ -1,0 +1,148 @@
+"""Hawk's published annotations, and videos as they lie on this disk -> index files.
+
+    python prepare.py hawk --annotations Hawk/Annotation --videos Hawk/Videos --out data/hawk
+
+--annotations is a JSON file or a folder, searched for all_videos_train.json and all_videos_test.json, or
+else for any JSON files: then those whose names end in "test" are for testing. Each video is found though its
+folder may have been renamed. OUT/report.json lists what is missing or broken. Refusals ("As an AI …") get a
+flag.
+
+In this file: what the sources are called, and how refusals sound; rows and files of an index, for all
+programs that make one; the job, file by file and row by row.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+import data
+from apps import run_program
+from hawk import require
+from prepare import main, read_json
+
+SOURCES = {  # folders of the published videos: what annotations and other copies of the videos call them
+    "UCF_Crime": "UCF[-_]?Crimes?", "ShanghaiTech": "ShanghaiTech(Dataset)?", "UBnormal": "UBnormal",
+    "CUHK_Avenue": "avenue/avenue|CUHK[-_]Avenue", "Ped1": "ped1/ped1|ped1", "Ped2": "ped2/ped2|ped2",
+    "DoTA": "DoTA",
+}  # fmt: skip
+REFUSALS = (  # a language model that should describe a video says that it is one, or that it sees no video
+    r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|my apolog|i apolog)",
+    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
+    r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
+    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don.t) have|have no)\b"
+    r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
+    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|(view|see|watch)ing the actual)\b"
+    r"[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|screen|store))",
+)
+
+
+def published_path(name):
+    """(source, path in the published videos) of a path in the annotations or on this disk, in any case."""
+    name = name.replace("\\", "/")
+    for source, pattern in SOURCES.items():
+        if found := re.search(f"(?i)(^|/)({pattern})/", name):
+            return source, str(Path(source, name[found.end() :]))
+    return "other", name
+
+
+def video_path(videos, name):
+    """The path of a video in a folder; ValueError for a name that leads out: "..", a full path, a link."""
+    path = (videos / name).resolve()
+    require(path.is_relative_to(videos.resolve()), f"{str(name)!r} leads out of the folder of videos")
+    return path
+
+
+def index_row(path, source, description, qa=()):
+    """A row of an index, flagged if its description is a refusal. Motion captions: apps/captions.py."""
+    told = re.sub(r"""(?<=\w)[,:]? ["“][^"”]*["”]""", "", description)  # without what people in it say
+    flags = ["refusal"] * any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
+    return {"video": str(path), "source": source, "description": description, "qa": list(qa), "flags": flags}
+
+
+def write_splits(out, splits):
+    """Writes OUT/train.jsonl and so on when all are whole. splits: {name: rows}; none without rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out) as folder:
+        for split, rows in splits.items():
+            with Path(folder, split).open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        for split in splits:
+            made = Path(folder, split).replace(out / f"{split}.jsonl")
+            if not made.stat().st_size:
+                made.unlink()
+    print(f"note: stage 1 also needs motion captions: python -m apps.captions {out}", file=sys.stderr)
+
+
+def make_index(args):
+    """`prepare.py hawk`. args: its options. ValueError if nothing is found."""
+    videos = args.videos.resolve()
+    places = {}  # {published path in lower case: {published path: path on this disk}}
+    for path in sorted(videos.rglob("*")):
+        published = published_path(str(path.relative_to(videos)))[1]
+        found = places.setdefault(published.lower(), {})
+        if published not in found or path.lstat().st_size:  # an empty copy does not hide a whole one
+            found[published] = path
+    rows = {"train": [], "test": [], "missing": [], "broken": []}
+    counts = Counter()
+    for file in annotation_files(args):
+        split = "test" if re.search(r"(?<![a-z])test$|Test$", file.stem) else "train"  # "latest" is none
+        entries = read_json(file)
+        require(isinstance(entries, list), f"{file}: must be a list of {{video, QA, description}}")
+        for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
+            state, row = hawk_row(entry, videos, places)
+            rows[split if state == "found" else state].append(row | {"file": str(file), "number": number})
+            counts.update((row["source"], column) for column in (state, *row.get("flags", ())))
+    report = {state: rows.pop(state) for state in ("missing", "broken")}
+    first = json.dumps(next(iter(report["missing"] + report["broken"]), "no annotations"))
+    require(any(rows.values()), f"{args.videos}: holds no video of {args.annotations}; first: {first}")
+    write_splits(args.out, rows)
+    data.replace_file(args.out / "report.json", json.dumps(report, indent=1) + "\n")
+    for (source, column), count in sorted(counts.items()):
+        print(f"{source:14}{count:7} {column}")
+    if args.tokenizer:  # as sampled from a video of about two minutes: 32 times in the prompt
+        encode = partial(data.Tokenizer(args.tokenizer).encode_conversation, message="60.0, " * 32)
+        turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": row["description"]} for row in sum(rows.values(), [])]
+        lost = sum(len(encode([turn], max_tokens=513)[0]) > 512 for turn in turns)
+        print(f"{lost} of {len(turns)} descriptions lose their end at the released 512 tokens (--max-tokens)")
+
+
+def annotation_files(args):
+    """The published split if it is there, else all JSON files. ValueError if it is there twice."""
+    files = sorted(args.annotations.rglob("*.json"))
+    whole = {}
+    for file in files:
+        if file.name in ("all_videos_train.json", "all_videos_test.json"):
+            other = whole.setdefault(file.name, file)
+            require(other is file, f"{other} and {file}: which one? give --annotations the folder of one")
+    others = [file for file in files if file != args.out / "report.json"]
+    return [*whole.values()] or others or [args.annotations]
+
+
+def hawk_row(entry, videos, places):
+    """("found", row of an index), or ("missing" or "broken", {"source", "reason"}), of an annotation."""
+    source = "other"
+    try:
+        row = {"video": entry["video"], "description": entry["description"], "qa": entry["QA"]}
+        data.check_row({key: 0 if value is None else value for key, value in row.items()})
+        source, name = published_path(row["video"])
+        found = places.get(name.lower(), {name: videos / name})
+        if len(found) > 1 and name not in found:
+            return "missing", {"source": source, "reason": f"{name}: could be any of {', '.join(found)}"}
+        path = video_path(videos, found.get(name) or next(iter(found.values())))
+        if path.is_dir() or (path.is_file() and path.stat().st_size > 0):  # a folder of pictures, or a video
+            return "found", index_row(path, source, row["description"], row["qa"])
+        return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
+    except (KeyError, TypeError) as e:
+        return "broken", {"source": source, "reason": f"needs video, QA and description ({e!r})"}
+    except (ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
+        return "broken", {"source": source, "reason": str(e)}
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(["hawk", *sys.argv[1:]]))
