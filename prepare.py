@@ -31,20 +31,24 @@ import data
 from hawk import Branch, Hawk, HawkConfig, is_frame_level, require, save_tensors
 
 SHARD_BYTES = 10**9
-SEED = 42  # of the crops of cached clips
+CROP_SEED = 42  # of cached clips
 
 
 def read_json(file, *needed):
     """The content of a JSON file; ValueError if it cannot be read, or is no object with the `needed` keys."""
     try:
         content = json.loads(file.read_bytes())
-        return content | {key: content[key] for key in needed} if needed else content
+        for key in needed:
+            content[key]
+        return content
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f"{file}: is missing, or not the JSON expected ({type(e).__name__}: {e})") from e
 
 
 # ---- 1. weights: the released files -> one folder of ours --------------------------------------------------
-# Our name of a tensor becomes the released one by these replacements, in turn; {m}: "_motion" in that branch.
+# Our name of a tensor becomes the released one by all of these replacements, one after the other, such as
+# motion.qformer.norm.bias -> qformer.norm.bias -> Qformer{m}.bert.embeddings.LayerNorm.bias, where {m} is
+# "_motion" in that branch and nothing elsewhere.
 RELEASED = {
     r"^(appearance|motion)\.": "", r"^llama\.lm_head": "lm_head", r"^llama\.": "model.",
     r"^vit\.patch_embed": "patch_embed.proj", r"^vit\.": "", r"^ln_vision": "ln_vision{m}",
@@ -57,7 +61,7 @@ RELEASED = {
     r"(layer.+)mlp\.fc1": r"\1intermediate_query.dense", r"(layer.+)mlp\.fc2": r"\1output_query.dense",
     r"(layer.+)mlp\.norm": r"\1output_query.LayerNorm",
 }  # fmt: skip
-# Hugging Face's BLIP-2 has other names, which become the released ones by these replacements.
+# Hugging Face's BLIP-2 has other names, which likewise become the released ones.
 HUGGING_FACE = {
     "vision_model.embeddings.class_embedding": "cls_token", "vision_model.encoder.layers": "blocks",
     "vision_model.embeddings.position_embedding": "pos_embed", "vision_model.post_layernorm": "ln_vision",
@@ -65,10 +69,10 @@ HUGGING_FACE = {
     "self_attn": "attn", "projection": "proj", "attention.attention": "attention.self",
     "qformer.encoder": "Qformer.bert.encoder", "qformer.layernorm": "Qformer.bert.embeddings.LayerNorm",
 }  # fmt: skip
-# What files may hold beyond that: the end of EVA's classifier and its last block, BLIP-2's language model,
-# tables of positions, Video-LLaMA's projection. Anything else is an error.
+# What files may hold beyond that: the end of EVA's classifier and its last block (number DEPTH), BLIP-2's
+# language model, tables of positions, Video-LLaMA's projection. Anything else is an error.
 LEFT_OUT = r".+\.(inv_freq|position_ids)|(norm|head|blocks\.DEPTH|t5_proj|language_.+|llama_proj)\..+"
-Held = namedtuple("Held", "origin read")  # file and name of a tensor, for messages; a function that reads it
+Held = namedtuple("Held", "origin read")  # of a tensor: file and name, for messages; a function that reads it
 
 
 def released_name(name):
@@ -81,7 +85,8 @@ def released_name(name):
 
 @cache
 def open_tensors(file):
-    """{released name: (name in the file, tensor)} of a .pth, .bin or .safetensors file, mapped, not read."""
+    """{released name: (name in the file, tensor)} of a .pth, .bin or .safetensors file, mapped, not read. A
+    qkv.bias is split into q_bias and v_bias. ValueError if the file is damaged or holds anything else."""
     tensors = {}
     try:
         if file.suffix == ".safetensors":
@@ -109,7 +114,7 @@ LLAMA = {  # HawkConfig: LLaMA's config.json
     "llama_dim": "hidden_size", "llama_layers": "num_hidden_layers", "llama_heads": "num_attention_heads",
     "llama_mlp": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
 }  # fmt: skip
-SHAPES = {  # released name of a tensor: what its dimensions are in HawkConfig
+SHAPES = {  # released name of a tensor: fields of HawkConfig that its first dimensions tell
     "patch_embed.proj.weight": ("vit_dim", None, "patch_size"), "blocks.0.mlp.fc1.weight": ["vit_mlp"],
     "pos_embed": (None, "image_size"), "query_tokens": (None, "n_queries", "qformer_dim"),
     "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight": ["qformer_mlp"],
@@ -138,14 +143,14 @@ def infer_config(file, llama, held, overrides):
     # as published, unless the files say otherwise; a tensor that is missing is reported later
     c = asdict(published) | {"tight_dim": published.llama_dim // 16}
     for name, fields in SHAPES.items():
-        c |= zip(fields, held[name].read().shape if name in held else (), strict=False)
-    c.pop(None, None)
+        shape = held[name].read().shape if name in held else ()
+        c |= {field: size for field, size in zip(fields, shape, strict=False) if field}
     for field, stack in LAYERS.items():  # layers are counted by the numbers in their names
         numbers = {found[1] for name in held if (found := re.match(rf"{stack}\D*\.(\d+)\.", name))}
         c[field] = len(numbers) or c[field]
     c["image_size"] = round(max(0, c["image_size"] - 1) ** 0.5) * c["patch_size"]  # less the class token
-    whole = any(name.startswith(("norm.", "head.")) for name in held)  # one block more than used
-    c["vit_depth"] = 39 if c["vit_dim"] == 1408 else c["vit_depth"] - whole
+    whole = any(name.startswith(("norm.", "head.")) for name in held)  # EVA's last block, which is not used
+    c["vit_depth"] = 39 if c["vit_dim"] == 1408 else c["vit_depth"] - int(whole)
     for field, known in (("vit_heads", c["vit_dim"] == 1408), ("qformer_heads", c["qformer_dim"] == 768)):
         require(known or field in overrides, f"shapes do not show {field}: add --set {field}=N")
     require("branches" not in overrides, "--set branches: is for `prepare.py merge`; released files have two")
@@ -157,7 +162,7 @@ def replay_motion_qformer(config, seed=42):
 
     The released code draws it at random, freezes it, and saves only what trained. But training began with
     torch.manual_seed(42), so it follows from that seed and all that is drawn before it. Uniform numbers can
-    be skipped in portions of any size; of normal ones torch draws more or fewer for odd sizes."""
+    be skipped in portions of any size; how many torch draws for normal ones depends on a tensor's size."""
     generator = torch.Generator().manual_seed(seed)
     scratch = torch.empty(1 << 16)
     normal = partial(torch.normal, 0.0, 0.02, generator=generator)
@@ -166,9 +171,9 @@ def replay_motion_qformer(config, seed=42):
         for start in range(0, count, len(scratch)):
             scratch[: count - start].uniform_(generator=generator)
 
-    # Our parameters stand in the order in which the released modules are built. A ViT draws torch's default
-    # initialisers (none for norms, q_bias, v_bias), then a truncated normal, one uniform number each, for
-    # positions, class token and the weights of its Linears again.
+    # Our parameters stand in the order in which the released modules are built. Each of its two ViTs draws
+    # torch's default initialisers (none for norms, q_bias, v_bias), then a truncated normal, one uniform
+    # number each, for positions, class token and the weights of its Linears again.
     model = {name: p.shape for name, p in parameters(config).items()}
     drawn = [shape for name, shape in model.items() if re.match(r"vit\.(?!.*(norm|[qv]_bias))", name)]
     skip_uniform(2 * sum(shape.numel() * (2 if len(shape) == 2 else 1) for shape in drawn))
@@ -186,10 +191,10 @@ def replay_motion_qformer(config, seed=42):
             normal((512, dim))  # positions of words
             skip_uniform(others)
         for name, shape in shapes.items():
-            if name.endswith("mlp.fc1.weight"):  # the MLP for text comes first
+            if name.endswith("mlp.fc1.weight"):  # the MLP for text comes first, and is thrown away
                 normal((mlp, dim))
                 normal((dim, mlp))
-            constant = torch.full(shape, float(name.endswith("norm.weight")))
+            constant = torch.full(shape, float(name.endswith("norm.weight")))  # 1, for biases 0
             made[released_name(name)] = normal(shape) if len(shape) == 2 else constant
         # the head for words is built and initialised; what BertModel has initialised is skipped this time
         skip_uniform(dim * dim + dim + words * dim)
@@ -200,9 +205,14 @@ def replay_motion_qformer(config, seed=42):
 
 
 def complete(held, motion, args, config):
-    """`held` without the motion Q-Former that --motion-qformer rejects, and with all that is made here."""
-    made = replay_motion_qformer(config) if motion == "replay" else {}
-    if motion != "blip2":  # the released code builds this one, and never loads it
+    """`held` with all that is made here, which a file's tensors replace. Only if --motion-qformer takes it
+    from the checkpoint does a motion Q-Former of the files count."""
+    replay = cache(partial(replay_motion_qformer, config))  # when it is read: what is missing is said before
+    ours = [name for name in parameters(config) if name.startswith(("motion.qformer.", "motion.queries"))]
+    lost = map(released_name, ours if motion == "replay" else ())
+    replayed = {name: Held(f"replayed: {name}", lambda name=name: replay()[name]) for name in lost}
+    made = {}
+    if motion != "blip2":  # the released code builds this norm, and never loads it
         made |= torch.nn.LayerNorm(config.vit_dim).state_dict(prefix="ln_vision_motion.")
     if args.hawk is None:  # what trains starts from a fixed seed
         torch.manual_seed(0)
@@ -215,7 +225,7 @@ def complete(held, motion, args, config):
                 made[released] = p
     rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
     given = {name: found for name, found in held.items() if not name.startswith(rejected)}
-    return {name: Held(f"made here: {name}", x.detach) for name, x in made.items()} | given
+    return replayed | {name: Held(f"made here: {name}", x.detach) for name, x in made.items()} | given
 
 
 def weights(args):
@@ -226,15 +236,16 @@ def weights(args):
     given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
     held = {}
-    alone = set()  # names of tensors that do not lie in a folder: of two of the same name, such a one counts
+    sources = {}  # of each tensor: the file, or the folder, which single files replace
     for path in sorted(dict.fromkeys(given), key=Path.is_file):
         shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in shards if path.is_dir() else [path]:
             for name, (key, _) in open_tensors(file).items():
-                twice = name in alone and not re.fullmatch(LEFT_OUT, name)
-                require(not twice, f"{file}: {key} is in another file, too, and unknown in one of them")
+                other = sources.get(name, path)
+                alike = other.is_file() == path.is_file() and not re.fullmatch(LEFT_OUT, name)
+                require(other == path or not alike, f"{file}: {key} is in {other}, too: which one is meant?")
+                sources[name] = path
                 held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
-        alone.update(open_tensors(path) if path.is_file() else ())
     require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
     llama = read_json(args.llama / "config.json", *LLAMA.values())
     config = infer_config(args.llama / "config.json", llama, held, data.settings(args.set))
@@ -250,8 +261,8 @@ def weights(args):
     ours = {}
     for name in parameters(config):
         released = released_name(name)
-        shared = motion == "blip2" if is_frame_level(name) else args.video_llama  # by both branches
-        if shared and released not in held:
+        by_both = motion == "blip2" if is_frame_level(name) else bool(args.video_llama)
+        if by_both and released not in held:  # the motion branch takes what there is for appearance
             released = released.replace("_motion", "")
         require(released in held, f"{released} (our {name}) is missing in {', '.join(map(str, given))}")
         ours[name] = held[released]
@@ -259,7 +270,7 @@ def weights(args):
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
     for name, (origin, read) in held.items():
         require(origin in used or re.fullmatch(known, name), f"{origin} {tuple(read().shape)} is unknown")
-    dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # so the released code rounds LLaMA
+    dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # to which the released code rounds it
     write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
     data.replace_file(args.out / "provenance.json", json.dumps(record, indent=1) + "\n")
@@ -272,7 +283,7 @@ def parameters(config):
 
 
 def write_folder(out, config, held, dtypes, source):
-    """Writes one of our folders, or nothing. held: {our name: Held}. dtypes: {tower: other than as stored}.
+    """Writes one of our folders, or nothing. held: {our name: Held}. dtypes: {tower: type, else as stored}.
     source: the folder that holds the tokenizer and, for apps.timeline, phrases."""
     for name, like in parameters(config).items():
         origin, read = held[name]
@@ -290,18 +301,18 @@ def write_folder(out, config, held, dtypes, source):
             tensors[name] = read().to(getattr(torch, dtype) if dtype else None, copy=True)
             require(tensors[name].isfinite().all(), f"{origin}: NaN, or a number too large for {dtype}")
             if number == len(held) or sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
-                part = f"-{number}" if number < len(held) else ""
+                part = f"-{number}" if number < len(held) else ""  # of a shard: its last tensor's number
                 save_tensors(tensors, folder / f"model{part}.safetensors")
                 tensors.clear()
-                open_tensors.cache_clear()  # what was read of mapped files counts as our memory
+                open_tensors.cache_clear()  # pages of mapped files that were read stay in memory until then
 
 
 # ---- 2. features: what is frozen in training, computed once for all clips ----------------------------------
 def features(args, dataset=None):
     """Computes the frozen part of every clip once, for training without videos, ViT and frame Q-Formers.
 
-    Reads DATA/train.jsonl and test.jsonl, writes OUT/train and OUT/test: --crops files for each clip. What is
-    there is done: a second run resumes. A folder of other weights or settings is refused."""
+    Reads DATA/train.jsonl and test.jsonl, writes OUT/train and OUT/test: --crops files for each clip. Files
+    that are there are kept: a second run resumes. A folder of other weights or settings is refused."""
     require(args.crops > 0, "--crops must be at least 1")
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
     require(splits, f"{args.data}: holds neither train.jsonl nor test.jsonl")
@@ -314,7 +325,7 @@ def features(args, dataset=None):
         rows = data.read_index(args.data / f"{split}.jsonl")
         folder = args.out / split
         crops = args.crops if split == "train" else 1
-        meta = data.cache_meta(rows, model.config, fingerprint, crops, SEED, args.dtype, args.bfloat16)
+        meta = data.cache_meta(rows, model.config, fingerprint, crops, CROP_SEED, args.dtype, args.bfloat16)
         folder.mkdir(parents=True, exist_ok=True)
         old = read_json(folder / "meta.json", *meta) if (folder / "meta.json").exists() else meta
         for key, value in meta.items():
@@ -360,10 +371,10 @@ class FeatureDataset(data.ClipDataset):
     def sample(self, i, generator):
         streams, clip = self.read(i, "uniform", None)
         crops = range(1, len(self.rows[i]["files"]))
-        variants = [data.random_crop(streams, data.clip_generator(SEED, crop, i)) for crop in crops]
+        variants = [data.random_crop(streams, data.clip_generator(CROP_SEED, crop, i)) for crop in crops]
         about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
         video = Path(self.rows[i]["video"])  # a subclass may need no file
-        about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # tells if another replaces it
+        about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # tells if it was replaced
         return {"index": i, "variants": [streams, *variants], "about": about}
 
 
@@ -385,7 +396,8 @@ def merge(args):
     before = model.config.branches
     pattern = "motion" if "motion" in before else before[-1]
     for branch in sorted(set(config.branches) - set(before)):
-        print(f"{branch}: copied from {pattern}")
+        unknown = "" if branch in data.MASKS else "; data.MASKS does not have it yet"
+        print(f"{branch}: copied from {pattern}{unknown}")
         held |= {name: Held(name, p.detach) for name, p in model.branch(pattern).named_parameters(branch)}
     wanted = parameters(config)
     for name in held.keys() - wanted:  # encoder_1 has no purpose without another branch to compare with
@@ -407,7 +419,7 @@ PATHS = {  # options that name files and folders
     "llama": "folder of meta-llama/Llama-2-7b-chat-hf", "vit": "eva_vit_g.pth, or a folder of BLIP-2",
     "qformer": "blip2_pretrained_flant5xxl.pth, or a folder of BLIP-2", "out": "folder to write",
     "hawk": "finetune.pth or pretrained.pth", "video-llama": "VL_LLaMA_2_7B_Finetuned.pth",
-    "weights": "folder of weights", "base": "where the folder is now that the weights are based on",
+    "weights": "folder of weights, such as runs/x/last", "base": "of --weights, if that folder has moved",
     "data": "folder of train.jsonl and test.jsonl", "annotations": "JSON file, or a folder of such files",
     "videos": "folder of UCF_Crime, DoTA and so on",
     "tokenizer": "tokenizer.model: also count the descriptions that training cuts",
@@ -428,15 +440,18 @@ def main(argv=None):
             add(f"--{key}", type=Path, required=key not in OPTIONAL, help=PATHS[key])
         if run is weights:
             ways = ["auto", "checkpoint", "replay", "blip2"]
-            add("--motion-qformer", choices=ways, default="auto", help="its source; auto: what is there")
+            about = "from --hawk, redrawn from the released seed, or copied; auto: the first that can be"
+            add("--motion-qformer", choices=ways, default="auto", help=about)
         if run in (weights, merge):
-            add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
-            add("--dtype", choices=("float16", "bfloat16", "float32"), help="default: as released, as stored")
+            about = "fields of config.json, such as vit_heads=16"
+            add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=about)
+            about = "of the files; by default as stored, but a converted LLaMA in bfloat16"
+            add("--dtype", choices=("float16", "bfloat16", "float32"), help=about)
         if run is features:
             add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")
             add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")
             add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
-            add("--workers", type=int, default=2, help="processes, on a GPU threads, that read videos")
+            add("--workers", type=int, default=2, help="processes (on a GPU: threads) that read videos")
             add("--device", help="default: the best there is")
     args = parser.parse_args(argv)
     try:

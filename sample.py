@@ -43,7 +43,7 @@ Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_
 
 # ---- LLaMA in int8 -----------------------------------------------------------------------------------------
 class Int8Linear(torch.nn.Module):
-    """A Linear with W ≈ scale · int8, one scale a row: half of bfloat16's memory, for inference."""
+    """A Linear without bias, W ≈ scale · int8, one scale a row: half of bfloat16's memory, to infer only."""
 
     def __init__(self, linear):
         super().__init__()
@@ -57,8 +57,8 @@ class Int8Linear(torch.nn.Module):
         if x.device.type == "cpu" and len(rows) <= 8:  # memory-bound: this kernel of torch's reads bytes
             return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
         # under --compile the small matrices are left to inductor, which multiplies by several at once
-        large = N * K > 1 << 25 or not torch.compiler.is_compiling()
-        if triton and x.is_cuda and len(rows) == 1 and large:
+        by_hand = N * K > 2**25 or not torch.compiler.is_compiling()
+        if triton and x.is_cuda and len(rows) == 1 and by_hand:
             y = x.new_empty(*x.shape[:-1], N)
             int8_product[((N + 3) // 4,)](rows, self.weight, self.scale, y, N, K, ROWS=4, BLOCK=1024)
             return y
@@ -84,7 +84,8 @@ if triton:
 
 # ---- From a video to an answer -----------------------------------------------------------------------------
 def load(weights, device=None, dtype=None, int8=False, compile=False):
-    """Weights -> (model, tokenizer). dtype: torch's or its name. ValueError names the file that is wrong."""
+    """Folder of weights -> (model, tokenizer). dtype: torch's or its name. int8, compile: as the options of
+    the command line. ValueError names the file that is wrong."""
     if Path(weights).resolve() == TINY:
         note(f"note: {TINY_NOTE}")
     device = data.usable_device(device)
@@ -103,7 +104,7 @@ def load(weights, device=None, dtype=None, int8=False, compile=False):
 
 @torch.no_grad()
 def encode_clips(model, clips):
-    """Clips -> Encoding of the batch; one by one if they differ in length, as frames cannot be padded."""
+    """Clips -> Encoding of the batch; one by one if they differ in length: padding changes answers."""
     if len({len(clip.indices) for clip in clips}) > 1:
         return Encoding(torch.cat([encode_clips(model, [clip]).tokens for clip in clips]), {})
     streams = {}
@@ -115,8 +116,8 @@ def encode_clips(model, clips):
 
 def encode_video(model, path, fps=25):
     """Reads and encodes a video -> Seen. fps: pictures a second of a folder. Raises VideoError."""
-    odd = not os.path.exists(path) and ("://" in str(path) or "*" in str(path))
-    require(not odd, f"{path}: no such file; download an address first, leave out the quotes of a pattern")
+    no_path = not os.path.exists(path) and ("://" in str(path) or "*" in str(path))
+    require(not no_path, f"{path}: no such file; download an address first; a pattern needs no quotes")
     start = time.perf_counter()
     clip = data.read_clip(path, **data.clip_options(model.config), fps=fps, device=model.device)
     middle = time.perf_counter()
@@ -138,22 +139,26 @@ def generate(model, encoding, prompts, beams=1, **options):
         rows = zip(encoding.tokens.split(1), prompts, strict=True)
         return [beam_search(model, soft, ids, beams, **options) for soft, ids in rows]
     except RuntimeError as error:
-        require(not model.compile_step, f"--compile failed: {' '.join(str(error).split()[:24])}")
+        compiled = model.compile_step and not isinstance(error, torch.OutOfMemoryError)
+        require(not compiled, f"--compile failed: {' '.join(str(error).split()[:24])}")
         raise
 
 
 @torch.no_grad()
-def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):
-    """Follows the `beams` best continuations of a prompt: soft (1, N, D) and ids (S,). Returns the new ids of
-    the best by mean log-probability per token; at the limit it may be one that is still open."""
+def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):  # _: options of draws
+    """Follows the `beams` best continuations of a prompt: soft (1, N, D) and ids (S,), until as many have
+    ended better than the best open one stands. Returns the new ids of the best by mean log-probability per
+    token; at the limit it may be one that is still open."""
     x = model.embed(torch.as_tensor(ids, device=model.device)[None], soft).expand(beams, -1, -1)
     cache = KVCache(model.config, beams, x.shape[1] + max_new_tokens, x)
     new = torch.empty(beams, 0, dtype=torch.long, device=x.device)
-    score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # all are equal: one spreads
+    score = torch.tensor(
+        [0.0] + [-torch.inf] * (beams - 1), device=x.device
+    )  # at first all beams are the same
     finished = []
     for length in range(1, max_new_tokens + 1):
         logits = model.llama.lm_head(model.llama(x, cache)[:, -1]).float()  # (beams, vocabulary)
-        score, best = (score[:, None] + logits.log_softmax(-1)).flatten().topk(2 * beams)  # up to half end
+        score, best = (score[:, None] + logits.log_softmax(-1)).flatten().topk(2 * beams)  # half may end
         rows = best // logits.shape[1]
         token = best % logits.shape[1]
         new = torch.cat([new[rows], token[:, None]], dim=1)  # (2 · beams, length)
@@ -173,7 +178,7 @@ def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):
 def ask(model, tokenizer, video, question=data.DESCRIBE_QUESTIONS[0], history=(), system=data.SYSTEM,
         max_new_tokens=300, **generation):  # fmt: skip
     """Answer to a question about a video (a path, or a Seen). history: earlier (question, answer) pairs.
-    generation: more options of Hawk.generate, such as on_token. Raises ValueError, for a video VideoError."""
+    generation: more options of `generate`, such as on_token. Raises ValueError, for a video VideoError."""
     require(question.strip(), "the question is empty")
     seen = video if isinstance(video, Seen) else encode_video(model, video)
     notes = list(seen.clip.notes)
@@ -190,7 +195,8 @@ def ask(model, tokenizer, video, question=data.DESCRIBE_QUESTIONS[0], history=()
     (new,) = generate(model, seen.encoding, [ids], max_new_tokens=room, eos_id=tokenizer.eos, **generation)
     seconds = seen.seconds | {"generate": time.perf_counter() - start}
     if tokenizer.eos not in new:
-        notes.append(f"the answer was cut after {len(new)} tokens; --max-new-tokens sets the limit")
+        why = "--max-new-tokens sets the limit" if room == max_new_tokens else "the context is full"
+        notes.append(f"the answer was cut after {len(new)} tokens; {why}")
     memory = data.peak_memory_mb(model.device)
     return Answer(seen.path, question, tokenizer.decode(new), seconds, len(new), memory, notes)
 
@@ -208,20 +214,21 @@ def print_error(error):  # in one line; returns the exit status
 
 def remarks(answer, prefix=""):  # the notes and what it took, a line each
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in answer.seconds.items())
-    rate = answer.tokens / answer.seconds["generate"]
-    took = f"{seconds} ({answer.tokens} tokens, {rate:.1f} a second)"
-    took += f", peak memory {answer.peak_memory_mb:.0f} MB"
+    rate = f"{answer.tokens} tokens, {answer.tokens / answer.seconds['generate']:.1f} a second"
+    took = f"{seconds} ({rate}), peak memory {answer.peak_memory_mb:.0f} MB"
     return "\n".join(prefix + line for line in [*answer.notes, took])
 
 
-def chat(model, tokenizer, video, questions, **options):
-    """Answers these questions, then stdin's -> exit status. ctrl-C or an error ends a round only."""
-    seen = video if isinstance(video, Seen) else encode_video(model, video)
+def chat(model, tokenizer, seen, questions, **options):
+    """Answers questions about a Seen, these and then stdin's -> exit status. ctrl-C or an error ends a round
+    only."""
+    require(sys.stdin, "--chat reads questions from stdin, which is closed")
     sys.stdin.reconfigure(errors="replace")
     readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one question
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # only answers go to a file
     note("/help lists the commands")
     rounds = []  # [question, answer], the last one as far as it got
+    made = []  # its tokens
     status = 0
 
     def show(tokens):
@@ -232,7 +239,7 @@ def chat(model, tokenizer, video, questions, **options):
 
     while True:
         try:
-            question = (questions.pop() if questions else input(prompt)).strip()
+            question = (questions.pop(0) if questions else input(prompt)).strip()
             if question in ("/quit", "quit", "exit"):
                 return status
             if question == "/new":
@@ -240,8 +247,8 @@ def chat(model, tokenizer, video, questions, **options):
             elif question.startswith("/"):
                 note(HELP)
             elif question:
-                rounds = [*filter(all, rounds), [question, ""]]  # without those that have no answer
-                made = []
+                rounds = [done for done in rounds if done[1]] + [[question, ""]]
+                made.clear()
                 answer = ask(model, tokenizer, seen, question, rounds[:-1], on_token=show, **options)
                 print(answer.answer[len(rounds[-1][1]) :], flush=True)  # beams show nothing before their end
                 rounds[-1][1] = answer.answer
@@ -255,7 +262,7 @@ def chat(model, tokenizer, video, questions, **options):
             status = print_error(error)
 
 
-class Parser(argparse.ArgumentParser):  # an error is one line that starts with "error:"
+class Parser(argparse.ArgumentParser):  # its errors are one line that starts with "error:"
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -264,7 +271,7 @@ class Parser(argparse.ArgumentParser):  # an error is one line that starts with 
 
 
 def number(kind, low, high=sys.maxsize):  # an argparse type
-    def number(text):
+    def number(text):  # whose name argparse prints for what is no number
         if low <= kind(text) <= high:  # nan is not within anything
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not within {low} to {high}")
@@ -285,7 +292,7 @@ def main(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("video", nargs="*", action="extend", metavar="VIDEO", help="files, or folders of numbered pictures")
-    add("--video", nargs="+", action="extend", metavar="VIDEO", help="the same")
+    add("--video", nargs="+", action="extend", metavar="VIDEO", help="the same as without --video")
     add("--question", help=f"default: {data.DESCRIBE_QUESTIONS[0]}")
     add("--chat", action="store_true", help="ask about one video in rounds, questions from stdin")
     add("--json", action="store_true", help="one JSON object a video, also with times, memory and notes")
@@ -295,10 +302,10 @@ def main(argv=None):
     add("--system", default=data.SYSTEM, help="system text of the prompt (default: a space, as in training)")
     add("--max-new-tokens", type=number(int, 1), default=300, help="longest answer (default: 300)")
     add("--temperature", type=number(float, 0), default=0.0, help="0, the default: always the likeliest word")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the likeliest with this sum")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the likeliest with this share")
     add("--beams", type=number(int, 1, 64), default=1, help="width of a beam search")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
-    add("--seed", type=number(int, 0), default=0, help="of --temperature")
+    add("--seed", type=number(int, 0), default=0, help="of the draws that --temperature asks for")
     args = p.parse_intermixed_args(argv)
     if not args.video or (args.chat and (args.json or len(args.video) > 1)):
         p.error("give the path of a video; --chat takes only one, and no --json")
@@ -312,7 +319,7 @@ def main(argv=None):
         model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
         if args.chat:
             seen = encode_video(model, args.video[0], args.fps)
-            return chat(model, tokenizer, seen, [args.question or ""], **options)
+            return chat(model, tokenizer, seen, [args.question] if args.question else [], **options)
     except PROBLEMS as error:
         return print_error(error)
     question = data.DESCRIBE_QUESTIONS[0] if args.question is None else args.question

@@ -5,8 +5,6 @@
     torchrun --standalone --nproc_per_node=4 train.py …    # the same options
     python train.py … --resume                             # continues from OUT/last
 
---batch-size is global: over all processes and --accumulate micro-batches. --warmup counts steps from 1e-6 to
---lr. --clip is the largest gradient norm, 0 for none. The defaults are the released ones.
 Sample randomness is seeded by (seed, epoch, index), model randomness (dropout) by (seed, step, rank): loader
 workers change nothing, and a run that was killed and resumed repeats the undisturbed one.
 """
@@ -40,7 +38,8 @@ class HawkTask:
     def add_options(self, parser):
         add = parser.add_argument_group("stages 1 and 2").add_argument
         add("--stage", type=int, choices=[1, 2], default=2, help="1: captions, 2: questions")
-        add("--train", choices=["released", "paper", "lora", "all"], help="default: paper, with --preset all")
+        about = "what learns (see Hawk.set_trainable); default: paper, but all with --preset"
+        add("--train", choices=["released", "paper", "lora", "all"], help=about)
         add("--features", help="folder that `prepare.py features` wrote: no video is read and no ViT runs")
         add("--augment", action="store_true", help="random crops, as released")
         add("--motion-targets", action="store_true", help="stage 2: motion captions as targets (paper)")
@@ -56,9 +55,9 @@ class HawkTask:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
             samples.features = data.CachedFeatures(*cache)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
-            about = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # times of two minutes
+            typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # as of two minutes
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
-            lost = sum(len(tokenizer.encode_conversation(qa, *about)[0]) > args.max_tokens for qa in qas)
+            lost = sum(len(tokenizer.encode_conversation(qa, *typical)[0]) > args.max_tokens for qa in qas)
             if lost:  # these do not teach when to stop
                 note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples
@@ -72,8 +71,19 @@ class HawkTask:
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # the step is finished, saved, and the run ends
+NUMBERS = {  # options: default and meaning; as released, but for the last four
+    "batch-size": (4, "clips a step, of all processes and micro-batches"),
+    "lr": (1e-5, "learning rate after --warmup steps, which begin at 1e-6"),
+    "min-lr": (1e-6, "learning rate at the end"),
+    "weight-decay": (0.05, "of tensors of two or more dimensions"),
+    "seed": (42, "of order, crops, questions and dropout"),
+    "accumulate": (1, "micro-batches a step, for less memory"),
+    "workers": (2, "processes that read videos, for each process that trains"),
+    "clip": (0.0, "largest gradient norm, 0: any"),
+    "eval-samples": (64, "held-out clips, 0: none"),
+}
 SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
-# May change when a run is resumed. All other options decide what is learned, or which checkpoint is best.
+# May change when a run is resumed, though --steps, --set and --dtype change what it learns; others may not.
 FREE = "out resume weights set recipe steps accumulate device dtype workers features save_every eval_every"
 
 
@@ -86,14 +96,13 @@ def parse_args(argv, task):
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="fields of the config")
     add("--data", required=True, type=os.path.abspath, help="folder of train.jsonl and, held out, test.jsonl")
     add("--out", required=True, help="folder of the run: log.jsonl, bad_videos.jsonl, weights in last/")
-    add("--resume", action="store_true", help="continue from OUT/last")
+    add("--resume", action="store_true", help="continue from OUT/last, if it is there")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")
     add("--steps", type=int, help="optimizer steps, of one batch each")
     add("--recipe", choices=["released"], help="released: 400,000 steps; the other defaults are as released")
-    numbers = {"batch-size": 4, "accumulate": 1, "workers": 2, "seed": 42, "lr": 1e-5, "min-lr": 1e-6}
-    for name, default in (numbers | {"weight-decay": 0.05, "clip": 0.0, "eval-samples": 64}).items():
-        add(f"--{name}", type=type(default), default=default, help=f"default {default}")
+    for name, (default, about) in NUMBERS.items():
+        add(f"--{name}", type=type(default), default=default, help=f"{about} (default {default})")
     for name, most in SCALED.items():
         add("--" + name.replace("_", "-"), type=int, help=f"default: a tenth of --steps, at most {most}")
     task.add_options(p)
@@ -124,7 +133,8 @@ def note(text):
 
 # ---- Setting up --------------------------------------------------------------------------------------------
 def init_weights(module):
-    """Unit-variance layers, so that depth does not shrink the signal of a model that learns from nothing."""
+    """Unit-variance layers, so that depth does not shrink the signal of a model that learns from nothing.
+    Module.apply visits parts before the whole: a ViT corrects its patch_embed."""
     if type(module) in (torch.nn.Linear, torch.nn.Conv2d):
         torch.nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
@@ -146,7 +156,7 @@ def build(args, folder, device):
     """(model, file of its tokenizer), from a folder of weights or, if None, random weights of the preset."""
     torch.manual_seed(args.seed)
     tokenizer = Path(folder or args.data) / "tokenizer.model"
-    base = args.weights if args.resume else None  # which may have moved since
+    base = args.weights if args.resume else None  # given anew, in case it has moved
     stored = read_chain(folder, base=base)[0] if folder else HawkConfig.preset(args.preset)
     if not folder:
         stored.vocab_size = data.Tokenizer(tokenizer).vocab_size
@@ -181,6 +191,8 @@ def begin(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.barrier()
     require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
+    if args.resume and not last.exists() and rank == 0:
+        note(f"{last} is not there yet: this run begins")
     args.resume = last.exists()
     settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
     even = args.batch_size % (world * args.accumulate) == 0
@@ -224,8 +236,8 @@ def micro_batches(n, args, start, rank, world):
 
 
 def load(dataset, order, args, device, most=math.inf):
-    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
-    readable, it holds the first clip that is, as 0 clips: in DDP others wait for its backward pass.
+    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none of
+    them is readable, the batch is another clip that counts as 0: DDP needs a backward pass of all processes.
     ValueError if no clip is readable, or if all processes have found more than `most` that are not."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
@@ -237,11 +249,12 @@ def load(dataset, order, args, device, most=math.inf):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
         unread = len(batch["errors"])
-        lines = {json.dumps(error) + "\n" for error in batch["errors"]}
+        lines = {json.dumps(error | {"held_out": most == math.inf}) + "\n" for error in batch["errors"]}
         with listed.open("a+") as file:  # which all processes share, and anyone may delete
             file.seek(0)
             file.writelines(sorted(lines.difference(file)))
-        bad = {json.loads(line)["video"] for line in listed.open()} if unread else ()
+        entries = map(json.loads, listed.open() if unread else ())
+        bad = {entry["video"] for entry in entries if not entry.get("held_out")}
         advice = f"see {listed.name}; when they are mended, delete it"
         require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
         clips = len(batch.get("input_ids", ()))
@@ -297,18 +310,18 @@ def restore(file, objective, optimizer, device):
 
 # ---- One step, and the run ---------------------------------------------------------------------------------
 def train_step(module, batches, optimizer, autocast, args):
-    """One optimizer step over this process's share of a batch -> (losses, gradient norm). The loss of an
+    """One optimizer step over this process's share of a batch -> (its losses, gradient norm). The loss of an
     unreadable clip counts as 0. A step whose gradient is not finite changes nothing."""
     sums = Counter()
     for k in range(args.accumulate):
         batch, clips, unread = next(batches)
-        weight = clips / (clips + unread) / args.accumulate
-        # DDP averages the gradients over the processes once, in the last backward pass
+        share = clips / (clips + unread) / args.accumulate  # of this process's mean
+        # as DDP's no_sync(): the gradients are averaged over the processes once, in the last backward pass
         module.require_backward_grad_sync = k == args.accumulate - 1
-        with autocast:  # each clip counts the same, however many processes share a batch
+        with autocast:  # per sample: each clip counts the same, however many processes share a batch
             losses = module(**batch, per_sample=True)
-        (losses["total"] * weight).backward()
-        sums.update({name: loss.detach().float() * weight for name, loss in losses.items()})
+        (losses["total"] * share).backward()
+        sums.update({name: loss.detach().float() * share for name, loss in losses.items()})
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), args.clip or math.inf).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -334,7 +347,7 @@ def main(argv=None, task=None):
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     order = micro_batches(len(train_set), args, start, rank, world)
     batches = load(train_set, order, args, device, most=max(1, 0.05 * len(train_set)))
-    run = (args, model, objective, tokenizer_file)  # what a checkpoint is made of
+    parts = (args, model, objective, tokenizer_file)  # of a checkpoint
     log = last.with_name("log.jsonl")
     if rank == 0:  # a resumed run repeats the steps after the last checkpoint, and logs each once
         lines = log.read_text().splitlines(keepends=True)[:start] if log.exists() else []
@@ -342,6 +355,7 @@ def main(argv=None, task=None):
     stop = []
     for number in STOPPING:
         signal.signal(number, lambda number, _: stop.append(number))
+    told_to_stop = 0
     skipped = 0
     t0 = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
@@ -349,7 +363,7 @@ def main(argv=None, task=None):
         lr = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout; 1009: for as many ranks
         losses, norm = train_step(module, batches, optimizer, autocast, args)
         # what all processes have to know: the mean losses, and whether one of them was told to stop
         means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
@@ -362,7 +376,7 @@ def main(argv=None, task=None):
             values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
             values["samples_per_s"] = round((step - start) * args.batch_size / (time.perf_counter() - t0), 2)
-            if set(COMPARED) <= set(model.config.branches):  # near 1, biases alone meet the consistency loss
+            if set(COMPARED) <= set(model.config.branches):  # 1: biases alone could meet the consistency loss
                 biases = [model.branch(name).encoder_1.bias for name in COMPARED]
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
@@ -373,9 +387,9 @@ def main(argv=None, task=None):
             bar.set_postfix(loss=values["total"], samples_s=values["samples_per_s"])
             if values.get("held_out_total", math.inf) < best:
                 best = values["held_out_total"]
-                save(last.with_name("best"), *run, step=step)
+                save(last.with_name("best"), *parts, step=step)
             if step % args.save_every == 0 or step == args.steps or told_to_stop:
-                save(last, *run, step=step, best=best, optimizer=optimizer.state_dict())
+                save(last, *parts, step=step, best=best, optimizer=optimizer.state_dict())
         if told_to_stop:
             break
     if world > 1:
@@ -383,9 +397,9 @@ def main(argv=None, task=None):
     bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
     if rank == 0 and bad:
         note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
-    if rank == 0 and stop:
+    if rank == 0 and told_to_stop:
         note("stopped, and saved; the same command with --resume continues")
-    return 130 if signal.SIGINT in stop else 0
+    return 130 if signal.SIGINT in stop else 0  # SIGTERM, from a scheduler, is no failure
 
 
 def run(argv=None, task=None):

@@ -1,4 +1,4 @@
-"""Optional programs on top of the five files, which import none of them. Run: `python -m apps.NAME`."""
+"""Optional programs on top of the five files. Run: `python -m apps.NAME`."""
 
 import os
 import signal

@@ -319,9 +319,10 @@ def test_a_process_without_a_readable_clip_waits_for_no_one(world, tmp_path, mai
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("PROCESSES AGREE") == 2, done.stdout
     main(*options(world, tmp_path / "one", 4))
-    for name in ("one", "two"):  # listed once, however often it comes
-        [entry] = map(json.loads, (tmp_path / name / "run/bad_videos.jsonl").read_text().splitlines())
-        assert entry["video"].endswith("broken.mp4") and "broken.mp4" in entry["error"]
+    for name in ("one", "two"):  # listed once of each split, however often it comes
+        listed = [*map(json.loads, (tmp_path / name / "run/bad_videos.jsonl").open())]
+        assert sorted(entry["held_out"] for entry in listed) == [False, True]
+        assert all(entry["video"].endswith("broken.mp4") and "broken.mp4" in entry["error"] for entry in listed)
     one, two = (log_of(tmp_path / name) for name in ("one", "two"))
     saved = Hawk.from_pretrained(tmp_path / "one/run/last")
     biases = [saved.branch(name).encoder_1.bias for name in ("appearance", "motion")]
@@ -455,6 +456,10 @@ def test_many_unreadable_videos_end_even_a_short_run(world, tmp_path, main, caps
     shutil.copy(tmp_path / "run/bad_videos.jsonl", tmp_path / "b")  # of a run that is not there any more
     main(*options(world, tmp_path, 8, "--out", tmp_path / "b"))
     assert "note: 1 videos could not be read (of 8 rows)" in capsys.readouterr().err
+    with (tmp_path / "test.jsonl").open("a") as file:  # a held-out one is no reason to end
+        file.write(json.dumps(ROW | {"video": "/other.mp4"}) + "\n")
+    main(*options(world, tmp_path, 8, "--out", tmp_path / "c", "--eval-every", 1))
+    assert "note: 2 videos could not be read (of 8 rows)" in capsys.readouterr().err
 
 
 def test_losses_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, main):

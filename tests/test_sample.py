@@ -57,6 +57,14 @@ def test_one_answer_on_stdout(world, cli):
     assert json.loads(cli("--video", clip, "--max-new-tokens", 12, "--json")[1])["answer"] + "\n" == out
 
 
+def test_an_answer_that_fills_the_context(world, loaded, monkeypatch):
+    seen = sample.encode_video(loaded[0], world / "a b.mp4")
+    length = len(loaded[1].encode_prompt("Who?", seen.clip.message, loaded[0].config.n_visual))
+    monkeypatch.setattr(loaded[0].config, "context_length", length + 7)
+    answer = sample.ask(*loaded, seen, "Who?")
+    assert answer.notes == ["the answer was cut after 7 tokens; the context is full"]
+
+
 def test_json_and_broken_videos(world, cli):
     paths = [str(world / name) for name in ("a b.mp4", "broken.mp4", "missing.mp4", "c.mp4")]
     status, out, err = cli("--video", *paths[:2], "--question", "Who?", "--json", *paths[2:])
@@ -214,7 +222,8 @@ def chat(world, loaded, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), "utf-8"))
         with redirect_stdout(io.StringIO()) as stdout:
             stdout.write = lambda text: text and pieces.append(text)
-            return sample.chat(*loaded, world / "a b.mp4", [], max_new_tokens=20, **options), pieces
+            seen = sample.encode_video(loaded[0], world / "a b.mp4")
+            return sample.chat(*loaded, seen, [], max_new_tokens=20, **options), pieces
 
     return chat
 

@@ -451,7 +451,6 @@ def cut(file):
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-1000])
 
 
-MOTION_BIAS = "Qformer_motion.bert.embeddings.LayerNorm.bias"
 TEN = torch.zeros(10)
 NAN = torch.full((QF, QF), torch.nan)
 HUGE = torch.full((1, 1, VIT), torch.inf)
@@ -472,7 +471,10 @@ BAD = {  # how to spoil the files, and what the message says
     "too large": (change("vit.pth", cls_token=HUGE), ["vit.pth", "cls_token", "too large"]),
     "absurd size": (configure(hidden_size=10**12), ["llama_dim is 1000000000000"]),
     "unknown": (change("qformer.pth", extra=torch.zeros(2, 3)), ["qformer.pth", "extra", "(2, 3)"]),
-    "Q-Former twice": (change("hawk.pth", query_tokens=QUERIES), ["hawk.pth", "query_tokens", "unknown"]),
+    "Q-Former twice": (
+        change("hawk.pth", query_tokens=QUERIES),
+        ["hawk.pth", "query_tokens", "is in qformer.pth, too"],
+    ),
     "two blocks more": (change("vit.pth", **{"blocks.4.norm1.bias": torch.zeros(VIT)}), ["blocks.4"]),
     "missing shard": (removed(SHARD.format(2)), ["model.layers.", "is missing in llama, "]),
     "gap in a shard": (
@@ -491,10 +493,10 @@ BAD = {  # how to spoil the files, and what the message says
     "not a state dict": (lambda d: torch.save([1, 2], d / "hawk.pth"), ["hawk.pth", "other than tensors"]),
     "no such file": (removed("vit.pth"), ["vit.pth", "is missing"]),
     "no tokenizer": (removed("llama/tokenizer.model"), ["tokenizer.model", "no such tokenizer file"]),
-    "next to nothing that is known": (  # of the motion Q-Former a bias: else it is drawn, which takes long
+    "next to nothing that is known": (
         lambda folder: [
             torch.save({name: TEN}, folder / f"{x}.pth")
-            for x, name in (("vit", "x"), ("qformer", "y"), ("hawk", MOTION_BIAS))
+            for x, name in (("vit", "x"), ("qformer", "y"), ("hawk", "z"))
         ],
         ["missing in llama, vit.pth"],
     ),
@@ -562,6 +564,15 @@ def test_a_bias_on_keys_is_refused(convert, tensors, tmp_path):
     save_file(held, tmp_path / "blip2/model.safetensors")
     with pytest.raises(SystemExit, match="model.safetensors: .*layers.0.self_attn.qkv.bias"):
         convert(vit="blip2", qformer="blip2")
+
+
+def test_two_folders_that_both_hold_everything_are_one_too_many(convert, tensors, tmp_path):
+    blip2 = hugging_face_blip2(tensors["vit"], tensors["qformer"])
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_file(blip2, tmp_path / name / "model.safetensors")
+    with pytest.raises(SystemExit, match="two/model.safetensors: .* is in one, too: which one is meant"):
+        convert(vit="one", qformer="two")
 
 
 def test_errors_name_the_tensors_of_hugging_face_as_the_file_does(convert, tensors, tmp_path):
@@ -720,7 +731,7 @@ def test_merge_copies_and_drops_branches(convert, capsys):
     convert(out="base")
     base = Hawk.from_pretrained("base")
     three = merge_branches("base", "appearance,motion,background")
-    assert "background: copied from motion" in capsys.readouterr().out
+    assert "background: copied from motion; data.MASKS does not have it yet" in capsys.readouterr().out
     assert three(*inputs(three.config))["total"].isfinite()
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, three.get_parameter(name)), name
