@@ -456,10 +456,11 @@ def test_many_unreadable_videos_end_even_a_short_run(world, tmp_path, main, caps
     shutil.copy(tmp_path / "run/bad_videos.jsonl", tmp_path / "b")  # of a run that is not there any more
     main(*options(world, tmp_path, 8, "--out", tmp_path / "b"))
     assert "note: 1 videos could not be read (of 8 rows)" in capsys.readouterr().err
-    with (tmp_path / "test.jsonl").open("a") as file:  # a held-out one is no reason to end
-        file.write(json.dumps(ROW | {"video": "/other.mp4"}) + "\n")
-    main(*options(world, tmp_path, 8, "--out", tmp_path / "c", "--eval-every", 1))
-    assert "note: 2 videos could not be read (of 8 rows)" in capsys.readouterr().err
+    index(tmp_path, good, "one.mp4")
+    held_out = [json.dumps(ROW | {"video": str(video)}) + "\n" for video in (good, "other.mp4")]
+    (tmp_path / "test.jsonl").write_text("".join(held_out))
+    main(*options(world, tmp_path, 2, "--out", tmp_path / "c", "--eval-every", 1))  # one of each is no reason
+    assert "note: 2 videos could not be read (of 2 rows)" in capsys.readouterr().err
 
 
 def test_losses_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_path, main):
