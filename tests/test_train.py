@@ -16,6 +16,7 @@ import torch
 import data
 import prepare
 import train
+from apps import toy
 from data import DESCRIBE_QUESTIONS, Tokenizer, read_index
 from hawk import Hawk, HawkConfig
 from sample import ask, load
@@ -33,6 +34,11 @@ def run(*command, check=True):
     return done
 
 
+def make_features(weights, folder, out):
+    options = ["--weights", weights, "--data", folder, "--out", out, "--workers", 0, "--dtype", "float32"]
+    prepare.main(["features", *map(str, options), "--device", "cpu"])
+
+
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -41,15 +47,14 @@ def log_of(out):
 def world(tmp_path_factory):
     """Four clips to learn and two held out, random small weights, and the cache of their frame features."""
     folder = tmp_path_factory.mktemp("world")
-    run("-m", "apps.toy", "--out", folder, "--n-train", 4, "--n-test", 2, "--seed", 5)
+    assert toy.main(["--out", str(folder), *"--n-train 4 --n-test 2 --seed 5".split()]) == 0
     tokenizer = folder / "tokenizer.model"
     torch.manual_seed(0)
     config = vars(HawkConfig.preset("tiny")) | SMALL | {"vocab_size": Tokenizer(tokenizer).vocab_size}
     Hawk(HawkConfig(**config)).apply(train.init_weights).save_pretrained(
         folder / "weights", tokenizer=tokenizer
     )
-    cache = ["--out", folder / "features", "--workers", 0, "--dtype", "float32"]
-    run("prepare.py", "features", "--weights", folder / "weights", "--data", folder, *cache)
+    make_features(folder / "weights", folder, folder / "features")
     return folder
 
 
@@ -158,8 +163,7 @@ def test_two_processes_train_three_branches(world, tmp_path, monkeypatch):
     third = ["--set", "branches=appearance,motion,again"]
     monkeypatch.setitem(data.MASKS, "again", data.MASKS["motion"])
     prepare.main(["merge", *map(str, ["--weights", world / "weights", "--out", weights, *third])])
-    paths = ["--weights", weights, "--data", world, "--out", cache, "--device", "cpu"]
-    prepare.main(["features", *map(str, paths), "--workers", "0", "--dtype", "float32"])
+    make_features(weights, world, cache)
     more = ["--weights", weights, "--features", cache, "--train", "paper"]
     run("train.py", *options(world, tmp_path / "one", 2, *more))
     run(*TWO, *options(world, tmp_path / "two", 2, *more))
