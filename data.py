@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -311,12 +312,18 @@ def decode(video, size, numbers):
     elif seeks:
         yield from seek(video, size, numbers)
     else:
-        wanted = [f"eq(n,{number})" for number in numbers]
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
-        frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)  # first in zip: to its very end
-        yield from ((number, frame) for (_, frame), number in zip(frames, numbers, strict=False))
-        if f"; {len(video.seconds)} frames decoded;" not in video.log[-1]:
+        # ffmpeg counts frames from 0 again when their size changes. Where packets proved wrong, all frames
+        # come, and are counted here.
+        here = video.stamps is None
+        wanted = ["1"] if here else [f"eq(n,{number})" for number in numbers]
+        frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
+        for (_, frame), number in zip(frames, itertools.count() if here else numbers, strict=False):
+            if number in numbers:
+                yield number, frame
+        whole = next(frames, None) is None and f"; {len(video.seconds)} frames decoded;" in video.log[-1]
+        if not whole or (not here and len(re.findall("input from stream .*? w:", video.log[-1])) > 1):
             raise EOFError
 
 

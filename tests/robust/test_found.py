@@ -126,6 +126,26 @@ def test_an_index_line_says_how_many_pictures_a_second(tmp_path):
             data.read_index(tmp_path / "a.jsonl")
 
 
+# ---- Pictures that change their size -----------------------------------------------------------------------
+@pytest.mark.parametrize("held", [0, 96 << 20])
+def test_a_recording_that_changes_its_size(tmp_path, monkeypatch, held):
+    """ffmpeg then begins anew to count the frames: what comes must still be those that were asked for."""
+    make(tmp_path / "a.ts", *X264, seconds=2)  # ten frames a second
+    make(tmp_path / "b.ts", *X264, "-output_ts_offset", "2", source="testsrc2=s=160x120:r=10", seconds=6)
+    (tmp_path / "ab.ts").write_bytes(b"".join((tmp_path / name).read_bytes() for name in ("a.ts", "b.ts")))
+    copied = ["-i", tmp_path / "ab.ts", "-c", "copy", tmp_path / "c.ts"]
+    subprocess.run([*FFMPEG, *copied], check=True)
+    frames = decode(tmp_path / "c.ts")
+    monkeypatch.setattr(data, "SMALL_FILE", 0)
+    monkeypatch.setattr(data, "HELD_BYTES", held)
+    clip = read_clip(tmp_path / "c.ts", 8, SIZE)
+    assert len(frames) == 80 and clip.indices.tolist() == list(range(0, 80, 10)) and clip.notes == []
+    np.testing.assert_array_equal(clip.appearance, frames[clip.indices])
+    monkeypatch.setattr(data, "decode_all", None)  # which others do not need
+    clip = read_clip(tmp_path / "b.ts", 8, SIZE)
+    np.testing.assert_array_equal(clip.appearance, decode(tmp_path / "b.ts")[clip.indices])
+
+
 # ---- Formats that hold the video in themselves -------------------------------------------------------------
 def as_dav(path, frames, fps):
     """Dahua's container around H.264 pictures: header, extension with the rate, picture, size."""
