@@ -55,7 +55,7 @@ class HawkTask:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
             samples.features = data.CachedFeatures(*cache)
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
-            typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # as of two minutes
+            typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # of two minutes
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
             lost = sum(len(tokenizer.encode_conversation(qa, *typical)[0]) > args.max_tokens for qa in qas)
             if lost:  # these do not teach when to stop
@@ -249,12 +249,12 @@ def load(dataset, order, args, device, most=math.inf):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
         unread = len(batch["errors"])
-        lines = {json.dumps(error | {"held_out": most == math.inf}) + "\n" for error in batch["errors"]}
+        lines = {json.dumps(error) + "\n" for error in batch["errors"]}
         with listed.open("a+") as file:  # which all processes share, and anyone may delete
             file.seek(0)
             file.writelines(sorted(lines.difference(file)))
-        entries = map(json.loads, listed.open() if unread else ())
-        bad = {entry["video"] for entry in entries if not entry.get("held_out")}
+        bad = {row["video"] for row in dataset.rows} if unread else set()  # of this split, not of the other
+        bad &= {json.loads(line)["video"] for line in listed.open()}
         advice = f"see {listed.name}; when they are mended, delete it"
         require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
         clips = len(batch.get("input_ids", ()))

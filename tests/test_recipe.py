@@ -319,10 +319,9 @@ def test_a_process_without_a_readable_clip_waits_for_no_one(world, tmp_path, mai
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("PROCESSES AGREE") == 2, done.stdout
     main(*options(world, tmp_path / "one", 4))
-    for name in ("one", "two"):  # listed once of each split, however often it comes
-        listed = [*map(json.loads, (tmp_path / name / "run/bad_videos.jsonl").open())]
-        assert sorted(entry["held_out"] for entry in listed) == [False, True]
-        assert all("broken.mp4" in entry["video"] and "broken.mp4" in entry["error"] for entry in listed)
+    for name in ("one", "two"):  # listed once, however often it comes
+        [entry] = map(json.loads, (tmp_path / name / "run/bad_videos.jsonl").read_text().splitlines())
+        assert entry["video"].endswith("broken.mp4") and "broken.mp4" in entry["error"]
     one, two = (log_of(tmp_path / name) for name in ("one", "two"))
     saved = Hawk.from_pretrained(tmp_path / "one/run/last")
     biases = [saved.branch(name).encoder_1.bias for name in ("appearance", "motion")]
