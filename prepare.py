@@ -243,7 +243,7 @@ def weights(args):
             for name, (key, _) in open_tensors(file).items():
                 other = sources.get(name, path)
                 alike = other.is_file() == path.is_file() and not re.fullmatch(LEFT_OUT, name)
-                require(other == path or not alike, f"{file}: {key} is in {other}, too: which one is meant?")
+                require(other == path or not alike, f"{file}: {key} is in {other}, too; unknown which counts")
                 sources[name] = path
                 held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
     require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
@@ -410,7 +410,10 @@ def merge(args):
 
 
 def hawk(args):
-    """Turns Hawk's annotations into index files: see the top of apps/annotations.py, where this is done."""
+    """Turns Hawk's annotations into index files, and finds each video (in apps/annotations.py).
+
+    In a folder of --annotations, all_videos_train.json and all_videos_test.json count; else all JSON files,
+    of which those called "..test" are for testing. OUT/report.json lists what is missing or broken."""
     importlib.import_module("apps.annotations").make_index(args)
 
 

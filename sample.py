@@ -43,7 +43,7 @@ Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_
 
 # ---- LLaMA in int8 -----------------------------------------------------------------------------------------
 class Int8Linear(torch.nn.Module):
-    """A Linear without bias, W ≈ scale · int8, one scale a row: half of bfloat16's memory, to infer only."""
+    """A Linear without bias, for inference: W ≈ scale · int8, a scale for each row: half of bfloat16."""
 
     def __init__(self, linear):
         super().__init__()
@@ -152,9 +152,7 @@ def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):  # 
     x = model.embed(torch.as_tensor(ids, device=model.device)[None], soft).expand(beams, -1, -1)
     cache = KVCache(model.config, beams, x.shape[1] + max_new_tokens, x)
     new = torch.empty(beams, 0, dtype=torch.long, device=x.device)
-    score = torch.tensor(
-        [0.0] + [-torch.inf] * (beams - 1), device=x.device
-    )  # at first all beams are the same
+    score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # at first only one counts
     finished = []
     for length in range(1, max_new_tokens + 1):
         logits = model.llama.lm_head(model.llama(x, cache)[:, -1]).float()  # (beams, vocabulary)
@@ -220,8 +218,7 @@ def remarks(answer, prefix=""):  # the notes and what it took, a line each
 
 
 def chat(model, tokenizer, seen, questions, **options):
-    """Answers questions about a Seen, these and then stdin's -> exit status. ctrl-C or an error ends a round
-    only."""
+    """Answers these questions about a Seen, then stdin's -> exit status. ctrl-C and errors end a round."""
     require(sys.stdin, "--chat reads questions from stdin, which is closed")
     sys.stdin.reconfigure(errors="replace")
     readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one question

@@ -2,10 +2,7 @@
 
     python prepare.py hawk --annotations Hawk/Annotation --videos Hawk/Videos --out data/hawk
 
---annotations is a JSON file or a folder, searched for all_videos_train.json and all_videos_test.json, or
-else for any JSON files: then those whose names end in "test" are for testing. Each video is found though its
-folder may have been renamed. OUT/report.json lists what is missing or broken. Refusals ("As an AI …") get a
-flag.
+Each video is found though its folder may have been renamed. Refusals ("As an AI …") get a flag.
 
 In this file: what the sources are called, and how refusals sound; rows and files of an index, for all
 programs that make one; the job, file by file and row by row.

@@ -303,7 +303,7 @@ class WithFacts(torch.utils.data.Dataset):
 
     def __init__(self, dataset, words):
         self.dataset = dataset
-        self.rows = dataset.rows
+        self.rows = dataset.rows  # as every dataset has them: train.load counts their videos
         self.words = words  # {fact: the words that the training rows have for it}
         self.facts = []
         for row in dataset.rows:

@@ -176,6 +176,11 @@ def test_folders_that_were_not_renamed(tmp_path):
         assert paths == [f"Videos/{name}" for name in names] and report == {"missing": [], "broken": []}
 
 
+def test_the_archive_s_own_name_of_a_source(tmp_path):
+    wanted = [AUTHORS + "UCF-Crime/Videos/1.mp4"]
+    assert found(tmp_path, ["UCF_Crimes/Videos/1.mp4"], wanted)[0] == ["UCF_Crimes/Videos/1.mp4"]
+
+
 def test_a_whole_copy_comes_before_an_empty_one(tmp_path):
     for place in ("a", "z"):
         put(tmp_path / place / "disk/backup" / "DoTA/1.mp4", "" if place == "a" else "whole")

@@ -372,9 +372,10 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path, main, monkeypat
     assert len(runs) == 2 + 4  # video-language only: there are no motion targets
 
 
-def test_a_run_is_not_lost_by_starting_it_again(world, tmp_path, main):
+def test_a_run_is_not_lost_by_starting_it_again(world, tmp_path, main, capsys):
     index(tmp_path, world / "a b.mp4")
     main(*options(world, tmp_path, 1, "--resume"))  # there is none yet
+    assert "last is not there yet: this run begins" in capsys.readouterr().err
     before = (tmp_path / "run/log.jsonl").read_text()
     with pytest.raises(ValueError, match="there is a run; continue it with --resume"):
         main(*options(world, tmp_path, 2))

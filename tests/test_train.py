@@ -106,7 +106,7 @@ def weights_of(folder):
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, tmp_path):
-    """Two SIGKILLs, a SIGTERM and a ctrl-C, with a loader worker, dropout and LoRA."""
+    """Three SIGKILLs, a SIGTERM and a ctrl-C, with a loader worker, dropout and LoRA."""
     more = ["--stage", 2, "--save-every", 2, "--resume", "--workers", 1, "--train", "lora"]
     more += ["--set", "lora_rank=2", "--set", "dropout=0.1"]
     commands = []
@@ -115,7 +115,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, t
     whole = subprocess.Popen(
         commands[0], cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )  # side by side
-    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
     kill_and_resume(commands[1], tmp_path / "stopped", signals, 36)
     assert whole.wait() == 0
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "stopped")

@@ -473,7 +473,7 @@ BAD = {  # how to spoil the files, and what the message says
     "unknown": (change("qformer.pth", extra=torch.zeros(2, 3)), ["qformer.pth", "extra", "(2, 3)"]),
     "Q-Former twice": (
         change("hawk.pth", query_tokens=QUERIES),
-        ["hawk.pth", "query_tokens", "is in qformer.pth, too"],
+        ["hawk.pth", "query_tokens", "is in qformer.pth, too", "unknown"],
     ),
     "two blocks more": (change("vit.pth", **{"blocks.4.norm1.bias": torch.zeros(VIT)}), ["blocks.4"]),
     "missing shard": (removed(SHARD.format(2)), ["model.layers.", "is missing in llama, "]),
@@ -493,11 +493,8 @@ BAD = {  # how to spoil the files, and what the message says
     "not a state dict": (lambda d: torch.save([1, 2], d / "hawk.pth"), ["hawk.pth", "other than tensors"]),
     "no such file": (removed("vit.pth"), ["vit.pth", "is missing"]),
     "no tokenizer": (removed("llama/tokenizer.model"), ["tokenizer.model", "no such tokenizer file"]),
-    "next to nothing that is known": (
-        lambda folder: [
-            torch.save({name: TEN}, folder / f"{x}.pth")
-            for x, name in (("vit", "x"), ("qformer", "y"), ("hawk", "z"))
-        ],
+    "nothing that is known": (
+        lambda folder: [torch.save({x: TEN}, folder / f"{x}.pth") for x in ("vit", "qformer", "hawk")],
         ["missing in llama, vit.pth"],
     ),
     "broken config": (written("llama/config.json", b"{"), ["config.json", "JSON"]),
@@ -566,12 +563,20 @@ def test_a_bias_on_keys_is_refused(convert, tensors, tmp_path):
         convert(vit="blip2", qformer="blip2")
 
 
+def test_what_is_missing_is_said_before_the_replay(convert, tmp_path, monkeypatch):
+    """which takes seconds."""
+    monkeypatch.setattr(prepare, "replay_motion_qformer", lambda config: pytest.fail("too early"))
+    torch.save({}, tmp_path / "vit.pth")
+    with pytest.raises(SystemExit, match="is missing in llama, vit.pth"):
+        convert("--motion-qformer", "replay")
+
+
 def test_two_folders_that_both_hold_everything_are_one_too_many(convert, tensors, tmp_path):
     blip2 = hugging_face_blip2(tensors["vit"], tensors["qformer"])
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         save_file(blip2, tmp_path / name / "model.safetensors")
-    with pytest.raises(SystemExit, match="two/model.safetensors: .* is in one, too: which one is meant"):
+    with pytest.raises(SystemExit, match="two/model.safetensors: .* is in one, too; unknown which counts"):
         convert(vit="one", qformer="two")
 
 
