@@ -899,6 +899,19 @@ class CachedFeatures:
 
 
 # ---- 5. Machine --------------------------------------------------------------------------------------------
+PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a wrong file or question, or too small a machine
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_error(error):  # in one line; returns the exit status
+    lines = str(error).strip().splitlines()
+    note(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")  # a loader worker's has one
+    return 2
+
+
 def settings(pairs):
     """`--set KEY=VALUE ...` -> {key: value as in config.json, or text}, which HawkConfig.from_dict judges."""
     values = dict(pair.partition("=")[::2] for pair in pairs)

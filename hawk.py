@@ -311,7 +311,7 @@ class LlamaBlock(nn.Module):
     def forward(self, x, cos, sin, kv=None, slots=None, mask=None):  # kv: this layer's part of a KVCache
         y = self.input_layernorm(x)
         q, k, v = (split_heads(self.self_attn[f"{part}_proj"](y), self.heads) for part in "qkv")
-        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).chunk(2, dim=1)  # (B, h, S, d)
+        q, k = (rotate(part, cos, sin) for part in (q, k))  # (B, h, S, d)
         if kv is not None:  # into their slots, beside those of earlier tokens: (B, h, size, d)
             k, v = kv.index_copy_(3, slots, torch.stack([k, v]).to(kv.dtype))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -356,10 +356,15 @@ class DecodingStep:
         self.logits = torch.zeros(batch, llama.config.vocab_size, device=like.device)
         self.run = self.step  # or a replay of its recording
         self.run_layer = nn.Module.__call__
-        if compiled:  # by inductor, which fuses the small kernels; the code of one layer serves them all
-            torch._dynamo.config.recompile_limit = 256  # in this thread: one for each size of the cache
+        if compiled:  # by inductor, which fuses small kernels: once for all layers and all sizes of the cache
             options = {"coordinate_descent_tuning": True}
-            self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=False, options=options)
+            self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=True, options=options)
+        if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # whose copies of weights would be kept
+            self.run()  # a first run loads and compiles what a recording must not
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.run()
+            self.run = graph.replay
 
     def step(self):
         self.read(self.llama.embed_tokens(self.token[:, None]), self.run_layer)
@@ -367,15 +372,6 @@ class DecodingStep:
     def read(self, x, run_layer=nn.Module.__call__):  # a prompt (B, S, D), or the last token
         self.logits.copy_(self.llama.lm_head(self.llama(x, self.cache, run_layer)[:, -1]))
         self.token.copy_(self.logits.argmax(-1))
-
-    def record(self):
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            self.run()  # a first run allocates workspaces, which a recording must not do
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run()
-        self.run = graph.replay
 
 
 # ---- LoRA, a stand-in for a Linear -------------------------------------------------------------------------
@@ -533,29 +529,32 @@ class Hawk(nn.Module):
         step = self.decoding_step(x, max_new_tokens)
         step.cache.clear(padding)
         step.read(x)
-        for _ in range(max_new_tokens):
+        for n in range(max_new_tokens):
+            if n and not x.is_cuda:
+                step.run()
             if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
                 new = torch.tensor(answers, dtype=torch.long, device=self.device)  # (B, n)
                 token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
                 step.token.copy_(token)
-            tokens = step.token.tolist()  # waits for the device
-            for answer, token in zip(answers, tokens, strict=True):
-                answer.append(token)
-            if (on_token and on_token(tokens) is False) or all(eos_id in row for row in answers):
+            token = step.token.to("cpu", non_blocking=True)
+            if x.is_cuda:
+                arrival = torch.cuda.current_stream().record_event()
+                step.run()  # the next word is on its way before anyone looks at this one
+                arrival.synchronize()
+            for answer, new in zip(answers, token.tolist(), strict=True):
+                answer.append(new)
+            if (on_token and on_token(token.tolist()) is False) or all(eos_id in row for row in answers):
                 break
-            step.run()
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]
 
     def decoding_step(self, x, max_new_tokens):
         """The step for a prompt x (B, S, D) and its answer; on a GPU it is recorded once for each size."""
-        size = math.ceil((x.shape[1] + max_new_tokens) / 256) * 256
-        autocast = torch.is_autocast_enabled(x.device.type)  # whose copies of weights a recording would keep
-        place = self.llama.embed_tokens.weight.data_ptr()  # a model that was moved lies elsewhere
-        key = (len(x), size, x.device, x.dtype, autocast, self.compile_step, place)
+        size = math.ceil((x.shape[1] + max_new_tokens) / 64) * 64
+        place = self.llama.embed_tokens.weight.data_ptr()  # a moved or converted model lies elsewhere
+        key = (len(x), size, x.device, torch.is_autocast_enabled(x.device.type), self.compile_step, place)
         if key not in self.steps:
-            self.steps = {key: DecodingStep(self.llama, len(x), size, x, self.compile_step)}
-            if x.is_cuda and not autocast:
-                self.steps[key].record()
+            self.steps.clear()  # the cache of the last one makes room
+            self.steps[key] = DecodingStep(self.llama, len(x), size, x, self.compile_step)
         return self.steps[key]
 
     def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None):

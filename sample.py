@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from data import PROBLEMS, note, print_error
 from hawk import Encoding, Hawk, KVCache, require
 
 try:
@@ -31,37 +32,41 @@ except ImportError:  # torch brings it where it is of use: on Linux with CUDA
     triton = None
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
-REAL = TINY.with_name("hawk-7b")
-WEIGHTS = REAL if REAL.is_dir() else TINY  # the default
+WEIGHTS = TINY.with_name("hawk-7b" if TINY.with_name("hawk-7b").is_dir() else "tiny")  # the default
 TINY_NOTE = "weights/tiny knows the toy world only; the README says how to get the 7B weights"
 HELP = """Type a question. ctrl-C stops an answer, /new forgets earlier rounds, /quit or ctrl-D ends the chat.
 weights/tiny knows: What happens? Who is involved? Where is it? When does it happen? Why is it dangerous?"""
-PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a wrong file or question, or too small a machine
 Seen = namedtuple("Seen", "path clip encoding seconds")  # a video; seconds: {"read", "encode"}
 Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_mb notes")  # as --json has it
 
 
-# ---- LLaMA in int8 -----------------------------------------------------------------------------------------
-class Int8Linear(torch.nn.Module):
-    """A Linear without bias, for inference: W ≈ scale · int8, a scale for each row: half of bfloat16."""
+# ---- LLaMA's products: a kernel for a decoding step on a GPU, and int8 -------------------------------------
+class RowLinear(torch.nn.Module):
+    """A Linear without bias, for inference: one row on a GPU, as in a decoding step, goes through the kernel
+    below. In int8 W ≈ scale · weight, with a scale for each row of W: half the memory of bfloat16."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, int8=False):
         super().__init__()
-        weight = linear.weight.detach().float()  # (out, in)
-        self.scale = torch.nn.Buffer((weight.abs().amax(1) / 127).clamp(min=1e-30).to(linear.weight.dtype))
-        self.weight = torch.nn.Buffer((weight / self.scale.float()[:, None]).round().clamp(-127, 127).char())
+        weight = linear.weight.detach()  # (out, in)
+        self.register_buffer("scale", None)
+        if int8:
+            self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30).to(weight.dtype)
+            weight = (weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127).char()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
         N, K = self.weight.shape
-        if x.device.type == "cpu" and len(rows) <= 8:  # memory-bound: this kernel of torch's reads bytes
-            return torch._weight_int8pack_mm(rows, self.weight, self.scale).unflatten(0, x.shape[:-1])
-        # under --compile the small matrices are left to inductor, which multiplies by several at once
-        by_hand = N * K > 2**25 or not torch.compiler.is_compiling()
-        if triton and x.is_cuda and len(rows) == 1 and by_hand:
+        # inductor is faster where it multiplies by q, k and v at once, or by gate and up; not in int8
+        by_hand = K > N or self.scale is not None or not torch.compiler.is_compiling()
+        if triton and x.is_cuda and x.numel() == K and by_hand:
             y = x.new_empty(*x.shape[:-1], N)
-            int8_product[((N + 3) // 4,)](rows, self.weight, self.scale, y, N, K, ROWS=4, BLOCK=1024)
+            each = 4 if self.scale is None else 8
+            row_product[(-(-N // each),)](x, self.weight, self.scale, y, N, K, ROWS=each, BLOCK=8192 // each)
             return y
+        if self.scale is None:
+            return F.linear(x, self.weight)
+        if x.device.type == "cpu" and x.numel() <= 8 * K:  # memory-bound: this kernel of torch's reads bytes
+            return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], N)
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
         return (F.linear(x, self.weight.to(x.dtype)) * self.scale.float()).to(x.dtype)
 
@@ -69,34 +74,36 @@ class Int8Linear(torch.nn.Module):
 if triton:
 
     @triton.jit
-    def int8_product(x, weight, scale, y, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    def row_product(x, weight, scale, y, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         """y (N,) = scale · (weight (N, K) x): each program computes ROWS of y, BLOCK columns at a time."""
         n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in tl.range(0, K, BLOCK, num_stages=3):  # the next columns load meanwhile
+        for start in range(0, K, BLOCK):
             k = start + tl.arange(0, BLOCK)
-            inside = (n < N)[:, None] & (k < K)
-            w = tl.load(weight + n[:, None] * K + k, mask=inside, other=0).to(tl.float32)
-            total += w * tl.load(x + k, mask=k < K, other=0).to(tl.float32)
-        result = tl.sum(total, 1) * tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+            w = tl.load(weight + n[:, None] * K + k, mask=(n < N)[:, None] & (k < K), other=0)
+            if scale is not None:  # int8 are the last bits of floats 2²³ + 128 + w: faster than .to(float)
+                w = (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736
+            total += w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0).to(tl.float32)
+        result = tl.sum(total, 1)
+        if scale is not None:
+            result *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
         tl.store(y + n, result.to(y.dtype.element_ty), mask=n < N)
 
 
 # ---- From a video to an answer -----------------------------------------------------------------------------
 def load(weights, device=None, dtype=None, int8=False, compile=False):
-    """Folder of weights -> (model, tokenizer). dtype: torch's or its name. int8, compile: as the options of
-    the command line. ValueError names the file that is wrong."""
+    """Folder of weights -> (model, tokenizer). dtype: torch's or a name. ValueError names the wrong file."""
     if Path(weights).resolve() == TINY:
         note(f"note: {TINY_NOTE}")
     device = data.usable_device(device)
     dtype = str(dtype or ("bfloat16" if device.type == "cuda" else "float32")).removeprefix("torch.")
     # rounding to int8 happens on the CPU, so that the device never holds the larger matrices
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, getattr(torch, dtype))
-    if int8:
-        require(not model.config.lora_rank, "--int8 is for weights without a LoRA; first: prepare.py merge")
+    require(not (int8 and model.config.lora_rank), "--int8 is for weights without LoRA: prepare.py merge")
+    if int8 or device.type == "cuda":
         for name, module in list(model.llama.named_modules()):
-            if isinstance(module, torch.nn.Linear):
-                model.llama.set_submodule(name, Int8Linear(module))
+            if type(module) is torch.nn.Linear:
+                model.llama.set_submodule(name, RowLinear(module, int8))
         model.to(device)
     model.compile_step = compile
     return model, data.Tokenizer(Path(weights) / "tokenizer.model", model.config.vocab_size)
@@ -200,16 +207,6 @@ def ask(model, tokenizer, video, question=data.DESCRIBE_QUESTIONS[0], history=()
 
 
 # ---- Chat and command line ---------------------------------------------------------------------------------
-def note(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def print_error(error):  # in one line; returns the exit status
-    lines = str(error).strip().splitlines()
-    note(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")  # a loader worker's has one
-    return 2
-
-
 def remarks(answer, prefix=""):  # the notes and what it took, a line each
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in answer.seconds.items())
     rate = f"{answer.tokens} tokens, {answer.tokens / answer.seconds['generate']:.1f} a second"
@@ -259,12 +256,10 @@ def chat(model, tokenizer, seen, questions, **options):
             status = print_error(error)
 
 
-class Parser(argparse.ArgumentParser):  # its errors are one line that starts with "error:"
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+def make_parser(about):  # whose errors are one line that starts with "error:"
+    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"error: {message} (see --help)\n")
+    return p
 
 
 def number(kind, low, high=sys.maxsize):  # an argparse type
@@ -286,7 +281,7 @@ def add_model_options(p):
 
 
 def main(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     add = p.add_argument
     add("video", nargs="*", action="extend", metavar="VIDEO", help="files, or folders of numbered pictures")
     add("--video", nargs="+", action="extend", metavar="VIDEO", help="the same as without --video")

@@ -59,7 +59,7 @@ class HawkTask:
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
             lost = sum(len(tokenizer.encode_conversation(qa, *typical)[0]) > args.max_tokens for qa in qas)
             if lost:  # these do not teach when to stop
-                note(f"--max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
+                data.note(f"note: --max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples
 
     def objective(self, args, model, train_set):
@@ -127,10 +127,6 @@ def settle(args, begun):
     return args
 
 
-def note(text):
-    print("note:", text, file=sys.stderr, flush=True)
-
-
 # ---- Setting up --------------------------------------------------------------------------------------------
 def init_weights(module):
     """Unit-variance layers, so that depth does not shrink the signal of a model that learns from nothing.
@@ -192,13 +188,13 @@ def begin(args):
         dist.barrier()
     require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
     if args.resume and not last.exists() and rank == 0:
-        note(f"{last} is not there yet: this run begins")
+        data.note(f"note: {last} is not there yet: this run begins")
     args.resume = last.exists()
     settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
     even = args.batch_size % (world * args.accumulate) == 0
     require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
     if args.warmup >= args.steps > 1 and rank == 0:
-        note(f"the learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
+        data.note(f"note: the rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
     return rank, world, device, last
 
 
@@ -396,9 +392,9 @@ def main(argv=None, task=None):
         dist.destroy_process_group()
     bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
     if rank == 0 and bad:
-        note(f"{len(bad)} videos could not be read (of {len(train_set)} rows): {args.out}/bad_videos.jsonl")
+        data.note(f"note: {len(bad)} videos could not be read (of {len(train_set)} rows): bad_videos.jsonl")
     if rank == 0 and told_to_stop:
-        note("stopped, and saved; the same command with --resume continues")
+        data.note("note: stopped, and saved; the same command with --resume continues")
     return 130 if signal.SIGINT in stop else 0  # SIGTERM, from a scheduler, is no failure
 
 
@@ -408,14 +404,12 @@ def run(argv=None, task=None):
         return main(argv, task)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        message = str(error).strip().split("\n")[-1]
+    except data.PROBLEMS as error:
+        return data.print_error(error)
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
-        message = "a loader worker died, perhaps for want of memory; start again with --resume"
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        return data.print_error("a loader worker died, perhaps for want of memory; start again with --resume")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from apps.scores import FACTS, appendable, as_line, read_lines, total
 from apps.toy import KINDS
 from data import replaced_folder
 from hawk import Hawk
-from sample import PROBLEMS, Parser, note, number, print_error
+from sample import PROBLEMS, make_parser, note, number, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_EXTRA_LOSS = {"motion_language_weight": 0, "consistency_weight": 0}
@@ -396,7 +396,7 @@ def plot(results, path):
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     positive = number(int, 1)
     add = p.add_argument
     add("--weights", type=Path, required=True, help="folder of towers that stage 0 trained")

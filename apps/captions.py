@@ -17,7 +17,7 @@ from pathlib import Path
 
 from apps import run_program
 from data import check_row, replace_file
-from sample import Parser, note, print_error
+from sample import make_parser, note, print_error
 
 # ------------------------------------------------------------------------------------------------------------
 # spaCy, where it is installed
@@ -265,7 +265,7 @@ def caption_index(file):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path, metavar="DIR", help="folder with train.jsonl, test.jsonl or both")
     return parser.parse_args(argv)
 

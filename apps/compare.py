@@ -33,7 +33,7 @@ from apps.scores import (
     read_lines,
     rouge_l,
 )
-from sample import PROBLEMS, Parser, note, number, print_error
+from sample import PROBLEMS, make_parser, note, number, print_error
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics: a row of numbers for each prediction, and a function from rows and their weights to scores
@@ -206,7 +206,7 @@ def print_table(lines):
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE", help="A, or A and B, written by apps.evaluate")
     p.add_argument("--kinds", metavar="FILE", help="kinds.json of the toy world, to compare the kinds named")
     p.add_argument("--resamples", type=number(int, 1), default=1000, help="of the bootstrap (default: 1000)")

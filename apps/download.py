@@ -20,7 +20,7 @@ from pathlib import Path
 
 from apps import run_program
 from prepare import read_json
-from sample import Parser, note, print_error
+from sample import make_parser, note, print_error
 
 SHARDS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 HUB = {  # repository on the Hugging Face hub, and the pattern of the files that are needed
@@ -191,7 +191,7 @@ def download(names, out):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     told = "folder to fill (default: downloads)"
     add("--out", type=Path, default=Path("downloads"), metavar="DIR", help=told)

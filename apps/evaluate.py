@@ -85,11 +85,11 @@ from data import (
 from hawk import Encoding, read_chain
 from sample import (
     PROBLEMS,
-    Parser,
     add_model_options,
     encode_clips,
     generate,
     load,
+    make_parser,
     note,
     number,
     print_error,
@@ -476,7 +476,7 @@ def predict_index(args):
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     add = p.add_argument
     add("--annotations", metavar="INDEX", help="index file (JSON lines); without it, score what --out holds")
     add("--out", required=True, metavar="FILE", help="predictions; resumed if it exists")

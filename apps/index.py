@@ -39,7 +39,7 @@ from apps import run_program
 from apps.detect import SUBJECT_WORDS, YES_QUESTION
 from apps.scores import appendable, as_line, read_lines
 from data import VideoError, read_clip, replace_file
-from sample import PROBLEMS, Parser, note, number, print_error
+from sample import PROBLEMS, make_parser, note, number, print_error
 
 NORMAL = "normal"  # the kind in which nothing is abnormal
 KIND_QUESTION = "What kind of event is it?"
@@ -421,7 +421,7 @@ def regex(text):
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     add = p.add_argument
     add("folder", nargs="?", type=Path, help="holds a folder for each kind; with --csv, the videos")
     add("--out", type=Path, required=True, help="folder for train.jsonl, test.jsonl, kinds.json and so on")

@@ -37,7 +37,7 @@ import hawk
 import sample
 from apps.toy import OBJECTS
 from data import MASKS, clip_options, farneback, read_clip, replace_file, rgb_to_gray, stream_frames
-from sample import PROBLEMS, Parser, note, number, print_error
+from sample import PROBLEMS, make_parser, note, number, print_error
 
 QUERIES_PER_PAGE = 10
 FRAMES_PER_PAGE = 4
@@ -591,7 +591,7 @@ def look_into_picture(args):
 
 
 def main(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     add = p.add_argument
     add("--video", required=True, metavar="PATH", help="the video file")
     add("--out", required=True, help="folder to write to, or FILE.png for frames, streams and flow only")

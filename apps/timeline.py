@@ -71,7 +71,7 @@ from data import (
     stream_frames,
 )
 from hawk import read_chain
-from sample import PROBLEMS, Parser, add_model_options, encode_clips, load, note, number, print_error
+from sample import PROBLEMS, add_model_options, encode_clips, load, make_parser, note, number, print_error
 
 MAX_BYTES = 1 << 30  # of the frames that are held
 PICTURE = (640, 360)  # pixels of --out-video
@@ -506,7 +506,7 @@ def clip_seconds(weights):
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     add = p.add_argument
     add("--video", nargs="+", action="extend", default=[], metavar="PATH", help='"-" is a stream on stdin')
     add(

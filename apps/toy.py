@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from apps import run_program
 from data import DESCRIBE_QUESTIONS, make_clip, replace_file, sample_frames
-from sample import Parser, number, print_error
+from sample import make_parser, number, print_error
 
 FPS = 8
 FRAMES = 32  # in a clip, which lasts 4 s. Times below are in clips: 0 is its first frame, 1 its end
@@ -1008,7 +1008,7 @@ def span(text):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write; files of the same names in it are replaced")
     add("--n-train", type=number(int, 0), default=0, metavar="N", help="clips in train.jsonl (default: 0)")

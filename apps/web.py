@@ -32,12 +32,12 @@ from sample import (
     PROBLEMS,
     TINY,
     TINY_NOTE,
-    Parser,
     Seen,
     add_model_options,
     ask,
     encode_video,
     load,
+    make_parser,
     note,
     number,
     print_error,
@@ -280,7 +280,7 @@ def build(gr, page, examples):
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
+    p = make_parser(__doc__)
     add = p.add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=number(int, 1, 65535), default=7860, help="default: 7860")

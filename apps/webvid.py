@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from apps import run_program
 from apps.annotations import index_row, video_path, write_splits
-from sample import Parser, number, print_error
+from sample import make_parser, number, print_error
 
 COLUMNS = {"videoid", "page_dir", "name"}  # name is the caption; other columns are ignored
 
@@ -96,7 +96,7 @@ def split_rows(table, n_test):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--csv", type=Path, required=True, metavar="PATH", help="a CSV file of WebVid, or a folder of them")
     add(

@@ -37,7 +37,7 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 from data import farneback, read_clip, sample_frames  # noqa: E402
 from hawk import Encoding, Hawk, HawkConfig  # noqa: E402
-from sample import Int8Linear, encode_video  # noqa: E402
+from sample import RowLinear, encode_video  # noqa: E402
 
 SMALL_TOWERS = dict(
     vit_dim=64, vit_depth=1, vit_heads=2, vit_mlp=64,
@@ -295,6 +295,7 @@ def decoding(args):
     peer_rate, peer_first = peer_generation(new)
     bandwidth = copy_bandwidth()
     model = random_model("cuda")
+    as_loaded(model)
     read = sum(p.nbytes for name, p in model.llama.named_parameters() if "embed_tokens" not in name)
     limit = bandwidth / read
     share = f"the bandwidth limit: {bandwidth / 1e9:.0f} GB/s copied, {read / 1e9:.2f} GB a word"
@@ -318,7 +319,7 @@ def decoding(args):
     yield row("7B, batch 1, --compile", compiled, limit, compiled / limit, "tokens/s", share)
     several, _ = rate(8)
     yield row("7B, batch 8, --compile", several, peer_rate[8], several / peer_rate[8], "tokens/s", theirs)
-    in_int8(model)
+    as_loaded(model, int8=True)
     model.compile_step = False
     ours = rate()[0]
     yield row("7B, batch 1, --int8", ours, default, ours / default, "tokens/s", "bf16")
@@ -349,10 +350,11 @@ def peer_generation(new):
     return rates, firsts
 
 
-def in_int8(model):
+def as_loaded(model, int8=False):
+    """Puts in place what `sample.load` does on a GPU, or for --int8."""
     for place, module in list(model.llama.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            model.llama.set_submodule(place, Int8Linear(module))
+        if isinstance(module, torch.nn.Linear | RowLinear):
+            model.llama.set_submodule(place, RowLinear(module, int8))
     model.steps.clear()
 
 
@@ -363,8 +365,9 @@ def answer(args):
         yield row("video to 64 words, 7B, GPU", None, None, None, "-", GPU_ONLY)
         return
     model = random_model("cuda", **REAL_TOWERS)
+    as_loaded(model)
     yield answering("video to 64 words, 7B, GPU", model)
-    in_int8(model)
+    as_loaded(model, int8=True)
     torch.cuda.empty_cache()
     yield answering("video to 64 words, 7B, GPU, --int8", model)
 
@@ -383,10 +386,13 @@ def answering(name, model):
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "clip.mp4"
         make_video(video, 6)
+        run(video)
+        first = torch.cuda.max_memory_allocated() / 1e9
         spent = seconds(lambda: run(video), 5)
-    read, encoded, made = np.median(parts[1:], axis=0)
-    held = torch.cuda.max_memory_allocated() / 1e9
-    note = f"no peer; read {read:.3f} s, encode {encoded:.3f} s, words {made:.3f} s; {held:.1f} GB"
+    read, encoded, made = np.median(parts[2:], axis=0)
+    held = torch.cuda.max_memory_allocated() / 1e9  # also the cache of the answer before
+    note = f"no peer; read {read:.3f} s, encode {encoded:.3f} s, words {made:.3f} s"
+    note += f"; first answer {parts[0][2]:.2f} s for the words, {first:.2f} GB, others {held:.2f} GB"
     return row(name, spent, None, None, "s", note)
 
 
@@ -568,7 +574,7 @@ def int8(args):
     new = 9 if args.quick else 33
     larger = tensor_bytes(model.llama) / 1e9
     peer = generation_times(model, new)[1]
-    in_int8(model)
+    as_loaded(model, int8=True)
     smaller = tensor_bytes(model.llama) / 1e9
     ours = generation_times(model, new)[1]
     note = "bfloat16, batch 1, without the prompt"

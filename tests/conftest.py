@@ -34,10 +34,10 @@ def pytest_collection_modifyitems(items):
 
 
 def in_int8(model):
-    """The model with an Int8Linear for each linear layer of LLaMA, as `sample.load` makes it."""
+    """The model with an int8 RowLinear for each linear layer of LLaMA, as `sample.load` makes it."""
     for name, module in list(model.llama.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            model.llama.set_submodule(name, sample.Int8Linear(module))
+            model.llama.set_submodule(name, sample.RowLinear(module, int8=True))
     return model
 
 

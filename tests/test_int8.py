@@ -30,7 +30,7 @@ def test_each_weight_is_within_half_a_step(rows, dtype):
     torch.manual_seed(0)
     linear = nn.Linear(96, 64, bias=False, dtype=dtype)
     linear.weight.data[3] = 0  # a row without a largest weight to scale by
-    rounded = sample.Int8Linear(linear)
+    rounded = sample.RowLinear(linear, int8=True)
     step = rounded.scale.float()[:, None]
     restored = rounded.weight.float() * step
     error = (restored - linear.weight.float()).abs()
@@ -77,7 +77,8 @@ def test_option_and_lora(world, tmp_path, capsys):
     assert sample.main([*command, "--max-new-tokens", "5", "--json", "--int8", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] > 0
     model, _ = sample.load(world / "weights", "cpu", int8=True)
-    assert isinstance(model.llama.layers[0].self_attn.q_proj, sample.Int8Linear)
+    q_proj = model.llama.layers[0].self_attn.q_proj
+    assert isinstance(q_proj, sample.RowLinear) and q_proj.weight.dtype == torch.int8
     Hawk(HawkConfig(**SMALL, **LLAMA, lora_rank=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="merge"):
         sample.load(tmp_path, "cpu", int8=True)
@@ -91,13 +92,23 @@ import torch, sample
 torch.manual_seed(0)
 for N, K in ((8, 1024), (6, 1500), (3, 7), (64, 2100)):
     for dtype, near in ((torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
-        linear = sample.Int8Linear(torch.nn.Linear(K, N, bias=False).to(dtype))
-        x = torch.randn(1, K).to(dtype)
-        y = torch.full((1, N), torch.nan, dtype=dtype)
-        grid = (-(-N // 4),)
-        sample.int8_product[grid](x, linear.weight, linear.scale, y, N, K, ROWS=4, BLOCK=1024)
-        expected = x.double() @ linear.weight.double().T * linear.scale.double()
-        assert (y - expected).norm() < near * expected.norm(), (N, K, dtype)
+        linear = torch.nn.Linear(K, N, bias=False).to(dtype)
+        for int8 in (True, False):
+            row = sample.RowLinear(linear, int8)
+            x = torch.randn(1, K).to(dtype)
+            y = torch.full((1, N), torch.nan, dtype=dtype)
+            sizes = {"ROWS": 8, "BLOCK": 1024} if int8 else {"ROWS": 4, "BLOCK": 2048}
+            grid = (-(-N // sizes["ROWS"]),)
+            sample.row_product[grid](x, row.weight, row.scale, y, N, K, **sizes)
+            expected = x.double() @ row.weight.double().T * (row.scale.double() if int8 else 1)
+            assert (y - expected).norm() < near * expected.norm(), (N, K, dtype, int8)
+row = sample.RowLinear(torch.nn.Linear(256, 4, bias=False), int8=True)  # every byte there is
+row.weight.data[0] = torch.arange(-128, 128)
+x = torch.eye(256)
+for k in range(256):
+    y = torch.empty(1, 4)
+    sample.row_product[(1,)](x[k : k + 1], row.weight, torch.ones(4), y, 4, 256, ROWS=4, BLOCK=1024)
+    assert y[0, 0] == k - 128, k
 print("done")
 """
     path = os.path.dirname(sample.__file__)

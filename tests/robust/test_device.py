@@ -13,7 +13,7 @@ from pretended_gpu import GPU, Graph, compute, pretended_gpu, record
 import train
 from data import farneback, usable_device
 from hawk import Hawk
-from sample import Int8Linear, ask, encode_clips, encode_video, generate, load
+from sample import RowLinear, ask, encode_clips, encode_video, generate, load
 
 FRAMES = torch.randint(0, 256, (3, 40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -100,7 +100,7 @@ def test_answers(world, gpu, options):
 @pytest.mark.parametrize("rows", [1, 4, 20])
 def test_int8_without_torch_s_slow_kernel(gpu, monkeypatch, rows):
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *_: pytest.fail("called"))
-    linear = Int8Linear(torch.nn.Linear(32, 48, bias=False).bfloat16())
+    linear = RowLinear(torch.nn.Linear(32, 48, bias=False).bfloat16(), int8=True)
     x = torch.randn(rows, 1, 32).bfloat16()
     expected = torch.nn.functional.linear(x, linear.weight.bfloat16()) * linear.scale
     multiplied = set()
@@ -119,29 +119,37 @@ def test_int8_without_torch_s_slow_kernel(gpu, monkeypatch, rows):
     assert y.dtype == torch.bfloat16 and y.cpu().equal(expected)
 
 
-def test_int8_row_through_the_triton_kernel(gpu, monkeypatch):
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_goes_through_the_triton_kernel(gpu, monkeypatch, int8):
     calls = []
 
     class Kernel:
         def __class_getitem__(cls, grid):
             def launch(x, weight, scale, y, N, K, **sizes):
                 calls.append((grid, N, K, sizes))
-                y.copy_(torch.nn.functional.linear(x, weight.float()) * scale)
+                y.copy_(torch.nn.functional.linear(x, weight.float()) * (1 if scale is None else scale))
 
             return launch
 
     monkeypatch.setattr("sample.triton", True)
-    monkeypatch.setattr("sample.int8_product", Kernel, raising=False)
-    linear = Int8Linear(torch.nn.Linear(32, 50, bias=False))
+    monkeypatch.setattr("sample.row_product", Kernel, raising=False)
+    linear = RowLinear(torch.nn.Linear(32, 50, bias=False), int8)
     x = torch.randn(3, 1, 32)
     expected = linear(x)
     linear.to(gpu)
     rows = torch.cat([linear(row.to(gpu)[None]) for row in x])
-    assert calls == [((13,), 50, 32, {"ROWS": 4, "BLOCK": 1024})] * 3
+    sizes = {"ROWS": 8, "BLOCK": 1024} if int8 else {"ROWS": 4, "BLOCK": 2048}
+    assert calls == [((-(-50 // sizes["ROWS"]),), 50, 32, sizes)] * 3
     assert rows.shape == (3, 1, 50)
     torch.testing.assert_close(rows.cpu(), expected)
     linear(x.to(gpu))  # a batch is left to the plain product
     assert len(calls) == 3
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    linear(x[:1].to(gpu))  # inductor multiplies by several matrices at once, but has no fast code for int8
+    assert len(calls) == 3 + int8
+    down = RowLinear(torch.nn.Linear(32, 8, bias=False), int8).to(gpu)
+    down(x[:1].to(gpu))  # by hand
+    assert len(calls) == 4 + int8
 
 
 @pytest.mark.parametrize("more", ["--train lora --accumulate 2", "--train all --stage 1"])
