@@ -536,7 +536,7 @@ class Hawk(nn.Module):
                 new = torch.tensor(answers, dtype=torch.long, device=self.device)  # (B, n)
                 token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
                 step.token.copy_(token)
-            token = step.token.to("cpu", non_blocking=True)
+            token = step.token.to("cpu", non_blocking=x.is_cuda)
             if x.is_cuda:
                 arrival = torch.cuda.current_stream().record_event()
                 step.run()  # the next word is on its way before anyone looks at this one
