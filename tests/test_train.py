@@ -34,6 +34,21 @@ def run(*command, check=True):
     return done
 
 
+def run_here(*options):
+    """train.py in this process, with one thread: without the start of another."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert train.run([*map(str, options)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def make_features(weights, folder, out):
     options = ["--weights", weights, "--data", folder, "--out", out, "--workers", 0, "--dtype", "float32"]
     prepare.main(["features", *map(str, options), "--device", "cpu"])
@@ -66,7 +81,7 @@ def options(world, out, steps, *more):
 
 
 def test_four_clips_are_memorised_word_for_word(world, tmp_path):
-    run("train.py", *options(world, tmp_path, 170, "--stage", 2, "--eval-every", 170))
+    run_here(*options(world, tmp_path, 170, "--stage", 2, "--eval-every", 170))
     model, tokenizer = load(tmp_path / "last", "cpu")
     for row in read_index(world / "train.jsonl"):
         assert ask(model, tokenizer, row["video"], DESCRIBE_QUESTIONS[0]).answer == row["description"]
@@ -135,7 +150,7 @@ def test_a_killed_run_of_two_processes_ends_in_the_same_weights(world, tmp_path)
 
 def test_resume_refuses_other_options(world, tmp_path, capsys):
     """A run of stage 2 must not continue as one of stage 1 and overwrite its weights."""
-    run("train.py", *options(world, tmp_path, 1, "--stage", 2))
+    run_here(*options(world, tmp_path, 1, "--stage", 2))
     before = weights_of(tmp_path)
     others = [("--stage", 1), ("--batch-size", 2), ("--seed", 5), ("--max-tokens", 99), ("--augment", True)]
     for option, value in others:
@@ -150,7 +165,7 @@ def test_resume_refuses_other_options(world, tmp_path, capsys):
 
 
 def test_two_processes_compute_what_one_does(world, tmp_path):
-    run("train.py", *options(world, tmp_path / "one", 4, "--stage", 2))
+    run_here(*options(world, tmp_path / "one", 4, "--stage", 2))
     run(*TWO, *options(world, tmp_path / "two", 4, "--stage", 2, "--accumulate", 2))
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for name in ("total", "video_language", "consistency", "grad_norm"):
@@ -165,7 +180,7 @@ def test_two_processes_train_three_branches(world, tmp_path, monkeypatch):
     prepare.main(["merge", *map(str, ["--weights", world / "weights", "--out", weights, *third])])
     make_features(weights, world, cache)
     more = ["--weights", weights, "--features", cache, "--train", "paper"]
-    run("train.py", *options(world, tmp_path / "one", 2, *more))
+    run_here(*options(world, tmp_path / "one", 2, *more))
     run(*TWO, *options(world, tmp_path / "two", 2, *more))
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert two["total"] == pytest.approx(one["total"], rel=2e-3)

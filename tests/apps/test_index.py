@@ -13,8 +13,9 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 
+import prepare
 import sample
-from apps import detect, index, timeline, toy
+from apps import detect, evaluate, index, timeline, toy
 from data import read_index
 
 ROOT = Path(__file__).parents[2]
@@ -366,6 +367,12 @@ def test_the_recipe(clips, tmp_path, monkeypatch, capsys):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def program(command):
+        monkeypatch.chdir(tmp_path)
+        if command[1] == "prepare.py":  # in this process, without the start of another
+            return prepare.main(command[2:])
+        if command[2] == "apps.evaluate":
+            assert evaluate.main(command[3:]) == 0
+            return capsys.readouterr().out
         start = [sys.executable] + ([] if command[1] == "-m" else [str(ROOT / command[1])])
         options = command[1:] if command[1] == "-m" else command[2:]
         done = subprocess.run(
@@ -396,7 +403,7 @@ def test_the_recipe(clips, tmp_path, monkeypatch, capsys):
     named = read(tmp_path / "runs/mine/test.jsonl.scores.json")["kinds"]["kinds"]
     assert named.keys() == set(kinds) and sum(n for _, n in named.values()) >= 2
 
-    monkeypatch.chdir(tmp_path)  # the timeline scores clips by the phrases that training copied
+    # the timeline scores clips by the phrases that training copied
     args = timeline.parse_args(commands["apps.timeline"][3:])
     score = detect.choose_score(args.score, detect.find_kinds(args))
     assert score.func is detect.choice_score and detect.phrases_of(score) == sentences
