@@ -360,7 +360,7 @@ class DecodingStep:
             options = {"coordinate_descent_tuning": True}
             self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=True, options=options)
         if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # whose copies of weights would be kept
-            self.run()  # a first run loads and compiles what a recording must not
+            self.run()  # what must be loaded and compiled, before the recording
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.run()
@@ -550,8 +550,8 @@ class Hawk(nn.Module):
     def decoding_step(self, x, max_new_tokens):
         """The step for a prompt x (B, S, D) and its answer; on a GPU it is recorded once for each size."""
         size = math.ceil((x.shape[1] + max_new_tokens) / 64) * 64
-        place = self.llama.embed_tokens.weight.data_ptr()  # a moved or converted model lies elsewhere
-        key = (len(x), size, x.device, torch.is_autocast_enabled(x.device.type), self.compile_step, place)
+        place = (x.device, x.dtype, self.llama.embed_tokens.weight.data_ptr())  # where a moved model is not
+        key = (len(x), size, *place, torch.is_autocast_enabled(x.device.type), self.compile_step)
         if key not in self.steps:
             self.steps.clear()  # the cache of the last one makes room
             self.steps[key] = DecodingStep(self.llama, len(x), size, x, self.compile_step)

@@ -3,7 +3,7 @@
     python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b
     python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
     python prepare.py merge --weights runs/x/last --out weights/x
-And for the index files: python prepare.py hawk --annotations PATH --videos DIR --out data/hawk
+The index files come from `python prepare.py hawk --annotations PATH --videos DIR --out data/hawk`.
 """
 
 import importlib

@@ -42,26 +42,24 @@ Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_
 
 # ---- LLaMA's products: a kernel for a decoding step on a GPU, and int8 -------------------------------------
 class RowLinear(torch.nn.Module):
-    """A Linear without bias, for inference: one row on a GPU, as in a decoding step, goes through the kernel
-    below. In int8 W ≈ scale · weight, with a scale for each row of W: half the memory of bfloat16."""
+    """A Linear without bias, for inference: on a GPU, the one row of a decoding step goes through the kernel
+    below. In int8, W ≈ scale · weight, with a scale for each row of W: half the memory of bfloat16."""
 
     def __init__(self, linear, int8=False):
         super().__init__()
-        weight = linear.weight.detach()  # (out, in)
         self.register_buffer("scale", None)
+        weight = linear.weight  # (out, in)
         if int8:
-            self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30).to(weight.dtype)
-            weight = (weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127).char()
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            w = weight.detach().float()
+            self.scale = (w.abs().amax(1) / 127).clamp(min=1e-30).to(weight.dtype)
+            weight = torch.nn.Buffer((w / self.scale.float()[:, None]).round().clamp(-127, 127).char())
+        self.weight = weight
 
     def forward(self, x):
         N, K = self.weight.shape
-        # inductor is faster where it multiplies by q, k and v at once, or by gate and up; not in int8
-        by_hand = K > N or self.scale is not None or not torch.compiler.is_compiling()
-        if triton and x.is_cuda and x.numel() == K and by_hand:
+        if triton and x.is_cuda and x.numel() == K and not torch.is_grad_enabled():
             y = x.new_empty(*x.shape[:-1], N)
-            each = 4 if self.scale is None else 8
-            row_product[(-(-N // each),)](x, self.weight, self.scale, y, N, K, ROWS=each, BLOCK=8192 // each)
+            row_product[((N + 7) // 8,)](x, self.weight, self.scale, y, N, K, ROWS=8, BLOCK=1024)
             return y
         if self.scale is None:
             return F.linear(x, self.weight)
@@ -81,7 +79,7 @@ if triton:
         for start in range(0, K, BLOCK):
             k = start + tl.arange(0, BLOCK)
             w = tl.load(weight + n[:, None] * K + k, mask=(n < N)[:, None] & (k < K), other=0)
-            if scale is not None:  # int8 are the last bits of floats 2²³ + 128 + w: faster than .to(float)
+            if scale is not None:  # an int8 becomes the low bits of the float 2²³ + 128 + w: .to is slower
                 w = (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736
             total += w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0).to(tl.float32)
         result = tl.sum(total, 1)
@@ -100,9 +98,10 @@ def load(weights, device=None, dtype=None, int8=False, compile=False):
     # rounding to int8 happens on the CPU, so that the device never holds the larger matrices
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, getattr(torch, dtype))
     require(not (int8 and model.config.lora_rank), "--int8 is for weights without LoRA: prepare.py merge")
-    if int8 or device.type == "cuda":
+    if int8 or compile:  # both need a C compiler, which the default does not
         for name, module in list(model.llama.named_modules()):
-            if type(module) is torch.nn.Linear:
+            # q, k and v, or gate and up, are faster by inductor, which multiplies by all at once; not in int8
+            if type(module) is torch.nn.Linear and (int8 or name.endswith(("down_proj", "lm_head"))):
                 model.llama.set_submodule(name, RowLinear(module, int8))
         model.to(device)
     model.compile_step = compile
@@ -146,8 +145,8 @@ def generate(model, encoding, prompts, beams=1, **options):
         rows = zip(encoding.tokens.split(1), prompts, strict=True)
         return [beam_search(model, soft, ids, beams, **options) for soft, ids in rows]
     except RuntimeError as error:
-        compiled = model.compile_step and not isinstance(error, torch.OutOfMemoryError)
-        require(not compiled, f"--compile failed: {' '.join(str(error).split()[:24])}")
+        built = isinstance(model.llama.lm_head, RowLinear) and not isinstance(error, torch.OutOfMemoryError)
+        require(not built, f"--int8 or --compile failed: {' '.join(str(error).split()[:24])}")
         raise
 
 
@@ -256,7 +255,7 @@ def chat(model, tokenizer, seen, questions, **options):
             status = print_error(error)
 
 
-def make_parser(about):  # whose errors are one line that starts with "error:"
+def make_parser(about):  # a parser whose errors are one line that starts with "error:"
     p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: p.exit(2, f"error: {message} (see --help)\n")
     return p

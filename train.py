@@ -194,7 +194,7 @@ def begin(args):
     even = args.batch_size % (world * args.accumulate) == 0
     require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
     if args.warmup >= args.steps > 1 and rank == 0:
-        data.note(f"note: the rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
+        data.note(f"note: learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
     return rank, world, device, last
 
 
@@ -390,9 +390,10 @@ def main(argv=None, task=None):
             break
     if world > 1:
         dist.destroy_process_group()
-    bad = {json.loads(line)["video"] for line in last.with_name("bad_videos.jsonl").open()}
+    listed = last.with_name("bad_videos.jsonl")
+    bad = {json.loads(line)["video"] for line in listed.open()}
     if rank == 0 and bad:
-        data.note(f"note: {len(bad)} videos could not be read (of {len(train_set)} rows): bad_videos.jsonl")
+        data.note(f"note: {len(bad)} videos could not be read (of {len(train_set)} rows): {listed}")
     if rank == 0 and told_to_stop:
         data.note("note: stopped, and saved; the same command with --resume continues")
     return 130 if signal.SIGINT in stop else 0  # SIGTERM, from a scheduler, is no failure

@@ -295,7 +295,6 @@ def decoding(args):
     peer_rate, peer_first = peer_generation(new)
     bandwidth = copy_bandwidth()
     model = random_model("cuda")
-    as_loaded(model)
     read = sum(p.nbytes for name, p in model.llama.named_parameters() if "embed_tokens" not in name)
     limit = bandwidth / read
     share = f"the bandwidth limit: {bandwidth / 1e9:.0f} GB/s copied, {read / 1e9:.2f} GB a word"
@@ -315,6 +314,7 @@ def decoding(args):
     several, _ = rate(8)
     yield row("7B, batch 8", several, peer_rate[8], several / peer_rate[8], "tokens/s", theirs)
     model.compile_step = True
+    as_loaded(model, int8=False)
     compiled = rate()[0]
     yield row("7B, batch 1, --compile", compiled, limit, compiled / limit, "tokens/s", share)
     several, _ = rate(8)
@@ -350,11 +350,12 @@ def peer_generation(new):
     return rates, firsts
 
 
-def as_loaded(model, int8=False):
-    """Puts in place what `sample.load` does on a GPU, or for --int8."""
+def as_loaded(model, int8):
+    """Puts in place what `sample.load` does for --int8, or for --compile."""
     for place, module in list(model.llama.named_modules()):
         if isinstance(module, torch.nn.Linear | RowLinear):
-            model.llama.set_submodule(place, RowLinear(module, int8))
+            if int8 or place.endswith(("down_proj", "lm_head")):
+                model.llama.set_submodule(place, RowLinear(module, int8))
     model.steps.clear()
 
 
@@ -365,7 +366,6 @@ def answer(args):
         yield row("video to 64 words, 7B, GPU", None, None, None, "-", GPU_ONLY)
         return
     model = random_model("cuda", **REAL_TOWERS)
-    as_loaded(model)
     yield answering("video to 64 words, 7B, GPU", model)
     as_loaded(model, int8=True)
     torch.cuda.empty_cache()

@@ -97,13 +97,12 @@ for N, K in ((8, 1024), (6, 1500), (3, 7), (64, 2100)):
             row = sample.RowLinear(linear, int8)
             x = torch.randn(1, K).to(dtype)
             y = torch.full((1, N), torch.nan, dtype=dtype)
-            sizes = {"ROWS": 8, "BLOCK": 1024} if int8 else {"ROWS": 4, "BLOCK": 2048}
-            grid = (-(-N // sizes["ROWS"]),)
-            sample.row_product[grid](x, row.weight, row.scale, y, N, K, **sizes)
+            grid = (-(-N // 8),)
+            sample.row_product[grid](x, row.weight, row.scale, y, N, K, ROWS=8, BLOCK=1024)
             expected = x.double() @ row.weight.double().T * (row.scale.double() if int8 else 1)
             assert (y - expected).norm() < near * expected.norm(), (N, K, dtype, int8)
 row = sample.RowLinear(torch.nn.Linear(256, 4, bias=False), int8=True)  # every byte there is
-row.weight.data[0] = torch.arange(-128, 128)
+row.weight[0] = torch.arange(-128, 128)
 x = torch.eye(256)
 for k in range(256):
     y = torch.empty(1, 4)

@@ -137,19 +137,38 @@ def test_a_row_goes_through_the_triton_kernel(gpu, monkeypatch, int8):
     x = torch.randn(3, 1, 32)
     expected = linear(x)
     linear.to(gpu)
-    rows = torch.cat([linear(row.to(gpu)[None]) for row in x])
-    sizes = {"ROWS": 8, "BLOCK": 1024} if int8 else {"ROWS": 4, "BLOCK": 2048}
-    assert calls == [((-(-50 // sizes["ROWS"]),), 50, 32, sizes)] * 3
+    with torch.no_grad():
+        rows = torch.cat([linear(row.to(gpu)[None]) for row in x])
+    assert calls == [((7,), 50, 32, {"ROWS": 8, "BLOCK": 1024})] * 3
     assert rows.shape == (3, 1, 50)
     torch.testing.assert_close(rows.cpu(), expected)
     linear(x.to(gpu))  # a batch is left to the plain product
     assert len(calls) == 3
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    linear(x[:1].to(gpu))  # inductor multiplies by several matrices at once, but has no fast code for int8
-    assert len(calls) == 3 + int8
-    down = RowLinear(torch.nn.Linear(32, 8, bias=False), int8).to(gpu)
-    down(x[:1].to(gpu))  # by hand
-    assert len(calls) == 4 + int8
+    with torch.enable_grad():  # the kernel has no backward pass
+        linear(x[:1].to(gpu))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_loading_puts_in_place(world, tmp_path, lora):
+    """--compile and --int8 multiply single rows by a kernel, which needs a C compiler. By default nothing
+    does, and a LoRA stays what it is."""
+    model = Hawk.from_pretrained(world / "weights")
+    if lora:
+        model.set_trainable("lora")
+    model.save_pretrained(tmp_path, tokenizer=world / "weights/tokenizer.model")
+
+    def kinds(**options):
+        llama = load(tmp_path, "cpu", **options)[0].llama
+        attention = llama.layers[0].self_attn
+        parts = (attention.q_proj, attention.o_proj, llama.layers[0].mlp.down_proj, llama.lm_head)
+        return [type(part).__name__ for part in parts]
+
+    q = "LoRALinear" if lora else "Linear"
+    assert kinds() == [q, "Linear", "Linear", "Linear"]
+    assert kinds(compile=True) == [q, "Linear", "RowLinear", "RowLinear"]
+    if not lora:
+        assert kinds(int8=True) == ["RowLinear"] * 4
 
 
 @pytest.mark.parametrize("more", ["--train lora --accumulate 2", "--train all --stage 1"])
