@@ -437,10 +437,11 @@ def test_playlists_are_not_followed(tmp_path, kind):
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="only Linux tells the peak of one process"
 )
-@pytest.mark.parametrize("threads", [2, 8])
-def test_reading_takes_little_memory_on_few_cores_and_many(tmp_path, threads):
+def test_reading_takes_little_memory_on_few_cores_and_many(tmp_path):
     bench.make_video(tmp_path / "x.mp4", 6)
-    read = f"import torch; torch.set_num_threads({threads}); [data.read_clip(sys.argv[3]) for _ in range(2)]"
-    _, peak = bench.measured(read, tmp_path / "x.mp4")
     _, base = bench.measured("", tmp_path / "x.mp4")
-    assert peak - base < 300
+    for threads in (2, 8):
+        read = f"import torch; torch.set_num_threads({threads}); "
+        read += "[data.read_clip(sys.argv[3]) for _ in range(2)]"
+        _, peak = bench.measured(read, tmp_path / "x.mp4")
+        assert peak - base < 300, threads

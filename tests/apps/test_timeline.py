@@ -652,26 +652,24 @@ def test_a_killed_run_resumes(world, cli, tmp_path, monkeypatch):
     )
 
 
-def test_processes_share_the_videos(world, tmp_path):
+def test_processes_share_the_videos(world, tmp_path, cli, one_thread):
     rows = []
     for name in ("a.mkv", "b.mkv", "c.mkv"):
         shutil.copy(world / "a b.mkv", tmp_path / name)
         rows.append({"video": name, "abnormal": [2, 5] if name != "b.mkv" else []})
-    command = ["-m", "apps.timeline", "--annotations", write_index(tmp_path, *rows), "--score", "yes"]
-    command += ["--weights", world / "weights", "--device", "cpu", "--scores"]
+    options = ["--annotations", write_index(tmp_path, *rows), "--score", "yes", "--scores"]
+    status, alone, _ = cli(*options, tmp_path / "alone")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    outputs = []
-    for start, scores in (([sys.executable], "alone"), (torchrun, "shared")):
-        done = subprocess.run(
-            [*start, *command, tmp_path / scores],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
-    assert outputs[0] == outputs[1] and "with an event: 2 (by" in outputs[0]
+    torchrun += ["-m", "apps.timeline", "--weights", world / "weights", "--device", "cpu"]
+    shared = subprocess.run(
+        [*torchrun, *options, tmp_path / "shared"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert status == shared.returncode == 0, shared.stderr
+    assert alone == shared.stdout and "with an event: 2 (by" in alone
     for name in ("a", "b", "c"):
         files = [tmp_path / scores / f"{name}.npy" for scores in ("alone", "shared")]
         assert np.array_equal(*map(np.load, files))
