@@ -360,7 +360,7 @@ class DecodingStep:
             options = {"coordinate_descent_tuning": True}
             self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=True, options=options)
         if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # whose copies of weights would be kept
-            self.run()  # what must be loaded and compiled, before the recording
+            self.run()  # loads and compiles what it needs, which a recording must not
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.run()
@@ -541,8 +541,8 @@ class Hawk(nn.Module):
                 arrival = torch.cuda.current_stream().record_event()
                 step.run()  # the next word is on its way before anyone looks at this one
                 arrival.synchronize()
-            for answer, new in zip(answers, token.tolist(), strict=True):
-                answer.append(new)
+            for answer, word in zip(answers, token.tolist(), strict=True):
+                answer.append(word)
             if (on_token and on_token(token.tolist()) is False) or all(eos_id in row for row in answers):
                 break
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]
@@ -550,7 +550,7 @@ class Hawk(nn.Module):
     def decoding_step(self, x, max_new_tokens):
         """The step for a prompt x (B, S, D) and its answer; on a GPU it is recorded once for each size."""
         size = math.ceil((x.shape[1] + max_new_tokens) / 64) * 64
-        place = (x.device, x.dtype, self.llama.embed_tokens.weight.data_ptr())  # where a moved model is not
+        place = (x.device, x.dtype, self.llama.embed_tokens.weight.data_ptr())  # a moved model is elsewhere
         key = (len(x), size, *place, torch.is_autocast_enabled(x.device.type), self.compile_step)
         if key not in self.steps:
             self.steps.clear()  # the cache of the last one makes room
