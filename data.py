@@ -56,6 +56,7 @@ PACKETS = " -c copy -copyinkf -copypriorss 1 -f framecrc pipe:1"  # lists packet
 # Where they proved wrong: the number of frames that they had `promised`.
 FIELDS = "path seconds log notes frames files stamps tick keys codec promised"
 Video = namedtuple("Video", FIELDS, defaults=(None,) * 8)
+PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a wrong file or question, or too small a machine
 
 
 class VideoError(ValueError):
@@ -314,8 +315,7 @@ def decode(video, size, numbers):
     else:
         # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
-        # ffmpeg counts frames from 0 again when their size changes. Where packets proved wrong, all frames
-        # come, and are counted here.
+        # ffmpeg's n begins anew when frames change in size: where packets proved wrong, we count all frames.
         here = video.stamps is None
         wanted = ["1"] if here else [f"eq(n,{number})" for number in numbers]
         frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
@@ -899,9 +899,6 @@ class CachedFeatures:
 
 
 # ---- 5. Machine --------------------------------------------------------------------------------------------
-PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a wrong file or question, or too small a machine
-
-
 def note(text):
     print(text, file=sys.stderr, flush=True)
 

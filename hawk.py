@@ -471,8 +471,7 @@ class Hawk(nn.Module):
         that vision enters the sentence. Raises ValueError when the slots of a row are not N."""
         slots = input_ids == self.config.image_id
         counts = slots.sum(1).tolist()
-        N = soft.shape[1]
-        require(counts == [N] * len(soft), f"rows with {counts} placeholders for clips of {N} soft tokens")
+        require(counts == [soft.shape[1]] * len(soft), f"{counts} placeholders, {soft.shape[1]} soft tokens")
         x = self.llama.embed_tokens(input_ids.masked_fill(slots, 0))  # (B, S, D)
         return x.masked_scatter(slots[..., None], soft.to(x.dtype))
 

@@ -25,12 +25,6 @@ import data
 from data import PROBLEMS, note, print_error
 from hawk import Encoding, Hawk, KVCache, require
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch brings it where it is of use: on Linux with CUDA
-    triton = None
-
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 WEIGHTS = TINY.with_name("hawk-7b" if TINY.with_name("hawk-7b").is_dir() else "tiny")  # the default
 TINY_NOTE = "weights/tiny knows the toy world only; the README says how to get the 7B weights"
@@ -41,9 +35,32 @@ Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_
 
 
 # ---- LLaMA's products: a kernel for a decoding step on a GPU, and int8 -------------------------------------
+try:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def row_product(x, weight, scale, y, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """y (N,) = scale · (weight (N, K) x): each program computes ROWS of y, BLOCK columns at a time."""
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, K, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            w = tl.load(weight + n[:, None] * K + k, mask=(n < N)[:, None] & (k < K), other=0)
+            if scale is not None:  # an int8 becomes the low bits of the float 2²³ + 128 + w: .to is slower
+                w = (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736
+            total += w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0).to(tl.float32)
+        result = tl.sum(total, 1)
+        if scale is not None:
+            result *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+        tl.store(y + n, result.to(y.dtype.element_ty), mask=n < N)
+except ImportError:  # torch brings Triton where it is of use: on Linux with CUDA
+    triton = None
+
+
 class RowLinear(torch.nn.Module):
     """A Linear without bias, for inference: on a GPU, the one row of a decoding step goes through the kernel
-    below. In int8, W ≈ scale · weight, with a scale for each row of W: half the memory of bfloat16."""
+    above. In int8, W ≈ scale · weight, with a scale for each row of W: half the memory of bfloat16."""
 
     def __init__(self, linear, int8=False):
         super().__init__()
@@ -61,31 +78,11 @@ class RowLinear(torch.nn.Module):
             y = x.new_empty(*x.shape[:-1], N)
             row_product[((N + 7) // 8,)](x, self.weight, self.scale, y, N, K, ROWS=8, BLOCK=1024)
             return y
-        if self.scale is None:
-            return F.linear(x, self.weight)
-        if x.device.type == "cpu" and x.numel() <= 8 * K:  # memory-bound: this kernel of torch's reads bytes
+        if self.scale is not None and x.device.type == "cpu" and x.numel() <= 8 * K:  # reads bytes
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], N)
+        y = F.linear(x, self.weight.to(x.dtype))
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
-        return (F.linear(x, self.weight.to(x.dtype)) * self.scale.float()).to(x.dtype)
-
-
-if triton:
-
-    @triton.jit
-    def row_product(x, weight, scale, y, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """y (N,) = scale · (weight (N, K) x): each program computes ROWS of y, BLOCK columns at a time."""
-        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in range(0, K, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            w = tl.load(weight + n[:, None] * K + k, mask=(n < N)[:, None] & (k < K), other=0)
-            if scale is not None:  # an int8 becomes the low bits of the float 2²³ + 128 + w: .to is slower
-                w = (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736
-            total += w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0).to(tl.float32)
-        result = tl.sum(total, 1)
-        if scale is not None:
-            result *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
-        tl.store(y + n, result.to(y.dtype.element_ty), mask=n < N)
+        return y if self.scale is None else (y * self.scale.float()).to(x.dtype)
 
 
 # ---- From a video to an answer -----------------------------------------------------------------------------
