@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import threading
 from array import array
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -32,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
-from torch.nn.utils.rnn import pad_sequence
 
 from hawk import is_frame_level, require
 
@@ -89,10 +87,11 @@ def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, 
     threads = min(threads or torch.get_num_threads(), 8)
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} -max_pixels 100000000"
     options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -copyts"
-    options += f" -hide_banner -nostats -v level+verbose {before} -i"
+    options += f" -correct_ts_overflow 0 -hide_banner -nostats -v level+verbose {before} -i"
     times, times_end = os.pipe()  # for the time stamps of frames, one a line
     if size:
-        after += f" -vf select='{'+'.join(terms)}',scale={size}:{size}:flags=bilinear -fps_mode passthrough"
+        scale = f"scale={size}:{size}:flags=bilinear" + ",format=rgb24" * ("concat" in before)
+        after += f" -vf select='{'+'.join(terms)}',{scale} -fps_mode passthrough"
         after += f" -enc_time_base demux -stats_enc_pre pipe:{times_end} -stats_enc_pre_fmt {{pts}},{{tb}}"
     after += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1" if size else PACKETS
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), source, "-an", "-sn", "-dn", *after.split()]
@@ -103,6 +102,7 @@ def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, 
             with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
             clock = threading.Timer(threading.TIMEOUT_MAX if patient else seconds, process.kill)
+            clock.daemon = True  # a stream that nobody reads to its end does not keep Python from ending
             clock.start()
             count = 0
             try:
@@ -159,16 +159,17 @@ def damage(video):
     bad += (total - decoded - failed) * (bad > 0)  # lost in silence; with no others, the packets were wrong
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
-    # references are missing also where an intact video was cut
-    errors = re.findall(r"\[error\] (?!mmco|co located|Application|.*\bref)(.+)|(Packet corrupt)", text)
+    cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # of intact ones, too
+    errors = re.findall(rf"\[error\] (?!{cut})(.+)|(Packet corrupt)", text)
     notes = list(video.notes or ())
     if bad:
         notes.append(f"{bad} of {total} frames did not decode without errors: the video is damaged")
     elif errors:
         notes.append(f"the video may be damaged: {len(errors)} errors, first: {''.join(errors[0])}")
     sizes = dict.fromkeys(re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
-    if video.files and len(sizes) > 1:
-        notes.append(f"pictures of different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}")
+    if video.files and (len(sizes) > 1 or "display matrix changed" in text):
+        shapes = ", ".join(f"{w}x{h}" for w, h in sizes)
+        notes.append(f"pictures of different sizes or orientations: {shapes}")
     return notes
 
 
@@ -203,7 +204,7 @@ def read_files(video, size, numbers):
         listing.seek(0)
         before = "-f concat -safe 0 -format_whitelist concat"
         frames = ffmpeg(video.path, video.log, size, "1", before, stdin=listing)
-        with suppress(VideoError):  # the picture is named instead
+        with suppress(VideoError), closing(frames):  # the picture is named instead
             for (stamp, frame), number in zip(frames, numbers, strict=False):
                 if stamp != count:
                     break
@@ -319,7 +320,7 @@ def decode(video, size, numbers):
         here = video.stamps is None
         wanted = ["1"] if here else [f"eq(n,{number})" for number in numbers]
         frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
-        for (_, frame), number in zip(frames, itertools.count() if here else numbers, strict=False):
+        for (_, frame), number in zip(frames, range(sys.maxsize) if here else numbers, strict=False):
             if number in numbers:
                 yield number, frame
         whole = next(frames, None) is None and f"; {len(video.seconds)} frames decoded;" in video.log[-1]
@@ -722,9 +723,8 @@ def random_crop(streams, generator, scale=(0.5, 1.0)):
 class ClipDataset(torch.utils.data.Dataset):
     """Rows of an index and how their clips are read. Subclasses define sample(i, generator)."""
 
-    device = "cpu"  # where the flow is computed: a GPU only outside of loader processes
-
     def __init__(self, rows, config, seed=0, train=True):
+        self.device = "cpu"  # where the flow is computed: a GPU only outside of loader processes
         self.rows = rows
         self.config = config
         self.seed = seed
@@ -817,7 +817,7 @@ def collate(samples, pad_id=0):
             batch[key] = {name: stack([streams[name] for streams in values]) for name in values[0]}
         elif key.endswith(("input_ids", "labels")):
             padding = IGNORE if key.endswith("labels") else pad_id
-            batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
+            batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
         else:
             batch[key] = stack(values)
     return batch
@@ -841,7 +841,7 @@ def cache_file(folder, row, choice=0):
 
 def cache_meta(rows, config, fingerprint, choices=1, seed=0, dtype="float16", bfloat16=False):
     """What meta.json holds. Videos are known by name, so that their folder may move."""
-    names = json.dumps([os.path.basename(row["video"]) for row in rows])
+    names = json.dumps([os.path.basename(row["video"]) + f" {row['fps']}" * ("fps" in row) for row in rows])
     meta = {"weights": fingerprint, "videos": hashlib.sha256(names.encode()).hexdigest()[:16]}
     meta |= {name: getattr(config, name) for name in ("motion_mask", "n_frames", "image_size")}
     return meta | {"choices": choices, "seed": seed, "dtype": dtype, "bfloat16": bfloat16}
@@ -943,7 +943,7 @@ def peak_memory_mb(device):
 def replaced_folder(folder):
     """Yields an empty folder beside `folder` to write into, which atomically replaces it on success."""
     old = recover_folder(folder)
-    new = Path(f"{Path(folder)}.tmp")
+    new = Path(f"{Path(folder)}.being-written")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
@@ -960,7 +960,7 @@ def replaced_folder(folder):
 
 def recover_folder(folder):
     """Undoes a replacement that was killed between its two renames. Returns where the old folder waits."""
-    old = Path(f"{Path(folder)}.old")  # Path: without a slash at its end
+    old = Path(f"{Path(folder)}.being-replaced")  # Path: without a slash at its end
     if Path(folder).exists():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():

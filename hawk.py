@@ -556,16 +556,16 @@ class Hawk(nn.Module):
             self.steps[key] = DecodingStep(self.llama, len(x), size, x, self.compile_step)
         return self.steps[key]
 
-    def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None):
+    def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None, mark=None):
         """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`). With
-        `base`, the folder that training started from, only what trains, and the base's name in the config."""
+        `base`, where training started from, only what trains, and its name and fingerprint (or `mark`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         kept = [(name, p) for name, p in self.named_parameters() if base is None or p.requires_grad]
         save_tensors({name: p.detach().to("cpu", dtype) for name, p in kept}, folder / "model.safetensors")
         config = asdict(self.config)
         if base is not None:
-            config |= {"base": str(Path(base).resolve()), "base_fingerprint": fingerprint(base)}
+            config |= {"base": str(Path(base).resolve()), "base_fingerprint": mark or fingerprint(base)}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if tokenizer is not None:
             (folder / "tokenizer.model").write_bytes(Path(tokenizer).read_bytes())

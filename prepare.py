@@ -23,7 +23,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import safetensors.torch
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -335,7 +334,7 @@ def features(args, dataset=None):
         todo = [i for i, row in enumerate(rows) if not all(map(Path.exists, row["files"]))]
         clips = (dataset or FeatureDataset)(rows, model.config)
         if device.type == "cpu" or dataset:
-            samples = DataLoader(clips, None, sampler=todo, num_workers=args.workers)
+            samples = torch.utils.data.DataLoader(clips, None, sampler=todo, num_workers=args.workers)
         else:  # threads share the GPU, which finds the flow in a tenth of the time
             clips.device = device
             samples = read_ahead(clips.__getitem__, todo, max(1, args.workers))

@@ -19,7 +19,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import torch
-import torch.nn.functional as F
 
 import data
 from data import PROBLEMS, note, print_error
@@ -80,7 +79,7 @@ class RowLinear(torch.nn.Module):
             return y
         if self.scale is not None and x.device.type == "cpu" and x.numel() <= 8 * K:  # reads bytes
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], N)
-        y = F.linear(x, self.weight.to(x.dtype))
+        y = torch.nn.functional.linear(x, self.weight.to(x.dtype))
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
         return y if self.scale is None else (y * self.scale.float()).to(x.dtype)
 

@@ -17,18 +17,17 @@ import signal
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 import data
-from hawk import COMPARED, Branch, Hawk, HawkConfig, QFormerLayer, ViT, is_frame_level, read_chain, require
+from hawk import Branch, Hawk, HawkConfig, QFormerLayer, ViT, fingerprint, is_frame_level, read_chain, require
 
 
 # ---- The task and the options ------------------------------------------------------------------------------
@@ -54,6 +53,7 @@ class HawkTask:
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
             samples.features = data.CachedFeatures(*cache)
+            require(not samples.augment or samples.features.choices > 1, "--augment needs a cache with crops")
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
             typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # of two minutes
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
@@ -153,6 +153,8 @@ def build(args, folder, device):
     torch.manual_seed(args.seed)
     tokenizer = Path(folder or args.data) / "tokenizer.model"
     base = args.weights if args.resume else None  # given anew, in case it has moved
+    # of what is read now: another run may replace it before this one saves
+    args.base_fingerprint = fingerprint(args.weights) if args.weights and args.train != "all" else None
     stored = read_chain(folder, base=base)[0] if folder else HawkConfig.preset(args.preset)
     if not folder:
         stored.vocab_size = data.Tokenizer(tokenizer).vocab_size
@@ -184,9 +186,12 @@ def begin(args):
         data.recover_folder(last.with_name("best"))
         last.with_name("bad_videos.jsonl").open("a" if last.exists() else "w").close()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        dist.barrier()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # others wait for rank 0
+        torch.distributed.barrier()
     require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
+    overwritten = Path(args.weights or "/").resolve() == last.with_name("best").resolve()
+    require(not overwritten, f"{args.weights}: this run would overwrite it; choose another --out")
     if args.resume and not last.exists() and rank == 0:
         data.note(f"note: {last} is not there yet: this run begins")
     args.resume = last.exists()
@@ -232,15 +237,15 @@ def micro_batches(n, args, start, rank, world):
 
 
 def load(dataset, order, args, device, most=math.inf):
-    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none of
-    them is readable, the batch is another clip that counts as 0: DDP needs a backward pass of all processes.
-    ValueError if no clip is readable, or if all processes have found more than `most` that are not."""
+    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. Without a
+    readable one, another clip is the batch and counts as 0, since DDP needs a backward pass of all processes;
+    held out (most: inf), none is. ValueError if no clip is readable, or more than `most` (in all) are not."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
     # a scheduler signals all processes, but workers and their ffmpeg must outlast the loop's last step
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    loader = iter(DataLoader(dataset, batch_sampler=order, **options))
+    loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
     for batch in loader:
@@ -254,12 +259,13 @@ def load(dataset, order, args, device, most=math.inf):
         advice = f"see {listed.name}; when they are mended, delete it"
         require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
         clips = len(batch.get("input_ids", ()))
+        if not clips and most == math.inf:
+            continue
         if not clips:
             others = (data.collate([dataset[i]]) for i in range(len(dataset)))
             batch = next((other for other in others if "input_ids" in other), None)
             require(batch, f"not one of the videos can be read; see {listed}")
-        names = batch.keys() - {"errors", "index", "indices", "streams"}
-        inputs = {name: batch[name].to(device) for name in names}
+        inputs = {k: batch[k].to(device) for k in batch.keys() - {"errors", "index", "indices", "streams"}}
         streams = {name: x.to(device) for name, x in batch["streams"].items()}  # uint8 frames, or features
         inputs["streams"] = {name: x / 255 if x.dtype == torch.uint8 else x for name, x in streams.items()}
         yield inputs, clips, unread
@@ -270,13 +276,13 @@ def evaluate(objective, test_set, autocast, args, device):
     """Mean held-out losses as {"held_out_…": float}."""
     objective.eval()
     sums = Counter()
-    order = BatchSampler(range(len(test_set))[: args.eval_samples], 16, drop_last=False)
+    order = torch.utils.data.BatchSampler(range(len(test_set))[: args.eval_samples], 16, drop_last=False)
     for batch, clips, _ in load(test_set, order, args, device):
         with autocast:
             losses = objective(**batch, per_sample=True)
         sums.update({name: loss.item() * clips for name, loss in losses.items()} | {"clips": clips})
     objective.train()
-    clips = sums.pop("clips") or math.nan  # none of these could be read
+    clips = sums.pop("clips", 1)  # without a readable clip there are no losses either
     return {f"held_out_{name}": value / clips for name, value in sums.items()}
 
 
@@ -285,7 +291,7 @@ def save(folder, args, model, objective, tokenizer, **progress):
     heads = {} if objective is model else objective.state_dict()
     base = None if args.train == "all" else args.weights  # what does not train is left there
     with data.replaced_folder(folder) as new:
-        model.save_pretrained(new, tokenizer=tokenizer, base=base)
+        model.save_pretrained(new, tokenizer=tokenizer, base=base, mark=args.base_fingerprint)
         torch.save(progress | {"objective": heads}, new / "state.pt")
         (new / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
         for name in ("kinds.json", "clips.json"):  # phrases and length of the clips, for apps.timeline
@@ -293,10 +299,10 @@ def save(folder, args, model, objective, tokenizer, **progress):
                 (new / name).write_bytes((Path(args.data) / name).read_bytes())
 
 
-def restore(file, objective, optimizer, device):
+def restore(file, objective, optimizer):
     """Reads what `save` wrote beside the weights -> (steps that are done, least held-out loss)."""
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)  # where AdamW looks at its steps
         objective.load_state_dict(state["objective"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"]), float(state.get("best", math.inf))
@@ -339,7 +345,7 @@ def main(argv=None, task=None):
     for block in model.llama.layers if model.config.gradient_checkpointing else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # keeps no activations
     optimizer = make_optimizer(objective, args)
-    start, best = restore(last / "state.pt", objective, optimizer, device) if args.resume else (0, math.inf)
+    start, best = restore(last / "state.pt", objective, optimizer) if args.resume else (0, math.inf)
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     order = micro_batches(len(train_set), args, start, rank, world)
     batches = load(train_set, order, args, device, most=max(1, 0.05 * len(train_set)))
@@ -351,8 +357,7 @@ def main(argv=None, task=None):
     stop = []
     for number in STOPPING:
         signal.signal(number, lambda number, _: stop.append(number))
-    told_to_stop = 0
-    skipped = 0
+    told_to_stop = skipped = 0
     t0 = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
@@ -364,7 +369,7 @@ def main(argv=None, task=None):
         # what all processes have to know: the mean losses, and whether one of them was told to stop
         means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
         if world > 1:
-            dist.all_reduce(means)
+            torch.distributed.all_reduce(means)
         *means, told_to_stop = (means / world).tolist()
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped < 5, f"step {step}: not finite for 5 steps in a row; lower --lr or set --clip 1")
@@ -372,8 +377,8 @@ def main(argv=None, task=None):
             values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
             values["samples_per_s"] = round((step - start) * args.batch_size / (time.perf_counter() - t0), 2)
-            if set(COMPARED) <= set(model.config.branches):  # 1: biases alone could meet the consistency loss
-                biases = [model.branch(name).encoder_1.bias for name in COMPARED]
+            biases = [m.encoder_1.bias for m in map(model.branch, model.config.branches) if m.encoder_1]
+            if biases:  # 1: biases alone could meet the consistency loss
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
                 values |= evaluate(objective, test_set, autocast, args, device)
@@ -389,7 +394,7 @@ def main(argv=None, task=None):
         if told_to_stop:
             break
     if world > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     listed = last.with_name("bad_videos.jsonl")
     bad = {json.loads(line)["video"] for line in listed.open()}
     if rank == 0 and bad:

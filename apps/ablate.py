@@ -52,7 +52,7 @@ from apps.evaluate import sha256, write_json
 from apps.scores import FACTS, appendable, as_line, read_lines, total
 from apps.toy import KINDS
 from data import replaced_folder
-from hawk import Hawk
+from hawk import Hawk, require
 from sample import PROBLEMS, make_parser, note, number, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +195,8 @@ def train(args, out, start, step, run, settings):
         for key, value in settings.items():
             options += ["--set", f"{key}={value}"] if key != "train" else []
         launch(out / f"{step}.txt", "-m", "apps.towers", "facts", *options, threads=args.threads)
+        last = json.loads((out / step / "log.jsonl").read_text().splitlines()[-1])["step"]
+        require(last == steps, f"{out / step}: stopped after {last} of {steps} steps; start again to resume")
         done.touch()
     return out / step / "last"
 

@@ -33,7 +33,7 @@ import prepare
 import train
 from apps.toy import COLOURS, OBJECTS, draw_clip
 from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset, VideoError, clip_options, read_index
-from hawk import is_frame_level
+from hawk import is_frame_level, require
 from sample import PROBLEMS, print_error
 
 COLOUR_NAMES = tuple(COLOURS)
@@ -150,6 +150,12 @@ def moved(entry, j, image_size):
 
 
 # ---- Stage 0: losses ---------------------------------------------------------------------------------------
+def leave_out_model(module, state, prefix, metadata):
+    """A hook of state_dict(): train.py saves the model by itself, and beside it only the heads."""
+    for name in [name for name in state if name.startswith(f"{prefix}hawk.")]:
+        del state[name]
+
+
 class Pretraining(nn.Module):
     """What a frame shows: is there an object of kind k, where, in which colour, and does it lie down?
 
@@ -162,6 +168,7 @@ class Pretraining(nn.Module):
         self.hawk = hawk
         self.branch = branch  # the name of the one whose Q-Former learns
         self.register_state_dict_pre_hook(lambda *_: self.copy_to_others())  # train.py calls it to save
+        self.register_state_dict_post_hook(leave_out_model)
         c = hawk.config
         n_answers = sum(ANSWERS)
         self.query_head = nn.Linear(c.qformer_dim, n_answers)
@@ -331,6 +338,7 @@ class ClipFacts(nn.Module):
         self.hawk = hawk
         self.weight = weight
         self.alone = alone  # facts and nothing else: no words, and many times as fast
+        self.register_state_dict_post_hook(leave_out_model)
         width = len(hawk.config.branches) * hawk.config.llama_dim
         self.heads = nn.ModuleList(nn.Linear(width, len(words[fact])) for fact in FACTS)
 
@@ -369,6 +377,9 @@ class FactsTask(train.HawkTask):
         return WithFacts(super().dataset(args, model, tokenizer, split), words)
 
     def objective(self, args, model, train_set):
+        require(
+            not (args.facts_only and args.train == "lora"), "--facts-only reaches no LoRA: use --train paper"
+        )
         super().objective(args, model, train_set)
         for name, p in model.named_parameters():
             if args.facts_only and (name.startswith("llama.") or ".encoder_1." in name):

@@ -4,8 +4,8 @@
 #     bash examples/train_tiny.sh [FOLDER]                 # default: runs/tiny; writes FOLDER/weights
 #     PROCESSES=8 bash examples/train_tiny.sh              # one process per core; default: 2
 #
-# If it was stopped, start it again: it continues. One process per core, with one thread each, is about twice
-# as fast as one process with several threads.
+# If it was stopped, start it again: it resumes, and what is done is not done again. One process per core, with
+# one thread each, is about twice as fast as one process with several threads.
 set -euo pipefail
 out=${1:-runs/tiny}
 export OMP_NUM_THREADS=1
@@ -33,4 +33,5 @@ $facts --weights "$out/stage1/last" --stage 2 --out "$out/stage2" --ask-facts 1 
     --steps 650 --batch-size 32 --lr 1e-3 --warmup 50 --eval-every 325
 
 # weights for sample.py: half the size, without dropout
-python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16 --set dropout=0
+[ -d "$out/weights" ] ||
+    python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16 --set dropout=0

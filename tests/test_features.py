@@ -89,6 +89,10 @@ def test_another_cache_is_refused(world, folder):
     shutil.copy(folder / "c.mp4", folder / "a b.mp4")
     with pytest.raises(data.VideoError, match="a b.mp4: is another video now; remove .*0.safetensors"):
         cache(world, folder)[1].load(0, 0)
+    rows = [json.loads(line) | {"fps": 10} for line in (folder / "train.jsonl").open()]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="has videos .*; use another --out"):  # other times of its pictures
+        features(world, folder)
     with pytest.raises(SystemExit, match="holds neither train.jsonl nor test.jsonl"):
         features(world, folder / "cache")
 
@@ -113,7 +117,7 @@ def test_threads_read_for_a_gpu(world, folder, monkeypatch, capsys):
 
     monkeypatch.setattr(data, "read_clip", seen)
     monkeypatch.setattr(data, "usable_device", lambda name: Elsewhere("cpu"))
-    monkeypatch.setattr(prepare, "DataLoader", None)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", None)
     features(world, folder)
     found = cache(world, folder)[1]
     assert {*map(type, devices)} == {Elsewhere} and len(devices) == 4

@@ -694,19 +694,21 @@ def test_a_save_that_was_killed_can_be_undone(tmp_path):
     folder = tmp_path / "model"
     recover_folder(folder)  # nothing to do
     build(1).save_pretrained(folder)
-    folder.rename(tmp_path / "model.old")  # killed here, between the two renames
+    folder.rename(tmp_path / "model.being-replaced")  # killed here, between the two renames
     with (
         pytest.raises(OSError),
         replaced_folder(folder),
     ):  # the next attempt fails, and must not cost what there was
         raise OSError("No space left on device")
     assert same(build(1), Hawk.from_pretrained(folder))
-    folder.rename(tmp_path / "model.old")
+    folder.rename(tmp_path / "model.being-replaced")
     recover_folder(folder)
     assert same(build(1), Hawk.from_pretrained(folder))
-    (tmp_path / "model.tmp").mkdir()  # killed while writing
+    (tmp_path / "model.being-written").mkdir()  # killed while writing
+    (tmp_path / "model.old").mkdir()  # a user's copy
     with replaced_folder(folder) as new:
         (new / "file").touch()
+    (tmp_path / "model.old").rmdir()
     assert [f.name for f in tmp_path.iterdir()] == ["model"] and [f.name for f in folder.iterdir()] == [
         "file"
     ]

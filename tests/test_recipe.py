@@ -428,17 +428,51 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(world, tmp_path
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
+def test_a_base_is_neither_overwritten_nor_replaced_unnoticed(world, tmp_path, main, monkeypatch):
+    index(tmp_path, world / "a b.mp4")
+    main(*options(world, tmp_path, 1))
+    shutil.rmtree(tmp_path / "run/last")
+    with pytest.raises(ValueError, match="run/best: this run would overwrite it; choose another --out"):
+        main(*options(world, tmp_path, 1, "--weights", tmp_path / "run/best"))
+    assert Hawk.from_pretrained(tmp_path / "run/best")
+    base = tmp_path / "base"
+    shutil.copytree(world / "weights", base)
+    step = train.train_step
+
+    def step_and_replace(*arguments):  # as another run that saves does
+        model = Hawk.from_pretrained(base)
+        model.llama.norm.weight.data *= 3
+        model.save_pretrained(base)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", step_and_replace)
+    main(*options(world, tmp_path, 1, "--weights", base, "--out", tmp_path / "other"))
+    with pytest.raises(ValueError, match="base: is not what .*other/last was trained on, or has changed"):
+        Hawk.from_pretrained(tmp_path / "other/last")
+
+
+def test_crops_that_a_cache_does_not_hold(world, tmp_path, main):
+    index(tmp_path, world / "a b.mp4")
+    paths = ["--weights", world / "weights", "--data", tmp_path, "--out", tmp_path / "features"]
+    prepare.main(["features", *map(str, paths), "--device", "cpu", "--workers", "0"])
+    with pytest.raises(ValueError, match="--augment needs a cache with crops"):
+        main(*options(world, tmp_path, 1, "--augment", "--features", tmp_path / "features"))
+
+
 def test_the_best_checkpoint_is_found_again_where_a_kill_left_it(world, tmp_path, main):
     index(tmp_path, world / "a b.mp4")
     main(*options(world, tmp_path, 1))
-    (tmp_path / "run/best").rename(tmp_path / "run/best.old")
+    (tmp_path / "run/best").rename(tmp_path / "run/best.being-replaced")
     main(*options(world, tmp_path, 1, "--resume"))
-    assert (tmp_path / "run/best/config.json").exists() and not (tmp_path / "run/best.old").exists()
+    assert (tmp_path / "run/best/config.json").exists() and not (
+        tmp_path / "run/best.being-replaced"
+    ).exists()
 
 
-def test_held_out_videos_that_cannot_be_read_end_no_run(world, tmp_path, main):
-    """Of those that are asked for; others of the split can be read."""
-    index(tmp_path, world / "broken.mp4", world / "a b.mp4")
+@pytest.mark.parametrize("others", [["a b.mp4"], []])
+def test_held_out_videos_that_cannot_be_read_end_no_run(world, tmp_path, main, others):
+    """Those that are asked for, whether or not others of the split can be read."""
+    index(tmp_path, world / "broken.mp4", *(world / name for name in others))
     (tmp_path / "train.jsonl").write_text(json.dumps(ROW | {"video": str(world / "a b.mp4")}) + "\n")
     main(*options(world, tmp_path, 1, "--eval-samples", 1))
     [line] = log_of(tmp_path)

@@ -629,7 +629,7 @@ def test_a_conversion_that_is_stopped_leaves_no_folder_of_weights(fault, convert
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 120
         while process.poll() is None and not largest and time.monotonic() < until:
-            if (tmp_path / "out.tmp/model.safetensors").exists():
+            if (tmp_path / "out.being-written/model.safetensors").exists():
                 process.send_signal(getattr(signal, fault))
                 break
             time.sleep(0.002)
@@ -640,11 +640,11 @@ def test_a_conversion_that_is_stopped_leaves_no_folder_of_weights(fault, convert
         assert process.returncode == 1 and len(said) == 1 and "out: cannot be written" in said[0], errors
     else:
         assert process.returncode == (-9 if fault == "SIGKILL" else 143)
-    assert (tmp_path / "out.tmp").exists() == (fault == "SIGKILL")
+    assert (tmp_path / "out.being-written").exists() == (fault == "SIGKILL")
     _, again = convert()
     _, whole = convert(out="whole")
     assert again.keys() == whole.keys() and all(same(again[name], whole[name]) for name in whole)
-    assert not (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / "out.being-written").exists()
 
 
 def test_set_depth_wins(convert, tmp_path):

@@ -54,8 +54,9 @@ def value_of(command, option):
 class Launches:
     """Stands in for `launch`: remembers the commands, leaves the files behind that they would write."""
 
-    def __init__(self, fail_at=None):
+    def __init__(self, fail_at=None, part=1):
         self.commands = []
+        self.part = part  # of the steps, after which a run of training is told to stop
         self.fail_at = fail_at
 
     def __call__(self, log, *command, threads):
@@ -70,7 +71,8 @@ class Launches:
             (out / "test.jsonl").touch()
         elif "apps.towers" in command:
             (out / "last").mkdir(parents=True)
-            line = {"step": 1, "bias_cosine": None if alone else 0.5, "held_out_video_language": 1.0}
+            step = int(value_of(command, "--steps")) // self.part
+            line = {"step": step, "bias_cosine": None if alone else 0.5, "held_out_video_language": 1.0}
             (out / "log.jsonl").write_text(json.dumps(line) + "\n")
         else:
             clutter = int(re.search(r"clutter-(\d)", str(out))[1])
@@ -191,6 +193,20 @@ def test_it_resumes_where_it_stopped(world, tmp_path, monkeypatch, capsys):
     assert ablate.main(options(world, tmp_path / "stopped", *chosen)) == 0
     assert capsys.readouterr().out == table
     assert [command[:2] for command in launches.commands] == [["-m", "apps.evaluate"]]
+
+
+def test_a_step_that_was_told_to_stop_is_not_done(world, tmp_path, monkeypatch, capfd):
+    """A scheduler's SIGTERM ends training with status 0."""
+    chosen = ["--seeds", "1", "--jobs", "1", "--variants", "full", "--frames", "4", "--clutter", "1"]
+    monkeypatch.setattr(ablate, "launch", Launches(part=2))
+    assert ablate.main(options(world, tmp_path, *chosen)) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"^error: .*facts: stopped after \d+ of \d+ steps; start again", error)
+    shutil.rmtree(next(tmp_path.glob("**/facts/last")))
+    launches = Launches()
+    monkeypatch.setattr(ablate, "launch", launches)
+    assert ablate.main(options(world, tmp_path, *chosen)) == 0
+    assert "--facts-only" in launches.commands[0]
 
 
 def test_other_options_do_not_share_a_table(world, tmp_path, monkeypatch, capfd):

@@ -179,6 +179,8 @@ def test_stage_0_resumes_with_its_heads(world, tmp_path):
     signal.signal(signal.SIGTERM, handler)
     resumed = run("towers", world, tmp_path / "parts", "--steps", 3, *flags, "--resume")
     assert [line["total"] for line in resumed] == [line["total"] for line in whole]
+    heads = torch.load(tmp_path / "whole/last/state.pt", weights_only=True)["objective"]
+    assert "query_head.weight" in heads and not [name for name in heads if name.startswith("hawk.")]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,6 +198,12 @@ def test_facts_alone_teach_what_they_reach(world, weights, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"motion.video_queries", "appearance.decoder_2.weight", "vit.cls_token"} <= changed
     assert not [name for name in changed if name.startswith("llama.") or ".encoder_1." in name]
+
+
+def test_facts_alone_teach_no_lora(world, weights, tmp_path, capsys):
+    flags = ["--data", world, "--out", tmp_path, "--weights", weights, "--train", "lora", "--steps", 1]
+    assert towers.main(["facts", *map(str, flags), "--facts-only"]) == 2
+    assert capsys.readouterr().err == "error: --facts-only reaches no LoRA: use --train paper\n"
 
 
 def test_facts_beside_words(world, weights, tmp_path):

@@ -158,7 +158,7 @@ def test_training_on_a_full_disk_keeps_the_last_step_saved(world, jobs, tmp_path
     room = len(before["model.safetensors"]) + 1000  # state.pt does not fit
     jobs.fails(*training(world, tmp_path / "run", 4), words="run/last", largest_file=room)
     assert {file.name: file.read_bytes() for file in last.iterdir()} == before
-    assert not (tmp_path / "run/last.tmp").exists()
+    assert not (tmp_path / "run/last.being-written").exists()
 
 
 def test_features_on_a_full_disk(world, jobs, tmp_path):
@@ -185,7 +185,7 @@ def test_a_real_full_disk(world, jobs, small_disk):
     jobs.fails(*features(world, small_disk / "f"), words="No space left")
     jobs.fails(*merging(world, small_disk / "m"), words="")
     jobs.fails(*training(world, small_disk / "t", 2), words="")
-    assert not [name for name in ("m", "m.tmp", "t/last") if (small_disk / name).exists()]
+    assert not [name for name in ("m", "m.being-written", "t/last") if (small_disk / name).exists()]
 
 
 def test_merging_on_a_full_disk_leaves_nothing(world, jobs, tmp_path):
