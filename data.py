@@ -97,7 +97,7 @@ def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), source, "-an", "-sn", "-dn", *after.split()]
     with open(times) as times, tempfile.TemporaryFile() as messages:
         pipes = {"stdin": stdin or DEVNULL, "stdout": PIPE, "stderr": messages, "pass_fds": [times_end]}
-        with Popen(command, **pipes, pipesize=1 << 20, process_group=0) as process:
+        with Popen(command, **pipes, process_group=0) as process:
             os.close(times_end)
             with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -159,7 +159,7 @@ def damage(video):
     bad += (total - decoded - failed) * (bad > 0)  # lost in silence; with no others, the packets were wrong
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
-    cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # of intact ones, too
+    cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # of intact ones
     errors = re.findall(rf"\[error\] (?!{cut})(.+)|(Packet corrupt)", text)
     notes = list(video.notes or ())
     if bad:
@@ -168,8 +168,7 @@ def damage(video):
         notes.append(f"the video may be damaged: {len(errors)} errors, first: {''.join(errors[0])}")
     sizes = dict.fromkeys(re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
     if video.files and (len(sizes) > 1 or "display matrix changed" in text):
-        shapes = ", ".join(f"{w}x{h}" for w, h in sizes)
-        notes.append(f"pictures of different sizes or orientations: {shapes}")
+        notes.append(f"pictures of several sizes or orientations: {', '.join(f'{w}x{h}' for w, h in sizes)}")
     return notes
 
 
@@ -252,9 +251,8 @@ def decode_all(path, size):
         seconds.append(second)
         if len(frames) < HELD_BYTES // frame.size:
             frames.append(frame)
-    if len(frames) == len(seconds):
-        return Video(path, np.array(seconds), log, frames=frames)
-    return Video(path, np.array(seconds), [])
+    held = len(frames) == len(seconds)
+    return Video(path, np.array(seconds), log if held else [], frames=frames if held else None)
 
 
 def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
@@ -744,9 +742,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def read(self, i, sampling, generator):
         """-> ({branch: uint8 tensor (T, 3, H, W)}, Clip)"""
-        rate = {"fps": self.rows[i]["fps"]} if "fps" in self.rows[i] else {}
-        options = clip_options(self.config) | rate | {"sampling": sampling, "generator": generator}
-        clip = read_clip(self.rows[i]["video"], device=self.device, **options)
+        more = clip_options(self.config) | {"sampling": sampling, "generator": generator}
+        clip = read_clip(self.rows[i]["video"], fps=self.rows[i].get("fps", 25), device=self.device, **more)
         streams = {name: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for name, x in clip.streams.items()}
         return streams, clip
 
@@ -840,8 +837,8 @@ def cache_file(folder, row, choice=0):
 
 
 def cache_meta(rows, config, fingerprint, choices=1, seed=0, dtype="float16", bfloat16=False):
-    """What meta.json holds. Videos are known by name, so that their folder may move."""
-    names = json.dumps([os.path.basename(row["video"]) + f" {row['fps']}" * ("fps" in row) for row in rows])
+    """What meta.json holds. Videos are known by name (and fps), so that their folder may move."""
+    names = json.dumps([os.path.basename(row["video"]) + str(row.get("fps", "")) for row in rows])
     meta = {"weights": fingerprint, "videos": hashlib.sha256(names.encode()).hexdigest()[:16]}
     meta |= {name: getattr(config, name) for name in ("motion_mask", "n_frames", "image_size")}
     return meta | {"choices": choices, "seed": seed, "dtype": dtype, "bfloat16": bfloat16}

@@ -90,8 +90,8 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
         known = known and {"q_proj", "k_proj", "v_proj", "o_proj"}.issuperset(self.lora_targets)
         require(known, f"motion_mask {self.motion_mask}, consistency {self.consistency}, {self.lora_targets}")
         words = {name for name in self.branches if str(name).isidentifier() and not hasattr(Hawk, name)}
-        distinct = 0 < len(self.branches) == len(words - {"vit", "llama", "config", "steps"})
-        require(distinct, f"branches {self.branches} must be distinct words without a meaning in the model")
+        known = 0 < len(self.branches) == len(words - {"vit", "llama", "config", "steps", *vars(nn.Module())})
+        require(known, f"branches {self.branches} must be distinct words without a meaning in the model")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
     n_visual = property(lambda self: len(self.branches) * self.n_video_queries)  # soft tokens of a clip
@@ -354,7 +354,6 @@ class DecodingStep:
         self.cache = KVCache(llama.config, batch, size, like)
         self.token = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.logits = torch.zeros(batch, llama.config.vocab_size, device=like.device)
-        self.run = self.step  # or a replay of its recording
         self.run_layer = nn.Module.__call__
         if compiled:  # by inductor, which fuses small kernels: once for all layers and all sizes of the cache
             options = {"coordinate_descent_tuning": True}
@@ -362,11 +361,11 @@ class DecodingStep:
         if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # whose copies of weights would be kept
             self.run()  # loads and compiles what it needs, which a recording must not
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(like.device), torch.cuda.graph(graph):
                 self.run()
-            self.run = graph.replay
+            self.run = graph.replay  # in place of the method
 
-    def step(self):
+    def run(self):
         self.read(self.llama.embed_tokens(self.token[:, None]), self.run_layer)
 
     def read(self, x, run_layer=nn.Module.__call__):  # a prompt (B, S, D), or the last token
@@ -410,13 +409,13 @@ class Hawk(nn.Module):
         for name in config.branches:
             self.add_module(name, Branch(config, compared=both and name in COMPARED))
         self.llama = Llama(config)
-        self.compile_step = False  # whether generate compiles its decoding step
         self.steps = {}  # holds the last decoding step, by all that it depends on
         if config.lora_rank:
             self.add_lora()
 
     device = property(lambda self: self.llama.embed_tokens.weight.device)
     branch = nn.Module.get_submodule  # by its name
+    compile_step = False  # whether generate compiles its decoding step
 
     def set_trainable(self, mode):
         """Chooses what learns: "paper" what follows the frame Q-Formers, without LLaMA; "released" also the
@@ -537,7 +536,7 @@ class Hawk(nn.Module):
                 step.token.copy_(token)
             token = step.token.to("cpu", non_blocking=x.is_cuda)
             if x.is_cuda:
-                arrival = torch.cuda.current_stream().record_event()
+                arrival = torch.cuda.current_stream(x.device).record_event()
                 step.run()  # the next word is on its way before anyone looks at this one
                 arrival.synchronize()
             for answer, word in zip(answers, token.tolist(), strict=True):
@@ -547,10 +546,10 @@ class Hawk(nn.Module):
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]
 
     def decoding_step(self, x, max_new_tokens):
-        """The step for a prompt x (B, S, D) and its answer; on a GPU it is recorded once for each size."""
+        """The step for a prompt (B, S, D) and its answer; on a GPU, a recording for this size and place."""
         size = math.ceil((x.shape[1] + max_new_tokens) / 64) * 64
-        place = (x.device, x.dtype, self.llama.embed_tokens.weight.data_ptr())  # a moved model is elsewhere
-        key = (len(x), size, *place, torch.is_autocast_enabled(x.device.type), self.compile_step)
+        how = (x.device, x.is_inference(), torch.is_autocast_enabled(x.device.type), self.compile_step)
+        key = (len(x), size, x.dtype, *how, *(w.data_ptr() for w in self.llama.state_dict().values()))
         if key not in self.steps:
             self.steps.clear()  # the cache of the last one makes room
             self.steps[key] = DecodingStep(self.llama, len(x), size, x, self.compile_step)
@@ -560,6 +559,7 @@ class Hawk(nn.Module):
         """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`). With
         `base`, where training started from, only what trains, and its name and fingerprint (or `mark`)."""
         folder = Path(folder)
+        require(base is None or folder.resolve() != Path(base).resolve(), f"{folder}: is itself the base")
         folder.mkdir(parents=True, exist_ok=True)
         kept = [(name, p) for name, p in self.named_parameters() if base is None or p.requires_grad]
         save_tensors({name: p.detach().to("cpu", dtype) for name, p in kept}, folder / "model.safetensors")
@@ -619,7 +619,7 @@ def read_chain(folder, above=(), base=None):
         raise ValueError(f"{file}: cannot be read ({e}); python prepare.py weights makes one") from e
     if base is None or base in folders:
         return config, folders
-    require(there, f"{file}: its base {base} is not there; say where: prepare.py merge --base DIR")
+    require(there, f"{file}: its base {base} is not there; link or name it: prepare.py merge --base DIR")
     same = mark is None or mark == fingerprint(base)
     require(same, f"{base}: is not what {folder} was trained on, or has changed")
     return config, read_chain(base, folders)[1]

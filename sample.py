@@ -289,7 +289,7 @@ def main(argv=None):
     add("--system", default=data.SYSTEM, help="system text of the prompt (default: a space, as in training)")
     add("--max-new-tokens", type=number(int, 1), default=300, help="longest answer (default: 300)")
     add("--temperature", type=number(float, 0), default=0.0, help="0, the default: always the likeliest word")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the likeliest with this share")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the likeliest, up to this share")
     add("--beams", type=number(int, 1, 64), default=1, help="width of a beam search")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
     add("--seed", type=number(int, 0), default=0, help="of the draws that --temperature asks for")

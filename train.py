@@ -42,7 +42,7 @@ class HawkTask:
         add("--features", help="folder that `prepare.py features` wrote: no video is read and no ViT runs")
         add("--augment", action="store_true", help="random crops, as released")
         add("--motion-targets", action="store_true", help="stage 2: motion captions as targets (paper)")
-        add("--max-tokens", type=int, default=512, help="stage 2: where a text is cut (default 512)")
+        add("--max-tokens", type=int, default=512, help="stage 2: texts end after so many (default 512)")
 
     def dataset(self, args, model, tokenizer, split):
         """The samples of the "train" split, or of the "test" split, which are held out."""
@@ -79,7 +79,7 @@ NUMBERS = {  # options: default and meaning; as released, but for the last four
     "seed": (42, "of order, crops, questions and dropout"),
     "accumulate": (1, "micro-batches a step, for less memory"),
     "workers": (2, "processes that read videos, for each process that trains"),
-    "clip": (0.0, "largest gradient norm, 0: any"),
+    "clip": (0.0, "largest gradient norm (0: no clipping)"),
     "eval-samples": (64, "held-out clips, 0: none"),
 }
 SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
@@ -95,7 +95,7 @@ def parse_args(argv, task):
     add = p.add_argument
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="fields of the config")
     add("--data", required=True, type=os.path.abspath, help="folder of train.jsonl and, held out, test.jsonl")
-    add("--out", required=True, help="folder of the run: log.jsonl, bad_videos.jsonl, weights in last/")
+    add("--out", required=True, help="folder: weights in last/ and best/, log.jsonl, bad_videos.jsonl")
     add("--resume", action="store_true", help="continue from OUT/last, if it is there")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")

@@ -289,6 +289,7 @@ class TowersTask(train.HawkTask):
     """Stage 0. The first branch's Q-Former learns, the others get a copy: in the paper all are BLIP-2's."""
 
     def add_options(self, parser):
+        parser.description = __doc__
         parser.set_defaults(stage=0, train="all")
 
     def dataset(self, args, model, tokenizer, split):
@@ -364,6 +365,7 @@ class FactsTask(train.HawkTask):
     """Stages 1 and 2 with the facts."""
 
     def add_options(self, parser):
+        parser.description = __doc__
         super().add_options(parser)
         add = parser.add_argument_group("facts").add_argument
         add("--ask-facts", type=float, default=1.0, metavar="WEIGHT", help="of the facts' losses (default 1)")

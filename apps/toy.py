@@ -2,7 +2,7 @@
 
     python -m apps.toy --out data/toy --n-train 5000 --n-test 200 --seed 0   # 4 s clips, texts, tokenizer
     python -m apps.toy --out data/long --n-long 50 --seed 7                  # 40 s videos with one event
-    python -m apps.toy --out data/full --n-train 5000 --clutter 0-6          # up to 6 things that never move
+    python -m apps.toy --out data/bare --n-train 5000 --clutter 0            # nothing that never moves
 
 The street crosses the picture in four bands:
 

@@ -181,6 +181,7 @@ def pretended_gpu():
     present |= dict(max_memory_allocated=lambda *_: 0, synchronize=lambda *_: None)
     present |= dict(reset_peak_memory_stats=lambda *_: None, empty_cache=lambda: None)
     present |= dict(Stream=Stream, current_stream=Stream, stream=Stream, CUDAGraph=Graph, graph=record)
+    present |= dict(device=Stream)  # a context, too
     with (
         patch.multiple(torch.cuda, **present),
         patch.object(torch, "Generator", Generator),

@@ -1,7 +1,9 @@
 """The model: its parts against transformers', branches, generation, losses, what trains, and its files."""
 
+import gc
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -253,7 +255,7 @@ def test_branches_by_name():
     labels = ids.masked_fill(ids == IMAGE, -100)
     losses = alone(clips(), ids, labels, motion_input_ids=ids, motion_labels=labels)
     assert losses["consistency"] == 0 and losses["motion_language"] == losses["video_language"]
-    for names in ((), ("appearance", "appearance"), ("vit",), ("a b",)):
+    for names in ((), ("appearance", "appearance"), ("vit",), ("a b",), ("training",), ("compile_step",)):
         with pytest.raises(ValueError, match="branches"):
             HawkConfig(branches=names)
 
@@ -397,7 +399,31 @@ def test_a_step_is_made_anew_when_the_model_changes():
     model.set_trainable("lora")
     third = step()
     model.llama.embed_tokens.weight.data = model.llama.embed_tokens.weight.data.clone()  # as .to(device) does
-    assert len({first, second, third, step()}) == 4
+    fourth = step()
+    model.llama.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 32))
+    assert len({first, second, third, fourth, step()}) == 5
+
+
+def test_a_step_that_is_replaced_leaves_no_memory():
+    model = build()
+    encoding = model.encode(clips())
+    model.generate(encoding, [prompt(3)], max_new_tokens=2)
+    old = weakref.ref(next(iter(model.steps.values())))
+    gc.disable()
+    try:
+        model.generate(encoding, [prompt(3)], 100, on_token=lambda _: False)
+        assert old() is None
+    finally:
+        gc.enable()
+
+
+def test_inference_mode_may_come_and_go():
+    model = build()
+    encoding = model.encode(clips())
+    words = model.generate(encoding, [prompt(3)], max_new_tokens=5)
+    with torch.inference_mode():
+        assert model.generate(encoding, [prompt(3)], max_new_tokens=5) == words
+    assert model.generate(encoding, [prompt(3)], max_new_tokens=5) == words
 
 
 def test_sampling():
@@ -619,6 +645,8 @@ def test_a_base_that_moved_or_changed(tmp_path):
     build().save_pretrained(tmp_path / "base")
     tuned = Hawk.from_pretrained(tmp_path / "base")
     tuned.set_trainable("paper")
+    with pytest.raises(ValueError, match="base: is itself the base"):
+        tuned.save_pretrained(tmp_path / "base", base=tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned", base=tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=f"tuned/config.json: its base {tmp_path}/base is not there.*--base"):

@@ -108,8 +108,8 @@ def samples(recipe, world, monkeypatch):
     show the same."""
     reads = []
 
-    def read_clip(path, n_frames, image_size, branches, motion_mask, sampling, generator, device):
-        assert device == "cpu"  # as for every loader process
+    def read_clip(path, n_frames, image_size, branches, motion_mask, sampling, generator, fps, device):
+        assert (device, fps) == ("cpu", 25)  # as for every loader process
         reads.append((sampling, motion_mask))
         indices = data.sample_frames(40, n_frames, sampling, generator)
         shape = (40, image_size, image_size, 3)

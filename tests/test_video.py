@@ -4,7 +4,9 @@ streams, and files that are no video."""
 import os
 import re
 import subprocess
+import threading
 from contextlib import closing, nullcontext
+from pathlib import Path
 
 import bench
 import cv2
@@ -199,6 +201,17 @@ def test_two_recordings_in_one_file_run_on(tmp_path):
     with open(part, "rb") as file:
         (tmp_path / "both.ts").write_bytes(file.read() * 2)
     assert read_clip(tmp_path / "both.ts", 6, SIZE).seconds == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    later = make(
+        tmp_path / "later.ts", *X264, "-output_ts_offset", "100", seconds=3
+    )  # then the clock goes back
+    (tmp_path / "both.ts").write_bytes(Path(later).read_bytes() + Path(part).read_bytes())
+    assert read_clip(tmp_path / "both.ts", 6, SIZE).seconds == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_stream_that_nobody_finishes_does_not_keep_python_from_ending(tmp_path):
+    with closing(data.stream_frames(make(tmp_path / "clip.mp4", *X264), SIZE)) as stream:
+        next(stream)
+        assert all(thread.daemon for thread in threading.enumerate()[1:])
 
 
 def test_a_stream_of_all_frames(tmp_path):

@@ -576,8 +576,11 @@ def test_two_folders_that_both_hold_everything_are_one_too_many(convert, tensors
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         save_file(blip2, tmp_path / name / "model.safetensors")
-    with pytest.raises(SystemExit, match="two/model.safetensors: .* is in one, too; unknown which counts"):
+    with pytest.raises(SystemExit, match="two/model.s.*: .* is in one/model.s.*, too; unknown which counts"):
         convert(vit="one", qformer="two")
+    save_file(blip2, tmp_path / "one/model.fp16.safetensors")  # as is another set of files in one folder
+    with pytest.raises(SystemExit, match="model.s.*: .* is in one/model.fp16.s.*, too; unknown which counts"):
+        convert(vit="one", qformer="one")
 
 
 def test_errors_name_the_tensors_of_hugging_face_as_the_file_does(convert, tensors, tmp_path):

@@ -3,6 +3,8 @@ said to be damaged."""
 
 import struct
 import subprocess
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,27 @@ def test_gaps_and_other_sizes_are_named(tmp_path):
     assert "96x72" in clip.notes[1] and "40x30" in clip.notes[1]
 
 
+def test_each_picture_is_scaled_in_one_go(tmp_path):
+    """Regardless of the colours in which the picture before it is stored."""
+    folder = pictures(tmp_path / "frames", "png", 4)
+    for number, pixels in {0: "gray", 2: "pal8"}.items():
+        file = str(folder / f"frame_00{number}.png")
+        subprocess.run([*FFMPEG, "-i", file, "-pix_fmt", pixels, file + ".png"], check=True)
+        (folder / f"frame_00{number}.png.png").rename(file)
+    frames = np.concatenate([decode(file) for file in sorted(folder.iterdir())])
+    np.testing.assert_array_equal(read_clip(folder, 4, SIZE).appearance, frames)
+
+
+def test_pictures_that_are_turned_are_named(tmp_path):
+    folder = pictures(tmp_path / "frames", "jpg", 3)
+    upright = (folder / "frame_001.jpg").read_bytes()
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 0x112, 3, 1, 6, 0)  # lies on its side
+    turned = upright[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + upright[2:]
+    (folder / "frame_001.jpg").write_bytes(turned)
+    (note,) = read_clip(folder, 3, SIZE).notes
+    assert "orientations" in note
+
+
 def test_folders_that_are_no_video(tmp_path):
     def refused(words):
         with pytest.raises(VideoError, match=words):
@@ -76,7 +99,9 @@ def test_folders_that_are_no_video(tmp_path):
     (tmp_path / "a" / "frame_005.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     refused("frame_005.png.*cannot be decoded")
     (tmp_path / "a" / "frame_000.png").write_bytes(b"RIFF\0\0\0\0WEBP, not a .png")
-    refused("frame_000.png.*cannot be decoded")
+    with pytest.raises(VideoError, match="frame_000.png.*cannot be decoded") as kept:
+        read_clip(tmp_path / "a", image_size=SIZE)
+    assert kept and threading.active_count() == 1  # nothing waits for ffmpeg, though the error is kept
 
 
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
@@ -269,6 +294,13 @@ def test_open_groups_and_cover_art_are_no_damage(tmp_path, ending):
         options = ["-i", cover, "-map", "0", "-map", "1", *options, "-disposition:v:1", "attached_pic"]
     subprocess.run([*FFMPEG, "-ss", "1", "-i", whole, *options, path], check=True)
     assert read_clip(path, 8, SIZE).notes == []
+
+
+def test_a_recording_that_begins_between_keyframes_is_no_damage(tmp_path):
+    whole = make(tmp_path / "whole.ts", *X264, "-g", "10", seconds=4)
+    content = Path(whole).read_bytes()
+    (tmp_path / "part.ts").write_bytes(content[len(content) // 3 // 188 * 188 :])
+    assert read_clip(tmp_path / "part.ts", 8, SIZE).notes == []
 
 
 @pytest.mark.parametrize("small", [1 << 18, 0])
