@@ -357,7 +357,7 @@ def main(argv=None, task=None):
     stop = []
     for number in STOPPING:
         signal.signal(number, lambda number, _: stop.append(number))
-    told_to_stop = skipped = 0
+    skipped = 0
     t0 = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
@@ -391,6 +391,8 @@ def main(argv=None, task=None):
                 save(last.with_name("best"), *parts, step=step)
             if step % args.save_every == 0 or step == args.steps or told_to_stop:
                 save(last, *parts, step=step, best=best, optimizer=optimizer.state_dict())
+        if told_to_stop and rank == 0:
+            data.note("\nnote: stopped, and saved; the same command with --resume continues")
         if told_to_stop:
             break
     if world > 1:
@@ -399,8 +401,6 @@ def main(argv=None, task=None):
     bad = {json.loads(line)["video"] for line in listed.open()}
     if rank == 0 and bad:
         data.note(f"note: {len(bad)} videos could not be read (of {len(train_set)} rows): {listed}")
-    if rank == 0 and told_to_stop:
-        data.note("note: stopped, and saved; the same command with --resume continues")
     return 130 if signal.SIGINT in stop else 0  # SIGTERM, from a scheduler, is no failure
 
 
