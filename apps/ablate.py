@@ -92,13 +92,18 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+running = set()  # the processes that were launched and have not ended
+stopping = []  # not empty: they are told to end, and no others begin
+
+
 def launch(log, *command, threads):
     """Runs `python COMMAND` with its output in the file `log`; a ValueError with its last line if it
     fails."""
+    require(not stopping, "stopped")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=ROOT,
             env=environment,
@@ -107,10 +112,14 @@ def launch(log, *command, threads):
             stderr=file,
             preexec_fn=end_with_parent,
         )
-    if done.returncode:
+        running.add(process)
+        status = process.wait()
+        running.discard(process)
+    require(not stopping, "stopped")
+    if status:
         last = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
         program = command[1] if command[0] == "-m" else command[0]
-        raise ValueError(f"{log}: `{program}` ended with status {done.returncode}: {last[-1]}")
+        raise ValueError(f"{log}: `{program}` ended with status {status}: {last[-1]}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,8 +288,12 @@ def ablate(args):
                 file.write(as_line(result))
                 file.flush()
                 note(summary(result))
-        except BaseException:  # also Ctrl-C: nothing new is begun
+        except BaseException:  # also Ctrl-C and SIGTERM: what runs is told to save, and nothing new begins
+            stopping.append(True)
+            for process in tuple(running):
+                process.terminate()
             pool.shutdown(cancel_futures=True)
+            stopping.clear()
             raise
     return read_lines(path, summary)
 

@@ -127,7 +127,7 @@ class Kind:
     actors: tuple
     point: bool = False  # it happens at one moment, which the texts name
     sided: bool = False  # the texts name left, middle or right
-    motion_only: bool = False  # any single frame of it could come from a normal clip
+    motion_only: bool = False  # any single frame could come from a normal clip (but see "swerving")
     reason: str = ""
     consequences: tuple = ()
 
@@ -157,6 +157,7 @@ KINDS = {
         reason="nobody knows the reason for it",
         consequences=("Someone should keep an eye on this.", "It looks suspicious.",
                       "There seems to be no goal.")),
+    # where it crosses the centre line, where nobody else drives, a single frame shows it
     "swerving": Kind("swerves from side to side", VEHICLES, motion_only=True,
         reason="the driver has lost control",
         consequences=("The driver seems to have lost control.", "Others have to keep their distance.",
@@ -902,8 +903,9 @@ def make_toy_clip(folder, seed, split, index, clutter=(0, 0), drawn=False):
     video, texts, rng = toy_clip(seed, split, index, clutter)
     actor = video.tracks[0]
     row = {"video": f"videos/{split}_{index:06d}.mp4", "source": "toy"}
-    if drawn:
+    if drawn:  # its name says all that decides it: a feature cache knows clips by their names
         row["drawn"] = [seed, split, index, clutter]
+        row["video"] = f"drawn/{split}_{index:06d}_seed{seed}_clutter{clutter[0]}-{clutter[1]}"
     else:
         write_video(folder / row["video"], render(video, rng))
     facts = {"kind": video.kind, "object": actor.object, "colour": actor.colour, "place": video.event.place}

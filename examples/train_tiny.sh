@@ -16,6 +16,9 @@ recipe="--data data/toy --min-lr 1e-5 --clip 1 --dtype bfloat16 --workers 1 --re
 [ -f data/toy/test.jsonl ] ||
     python -m apps.toy --out data/toy --n-train 32000 --n-test 400 --seed 0 --no-videos
 
+[ "$(wc -l < data/toy/train.jsonl)" -eq 32000 ] ||
+    { echo "error: data/toy is another world than the one this script makes; move it away" >&2; exit 2; }
+
 # stage 0: the vision encoder and the language; then ViT and Q-Former are frozen, and their output is cached
 $run -m apps.towers towers --preset tiny $recipe --out "$out/stage0" \
     --steps 3000 --batch-size 8 --lr 1.5e-3 --warmup 150 --eval-every 1000

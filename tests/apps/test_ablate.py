@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import statistics
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,6 +208,25 @@ def test_a_step_that_was_told_to_stop_is_not_done(world, tmp_path, monkeypatch, 
     monkeypatch.setattr(ablate, "launch", launches)
     assert ablate.main(options(world, tmp_path, *chosen)) == 0
     assert "--facts-only" in launches.commands[0]
+
+
+def test_what_runs_ends_when_it_is_stopped(world, tmp_path, monkeypatch):
+    """Ctrl-C, or a scheduler's signal, which here reaches the second run while the first one trains."""
+
+    def facts(args, run):
+        if run.seed == 1:
+            return launch(tmp_path / "log.txt", "-c", "import time; time.sleep(60)", threads=1)
+        while not ablate.running:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    launch = ablate.launch
+    monkeypatch.setattr(ablate, "launch", Launches())  # of held-out clips
+    monkeypatch.setattr(ablate, "facts", facts)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main(options(world, tmp_path, "--seeds", "2", "--jobs", "2", "--variants", "full"))
+    assert time.monotonic() - began < 50 and not ablate.running and not ablate.stopping
 
 
 def test_other_options_do_not_share_a_table(world, tmp_path, monkeypatch, capfd):

@@ -114,6 +114,9 @@ def test_drawn_clips_need_no_video(tmp_path):
     assert not list((tmp_path / "drawn/videos").iterdir())
     drawn, filmed = (read_index(tmp_path / name / "train.jsonl") for name in ("drawn", "filmed"))
     assert drawn[1]["drawn"] == [5, "train", 1, [0, 6]] and "drawn" not in filmed[1]
+    assert drawn[1]["video"].endswith(
+        "drawn/train_000001_seed5_clutter0-6"
+    )  # a cache is of these clips alone
     tokenizer = Tokenizer(tmp_path / "drawn/tokenizer.model")
     config = HawkConfig.preset("tiny")
     one, other = (towers.FrameDataset(rows, tokenizer, config)[1] for rows in (drawn, filmed))
