@@ -225,7 +225,9 @@ def test_what_runs_ends_when_it_is_stopped(world, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "facts", facts)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        ablate.main(options(world, tmp_path, "--seeds", "2", "--jobs", "2", "--variants", "full"))
+        ablate.main(
+            options(world, tmp_path, "--seeds", "2", "--jobs", "2", "--frames", "4", "--clutter", "1")
+        )
     assert time.monotonic() - began < 50 and not ablate.running and not ablate.stopping
 
 
