@@ -223,11 +223,10 @@ def test_what_runs_ends_when_it_is_stopped(world, tmp_path, monkeypatch):
     launch = ablate.launch
     monkeypatch.setattr(ablate, "launch", Launches())  # of held-out clips
     monkeypatch.setattr(ablate, "facts", facts)
+    chosen = ["--seeds", "2", "--jobs", "2", "--variants", "full", "--frames", "4", "--clutter", "1"]
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        ablate.main(
-            options(world, tmp_path, "--seeds", "2", "--jobs", "2", "--frames", "4", "--clutter", "1")
-        )
+        ablate.main(options(world, tmp_path, *chosen))
     assert time.monotonic() - began < 50 and not ablate.running and not ablate.stopping
 
 
