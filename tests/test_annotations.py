@@ -188,6 +188,22 @@ def test_a_whole_copy_comes_before_an_empty_one(tmp_path):
         assert found(tmp_path / place, [], ["DoTA/1.mp4"])[1] == {"missing": [], "broken": []}
 
 
+@pytest.mark.parametrize("name", ["DoTA", "dota"])
+def test_folders_may_be_links(tmp_path, name):
+    """To another disk, for example; a file may not, and a circle of them is not walked for ever."""
+    real = put(tmp_path / "disk2/x/1.mp4").parent
+    (real / "up").symlink_to("..")
+    (real / "out.mp4").symlink_to(put(tmp_path / "secret.mp4"))
+    (real / "pictures").mkdir()
+    for folder, link in (("Videos", name), ("Ped1", "Test001")):
+        (tmp_path / "disk" / folder).mkdir(parents=True)
+        (tmp_path / "disk" / folder / link).symlink_to(real / "pictures" if link == "Test001" else real)
+    wanted = ["DoTA/1.mp4", "ped1/ped1/Test001", "DoTA/out.mp4", f"{name}/../../secret.mp4"]
+    paths, report = found(tmp_path, [], wanted)
+    assert paths == [str(real / "1.mp4"), str(real / "pictures")]
+    assert ["leads out" in row["reason"] for row in report["broken"]] == [True, True]
+
+
 def test_two_published_splits_are_one_too_many(world):
     put(world.annotations / "old/all_videos_train.json", "[]")
     assert "which one" in make(world)
