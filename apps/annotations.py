@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,9 @@ REFUSALS = (  # a language model that should describe a video says that it is on
 
 
 def published_path(name):
-    """(source, path in the published videos) of a path in the annotations or on this disk, in any case."""
-    name = name.replace("\\", "/")
+    """(source, path in the published videos) of a path in the annotations or on this disk, in any case.
+    Accents are one character with their letter: archives of macOS write two, which look the same."""
+    name = unicodedata.normalize("NFC", name.replace("\\", "/"))
     for source, pattern in SOURCES.items():
         if found := re.search(f"(?i)(^|/)({pattern})/", name):
             return source, str(Path(source, name[found.end() :]))

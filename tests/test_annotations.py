@@ -1,6 +1,7 @@
 """prepare.py hawk: the published annotations, with all their faults, become index files."""
 
 import json
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,6 +175,14 @@ def test_folders_that_were_not_renamed(tmp_path):
         here = tmp_path / names[0][:4]
         paths, report = found(here, [f"Videos/{name}" for name in names], [AUTHORS + name for name in PLACES])
         assert paths == [f"Videos/{name}" for name in names] and report == {"missing": [], "broken": []}
+
+
+def test_two_spellings_of_an_accent(tmp_path):
+    """One character as in most annotations, or letter and accent as in archives of macOS."""
+    spellings = [unicodedata.normalize(form, "Ped2/Tëst001.mp4") for form in ("NFC", "NFD")]
+    for on_disk in spellings:
+        for wanted in spellings:
+            assert found(tmp_path / ascii(on_disk) / ascii(wanted), [on_disk], [wanted])[0] == [on_disk]
 
 
 def test_the_archive_s_own_name_of_a_source(tmp_path):
