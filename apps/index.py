@@ -133,6 +133,7 @@ def find_in_table(file, folder):
         raise ValueError(f"{file}: is not UTF-8; save it as such") from None
     semicolons = ";" in text.partition("\n")[0]  # as spreadsheets write where the comma is for decimals
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",", strict=True)
+    separators = "semicolons" if semicolons else "commas"
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{file}: has no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
@@ -140,6 +141,9 @@ def find_in_table(file, folder):
     first = {}
     try:
         for row in reader:
+            if any(cell.strip() for cell in row.get(None, ())):  # the rest of a text that was cut
+                hint = f"put a text with {separators} in quotes"
+                raise ValueError(f"has more fields than the first line; {hint}")
             clips.append(table_clip(row, folder))
             line = first.setdefault(os.path.realpath(clips[-1].video), reader.line_num)
             if line != reader.line_num:
