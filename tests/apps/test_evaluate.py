@@ -157,6 +157,23 @@ def test_another_run_is_refused(world, tmp_path, run):
     assert status == 2 and "holds nothing for --task answer" in printed.err
 
 
+def test_two_runs_do_not_write_to_one_file(world, tmp_path, run, monkeypatch):
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
+    file = scores.appendable(whole)
+    threading.Timer(0.2, file.close).start()  # like the last workers of a run that was killed
+    assert run(whole, "--limit", "1")[0] == 0 and whole.read_bytes().count(b"\n") == 1
+    with scores.appendable(out):
+        monkeypatch.setattr(scores, "LOCK_SECONDS", 0)
+        status, printed = run(out, "--limit", "1")
+        assert status == 2 and f"error: {out}: another process is writing to it" in printed.err
+        assert "Traceback" not in printed.err and out.read_bytes() == b""
+    # another run that ends between the first look at the file and the lock
+    load = evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda *args: shutil.copy(whole, out) and load(*args))
+    assert run(out, "--limit", "1")[0] == 0 and out.read_bytes() == whole.read_bytes()
+
+
 def test_help_and_wrong_options_are_for_people(tmp_path, capfd):
     for program, words in ((evaluate, "--judge-rate"), (compare, "--resamples")):
         with pytest.raises(SystemExit, match="0"):
@@ -559,7 +576,10 @@ def prediction(i, answer="A car turns back.", source="toy", task="describe"):
             0.4,
         ),
         ("<think>score: 0.1? no</think>\nScore: 1.", 1.0),
+        ("Perhaps {'score': 0.4}?\n</think>\n{'score': 0.5}", 0.5),
         ("**Score**: `0`", 0.0),
+        ("**Score:** 0.8", 0.8),
+        ("The score is: 0.8", 0.8),
         ("The score is .5.", 0.5),
         ("```\n0.25\n```", 0.25),
         ('{"result": {"score": "8e-1"}}', 0.8),
@@ -576,7 +596,7 @@ def test_marks_are_read(reply, mark):
         "", "I cannot judge this.", "{'score': 1.2}", "{'score': -0.1}", "{'score': 7/10}", "score: 70%",
         "score: 0,7", "score: nan", "{'score': 0.2} {'score': 0.9}", "score: 1 out of 10", "score: 0.6-0.8",
         "score: 0 to 1", "{'reasonability_score': 0.5}", "{'score':", "In 3 of 4 cases", "0.5 or 0.6",
-        "score: 0.5.1",
+        "score: 0.5.1", "<think>score: 0.1", "{'score': 0.1}</think>",
     ],
 )  # fmt: skip
 def test_nonsense_is_no_mark(reply):
@@ -952,6 +972,16 @@ def test_detection_is_compared(tmp_path, capfd):
     with pytest.raises(SystemExit):
         compare.main([*paths, paths[0]])
     assert capfd.readouterr().err.startswith("error: give one or two files")
+
+
+def test_a_number_that_one_file_lacks_is_left_out(tmp_path):
+    """F1 where no video is abnormal, and only one file calls one so."""
+    paths = []
+    for name, score in (("a", 0.9), ("b", 0.1)):
+        line = {"video": "v", "task": "detect", "question": "?", "answer": "no", "reference": "no"}
+        paths.append(written(tmp_path / name, [line | {"score": score, "label": 0}]))
+    for pair in (paths, paths[::-1]):
+        assert {line["metric"] for line in compare.compare(pair)[0]} == {"accuracy"}
 
 
 def test_marks_of_other_prompts_are_compared_apart(tmp_path):
