@@ -1,5 +1,6 @@
 """Class folders or a table become an index; what was fine-tuned on it says its sentences."""
 
+import copy
 import json
 import os
 import re
@@ -268,6 +269,33 @@ def test_nothing_is_read_twice(few, tmp_path, monkeypatch):
     shutil.copy(sorted((few / "normal").iterdir())[0], replaced)
     assert run(few, "--out", out) == 0
     assert sorted(seen) == sorted([replaced.name, Path(json.loads(lines[3])["video"]).name])
+
+
+def test_a_repair_is_noticed(tmp_path, monkeypatch):
+    """Of a folder of pictures, whose own size and time say nothing about what is in them."""
+    pictures = tmp_path / "walk"
+    pictures.mkdir()
+    for number in range(2):
+        (pictures / f"{number}.png").write_bytes(bytes(9))
+    os.utime(pictures, ns=(0, 0))
+    errors = iter(["damaged", "", "", ""])
+    found = {"seconds": 1, "notes": []}
+    monkeypatch.setattr(index, "check", lambda video, fps: found | {"error": next(errors)})
+    clips = [index.Clip(pictures, "fire", "", "walk", "")]
+
+    def left():
+        index.check_clips(clips, tmp_path, 25)
+        return len(list(copy.copy(errors)))
+
+    assert left() == 3  # it failed
+    assert left() == 2  # so it is read again
+    assert left() == 2
+    (pictures / "1.png").write_bytes(bytes(9)[::-1])
+    os.utime(pictures / "1.png", (4e9, 4e9))
+    assert left() == 1 and left() == 1
+    (pictures / "1.png").unlink()
+    os.utime(pictures, ns=(0, 0))
+    assert left() == 0
 
 
 def test_a_kill_between_two_files_leaves_no_mixed_split(clips, tmp_path, monkeypatch):
