@@ -232,7 +232,10 @@ def mean(values):
 
 def read_kinds(path):
     """A file {kind: the phrase that only its descriptions contain}."""
-    kinds = json.loads(Path(path).read_text())
+    try:
+        kinds = json.loads(Path(path).read_bytes())  # UTF-8, whatever the locale is
+    except (ValueError, RecursionError):
+        kinds = None
     if not (isinstance(kinds, dict) and kinds and all(isinstance(phrase, str) for phrase in kinds.values())):
         raise ValueError(f'{path}: must be JSON like {{"kind": "phrase", ...}}')
     return kinds

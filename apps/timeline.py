@@ -373,7 +373,7 @@ def read_record(video):
     if not video.file or not record.exists():
         return None
     try:
-        made = json.loads(record.read_text())
+        made = json.loads(record.read_bytes())
         windows = [Window(**window) for window in made["windows"]]
         found = differences(made["options"], options_of(video))
     except (ValueError, TypeError, KeyError):
@@ -500,7 +500,7 @@ def clip_seconds(weights):
     """How long the clips were that the weights were trained on, as apps.index measured and training noted."""
     file = Path(weights) / "clips.json"
     try:
-        return float(json.loads(file.read_text())["seconds"]) if file.exists() else 4.0
+        return float(json.loads(file.read_bytes())["seconds"]) if file.exists() else 4.0
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what apps.index writes ({error}); give --window S") from None
 

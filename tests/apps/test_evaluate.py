@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from apps import compare, evaluate, judge, scores
+from apps import compare, detect, evaluate, judge, run_program, scores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -192,10 +192,15 @@ def test_what_is_beside_the_index(world, tmp_path, run):
     rows = [row | {"source": None}, row | {"source": "toy"}]
     named = [evaluate.questions(row, "v", evaluate.parse_args(options(world, "x")))[0] for row in rows]
     assert list(evaluate.bleu_per_source(named)["describe"]) == ["", "toy", "all"]
-    for text in ("{}", "[1]", '{"a": 3}', "no"):
-        (tmp_path / "kinds.json").write_text(text)
-        with pytest.raises(ValueError):
-            evaluate.read_kinds(tmp_path / "kinds.json")
+    file = tmp_path / "kinds.json"
+    for text in (b"{}", b"[1]", b'{"a": 3}', b"no", b'{"a": "\xff"}', b"[" * 100_000):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=f"^{file}: "):
+            evaluate.read_kinds(file)
+    file.write_text('{"a": "é"}', encoding="utf-8-sig")  # as some editors save it
+    assert evaluate.read_kinds(file) == {"a": "é"} and detect.read_phrases(file) == ["é"]
+    (tmp_path / "clips.json").write_text('{"sentences": {"a": "É."}}', encoding="utf-8-sig")
+    assert detect.read_sentences(file) == {"a": "É."}
 
 
 def test_refusals_are_kept_on_demand(world):
@@ -556,6 +561,26 @@ def test_predictions_of_another_make(tmp_path, capfd):
     for text in (json.dumps(line) + "\n", "[]\n", ""):
         path.write_text(text)
         assert evaluate.main(["--out", str(path)]) == 2 and capfd.readouterr().err.count("\n") == 1
+    written(path, [line | {"answer": ""}])
+    damaged = tmp_path / "p.scores.json"
+    for content in (b'{"bleu": ', b"\xff", b"3"):
+        damaged.write_bytes(content)
+        assert evaluate.main(["--out", str(path)]) == 2
+        assert capfd.readouterr().err.startswith(f"error: {damaged}: cannot be read")
+
+
+def test_a_terminal_that_is_not_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    out = written(tmp_path / "p", [prediction(0, source="é")])
+    for program in (evaluate.main, lambda options: run_program(lambda: compare.main(options[1:]))):
+        shown = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+        try:
+            status = program(["--out", out])
+        except SystemExit as stop:
+            status = stop.code
+        sys.stdout.flush()
+        assert status == 0 and b"\\xe9" in shown.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------
