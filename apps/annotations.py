@@ -2,15 +2,18 @@
 
     python prepare.py hawk --annotations Hawk/Annotation --videos Hawk/Videos --out data/hawk
 
-Each video is found though its folder may have been renamed. Refusals ("As an AI …") get a flag.
+Each video is found though its folder may have been renamed, or be a link. Refusals ("As an AI …") get a
+flag.
 
 In this file: what the sources are called, and how refusals sound; rows and files of an index, for all
 programs that make one; the job, file by file and row by row.
 """
 
 import json
+import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -40,8 +43,9 @@ REFUSALS = (  # a language model that should describe a video says that it is on
 
 
 def published_path(name):
-    """(source, path in the published videos) of a path in the annotations or on this disk, in any case."""
-    name = name.replace("\\", "/")
+    """(source, path in the published videos) of a path in the annotations or on this disk, in any case.
+    Accents are one character with their letter: archives of macOS write two, which look the same."""
+    name = unicodedata.normalize("NFC", name.replace("\\", "/"))
     for source, pattern in SOURCES.items():
         if found := re.search(f"(?i)(^|/)({pattern})/", name):
             return source, str(Path(source, name[found.end() :]))
@@ -49,10 +53,32 @@ def published_path(name):
 
 
 def video_path(videos, name):
-    """The path of a video in a folder; ValueError for a name that leads out: "..", a full path, a link."""
-    path = (videos / name).resolve()
-    require(path.is_relative_to(videos.resolve()), f"{str(name)!r} leads out of the folder of videos")
-    return path
+    """The real path of a video in a folder. ValueError for a name that leads out: "..", a full path, a link
+    to a file elsewhere. Folders may be links, to another disk for example."""
+    top = os.path.abspath(videos)
+    path = Path(os.path.abspath(videos / name))
+    inside = path.is_relative_to(top)
+    if inside and not path.is_dir():
+        real = path.resolve()
+        above = path.relative_to(top).parents  # of d/e/a.mp4: d/e, d and the folder of videos
+        inside = any(real.is_relative_to(Path(top, folder).resolve()) for folder in above)
+    require(inside, f"{str(name)!r} leads out of the folder of videos")
+    return path.resolve()
+
+
+def walk(folder):
+    """The paths of all that lies below a folder, what is behind links to folders last. No folder is entered
+    twice: links may form a circle."""
+    entered = set()
+    starts = [folder]
+    while starts:
+        for place, folders, files in os.walk(starts.pop(0)):
+            if os.path.realpath(place) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(place))
+            starts += [Path(place, name) for name in sorted(folders) if os.path.islink(f"{place}/{name}")]
+            yield from (Path(place, name) for name in folders + files)
 
 
 def index_row(path, source, description, qa=()):
@@ -80,7 +106,7 @@ def make_index(args):
     """`prepare.py hawk`. args: its options. ValueError if nothing is found."""
     videos = args.videos.resolve()
     places = {}  # {published path in lower case: {published path: path on this disk}}
-    for path in sorted(videos.rglob("*")):
+    for path in sorted(walk(videos)):
         published = published_path(str(path.relative_to(videos)))[1]
         found = places.setdefault(published.lower(), {})
         if published not in found or path.lstat().st_size:  # an empty copy does not hide a whole one

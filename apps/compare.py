@@ -174,7 +174,7 @@ def compare(paths, kinds=None, resamples=1000, seed=0):
             some = [np.asarray(of_file, float)[chosen] for of_file in rows]
             scores, low, high = intervals(some, clips, score, resamples, seed)
             for i, name in enumerate(names):
-                if not np.isnan(scores[0][i]):
+                if not any(np.isnan(of_file[i]) for of_file in scores):
                     numbers = {"a": scores[0][i]}
                     if len(files) > 1:
                         numbers |= {"b": scores[1][i], "difference": scores[1][i] - scores[0][i]}

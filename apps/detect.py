@@ -174,7 +174,7 @@ def yes_score(model, tokenizer, clip, encoding):
 def read_phrases(path):
     """The phrases of the abnormal kinds in a file {kind: phrase}; the kind "normal" is left out."""
     try:
-        kinds = json.loads(Path(path).read_text(encoding="utf-8"))
+        kinds = json.loads(Path(path).read_bytes())
         phrases = [phrase for kind, phrase in kinds.items() if kind != "normal"]
         if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
             raise ValueError("no phrases")
@@ -187,7 +187,8 @@ def add_score_options(add, name):
     """The options of argparse's `add` that choose a score; `name` is that of the first."""
     told = "default: choice if there are sentences (apps.index), contrast if there are phrases, else yes"
     add(name, choices=["choice", "contrast", "yes"], help=told)
-    told = "phrases for contrast; default: kinds.json beside the index or the weights"
+    told = "phrases for contrast; default: kinds.json beside the index or the weights, and for weights/tiny "
+    told += "examples/kinds.json"
     add("--kinds", metavar="FILE", help=told)
 
 
@@ -214,7 +215,7 @@ def read_sentences(kinds):
     """{kind: sentence} of clips.json, which apps.index writes beside kinds.json, or None."""
     file = Path(kinds).with_name("clips.json") if kinds else None
     try:
-        return json.loads(file.read_text())["sentences"] if file and file.exists() else None
+        return json.loads(file.read_bytes())["sentences"] if file and file.exists() else None
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what apps.index writes ({error})") from None
 

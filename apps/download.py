@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from apps import run_program
@@ -72,7 +71,8 @@ def ask(where, function, *arguments, **options):
 
 def hub_files(name, out):
     """The Downloads of one repository on the hub, as it is today."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
     repo, pattern = HUB[name]
     listed = ask(repo, HfApi().model_info, repo, files_metadata=True).siblings
@@ -84,12 +84,8 @@ def hub_files(name, out):
     if name == "blip2" and index in wanted:
         wanted = [index, *vision_shards(repo, index)]
     folder = out / repo.split("/")[1]
-    return [
-        Download(
-            folder / file, sizes[file], partial(ask, repo, hf_hub_download, repo, file, local_dir=folder)
-        )
-        for file in wanted
-    ]
+    headers = build_hf_headers()  # with the user's token, if there is one
+    return [in_parts(repo, hf_hub_url(repo, file), folder / file, sizes[file], headers) for file in wanted]
 
 
 def vision_shards(repo, index):
@@ -103,20 +99,29 @@ def vision_shards(repo, index):
 
 
 def url_files(name, out):
-    """The Download of a file on a plain web server, into FILE.part until it is complete."""
-    from huggingface_hub.file_download import get_hf_file_metadata, http_get
+    """The Download of a file on a plain web server."""
+    from huggingface_hub.file_download import get_hf_file_metadata
 
     url = URLS[name]
-    file = out / url.rpartition("/")[2]
     size = ask(url, get_hf_file_metadata, url, token=False).size
+    return [in_parts(url, url, out / url.rpartition("/")[2], size, {})]
+
+
+def in_parts(where, url, file, size, headers):
+    """The Download of a file into FILE.part until it is complete. (hf_hub_download would begin anew: what it
+    has so far of a file, it removes.) where: what errors are about."""
+    from huggingface_hub.file_download import http_get
+
+    options = {"expected_size": size, "headers": headers | {"Accept-Encoding": "identity"}}
 
     def fetch():
         part = part_of(file)
+        part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as f:  # resumes from what an earlier call has left
-            ask(url, http_get, url, f, resume_size=f.tell(), expected_size=size)
+            ask(where, http_get, url, f, resume_size=f.tell(), **options)
         part.rename(file)
 
-    return [Download(file, size, fetch)]
+    return Download(file, size, fetch)
 
 
 def part_of(file):

@@ -229,7 +229,7 @@ def record_options(args):
         )
     if begun and path.exists():
         try:
-            old = dict(json.loads(path.read_text()))
+            old = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError):
             raise ValueError(f"{path}: cannot be read; give another --out") from None
         if found := differences(old, new):
@@ -352,6 +352,9 @@ def predict(rows, asked, args, rank=0, world=1):
     out = args.out if world == 1 else f"{args.out}.rank{rank}"
     unreadable = []
     with named_death(), appendable(out) as file, bar:
+        done = read_done(
+            args.out, asked
+        )  # once more: before the file was locked, another run may have written
         for batch, clips in zip(todo, loader, strict=True):
             readable = []
             for i, clip in zip(batch, clips, strict=True):
@@ -553,6 +556,16 @@ def dry_run(args, prompts):
     print(cost(texts, args.judge, f"{args.out}.judge.jsonl", args.judge_rate, prompts))
 
 
+def read_scores(path):
+    """What an earlier run wrote into OUT.scores.json, {} if there is none."""
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(
+            f"{path}: cannot be read; remove it, or give --annotations to make it anew"
+        ) from None
+
+
 def score(args):
     if not args.annotations and int(os.environ.get("RANK", 0)):
         return  # one process is enough to score
@@ -567,7 +580,7 @@ def score(args):
         predictions, scores = found
     else:
         predictions = read_lines(args.out)
-        scores = json.loads(out.read_text()) if out.exists() else {}
+        scores = read_scores(out)
     if not predictions:
         raise ValueError(f"{args.out}: no predictions to score")
     texts = [p for p in predictions if p["task"] != "detect"]
@@ -588,6 +601,7 @@ def score(args):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
     try:
         score(parse_args(argv))
     except PROBLEMS as error:

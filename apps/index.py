@@ -5,7 +5,8 @@
 
 A clip is a video file, or a folder of numbered pictures. Each is read once, the same way as in training. What
 cannot be read is left out, counted, and listed with the reason in OUT/report.json. What was read stands in
-OUT/checked.jsonl: the next run, or one after a kill, reads only what is new or has changed.
+OUT/checked.jsonl: the next run, or one after a kill, reads only what is new, has changed, or could not be
+read before.
 
 Every description begins with the sentence of its kind, and text from the table follows. The first run writes
 the sentences to OUT/sentences.json. Edit them and run again, or give a file of your own (--sentences). From
@@ -133,6 +134,7 @@ def find_in_table(file, folder):
         raise ValueError(f"{file}: is not UTF-8; save it as such") from None
     semicolons = ";" in text.partition("\n")[0]  # as spreadsheets write where the comma is for decimals
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",", strict=True)
+    separators = "semicolons" if semicolons else "commas"
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{file}: has no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
@@ -140,6 +142,9 @@ def find_in_table(file, folder):
     first = {}
     try:
         for row in reader:
+            if any(cell.strip() for cell in row.get(None, ())):  # the rest of a text that was cut
+                hint = f"put a text with {separators} in quotes"
+                raise ValueError(f"has more fields than the first line; {hint}")
             clips.append(table_clip(row, folder))
             line = first.setdefault(os.path.realpath(clips[-1].video), reader.line_num)
             if line != reader.line_num:
@@ -226,7 +231,9 @@ def check_clips(clips, out, fps):
     file = out / "checked.jsonl"
     known = {line["video"]: line for line in read_lines(file, lambda line: line["video"] + line["error"])}
     stamps = {str(clip.video): stamp(clip.video, fps) for clip in clips}
-    fresh = [video for video in stamps if known.get(video, {}).get("stamp") != stamps[video]]
+    # what could not be read is read again: a repair need not show in the stamp
+    good = {video: line.get("stamp") for video, line in known.items() if not line["error"]}
+    fresh = [video for video in stamps if good.get(video) != stamps[video]]
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         with appendable(file) as record:
@@ -242,10 +249,14 @@ def check_clips(clips, out, fps):
 
 
 def stamp(video, fps):
-    """What differs once the video, or the speed of its pictures, has changed; [] if there is no such file."""
+    """What differs once the video, a picture of it, or their speed has changed; [] if there is no file."""
     try:
         status = os.stat(video)
-        return [status.st_size, status.st_mtime_ns, fps if video.is_dir() else None]
+        if not video.is_dir():
+            return [status.st_size, status.st_mtime_ns, None]
+        # a picture that is written anew changes neither size nor time of its folder
+        times = [entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir(video)]
+        return [len(times), max(status.st_mtime_ns, *times), fps]
     except (OSError, ValueError):
         return []
 

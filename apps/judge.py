@@ -120,13 +120,14 @@ def key_of(model, criterion, prediction, digest=None):
 # A number that is not the beginning of something else: 7/10, 70%, 0,7, 0.6-0.8, 1 out of 10, 0.5.2, 3rd
 CONTINUED = r"\w|[.,]\d|\s*(?:/|%|[-–]\s*\.?\d|(?:out\s+of|to|or|of)\b)"
 NUMBER = rf"((?>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))(?!{CONTINUED})"
-SCORE = rf"(?<!\w)[\"'*`]*score[\"'*`]*\s*(?::|=|is\b)\s*[\"'*`]*{NUMBER}"
+SCORE = rf"(?<!\w)[\"'*`]*score[\"'*`]*\s*(?:is\b\s*:?|[:=])[\s\"'*`]*{NUMBER}"
 
 
 def read_mark(reply):
     """The mark in a reply, regardless of the words around it. What a reasoning model thinks aloud
-    (<think>…</think>) does not count. ValueError if there is no mark, more than one, or one outside 0…1."""
-    reply = re.sub(r"(?s)<think>.*?</think>", "", reply).strip()
+    (<think>…</think>) does not count, also where the prompt has opened the tag already, or the reply was
+    cut before it is closed. ValueError if there is no mark, more than one, or one outside 0…1."""
+    reply = reply.rpartition("</think>")[2].partition("<think>")[0].strip()
     marks = []
     for braces in re.findall(r"\{[^{}]*\}", reply):  # the form that was asked for
         marks += re.findall(SCORE, braces, re.IGNORECASE)

@@ -5,9 +5,11 @@ In this order: files of JSON lines that survive a kill, BLEU, ROUGE-L, groups of
 toy world's kinds and facts, and the printed table.
 """
 
+import fcntl
 import json
 import os
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +24,7 @@ PAPER = {  # Hawk's row of Table 1 in arXiv 2405.16886: BLEU-1…4, then the thr
 }
 TOKENISATION = "lower-cased, mteval-v13a"
 ROUGE_TOKENISATION = "lower-cased, runs of a-z and 0-9, not stemmed, as rouge-score"
+LOCK_SECONDS = 10.0  # to wait for a lock: the loader workers of a run that was killed hold it until they end
 
 # ------------------------------------------------------------------------------------------------------------
 # Files of JSON lines that survive a kill
@@ -62,11 +65,29 @@ def read_lines(path, check=check_prediction):
 
 
 def appendable(path):
-    """The file, opened to append lines; a half-written last line is cut off."""
+    """The file, opened to append lines; a half-written last line is cut off. It is locked until it is closed:
+    ValueError if another process has locked it."""
     file = open(path, "ab+")
+    lock(file)
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
     return file
+
+
+def lock(file):
+    """Locks an open file, or closes it and raises ValueError if it stays locked."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                file.close()
+                text = "another process is writing to it; wait until that has ended"
+                raise ValueError(f"{file.name}: {text}") from None
+        except OSError:  # some network file systems know no locks
+            return
+        time.sleep(0.1)
 
 
 def as_line(value):
@@ -211,7 +232,10 @@ def mean(values):
 
 def read_kinds(path):
     """A file {kind: the phrase that only its descriptions contain}."""
-    kinds = json.loads(Path(path).read_text())
+    try:
+        kinds = json.loads(Path(path).read_bytes())  # UTF-8, whatever the locale is
+    except (ValueError, RecursionError):
+        kinds = None
     if not (isinstance(kinds, dict) and kinds and all(isinstance(phrase, str) for phrase in kinds.values())):
         raise ValueError(f'{path}: must be JSON like {{"kind": "phrase", ...}}')
     return kinds

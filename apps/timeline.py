@@ -373,7 +373,7 @@ def read_record(video):
     if not video.file or not record.exists():
         return None
     try:
-        made = json.loads(record.read_text())
+        made = json.loads(record.read_bytes())
         windows = [Window(**window) for window in made["windows"]]
         found = differences(made["options"], options_of(video))
     except (ValueError, TypeError, KeyError):
@@ -500,7 +500,7 @@ def clip_seconds(weights):
     """How long the clips were that the weights were trained on, as apps.index measured and training noted."""
     file = Path(weights) / "clips.json"
     try:
-        return float(json.loads(file.read_text())["seconds"]) if file.exists() else 4.0
+        return float(json.loads(file.read_bytes())["seconds"]) if file.exists() else 4.0
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what apps.index writes ({error}); give --window S") from None
 
@@ -564,6 +564,7 @@ def parse_args(argv=None):
 def show_video(path, found, args):
     """Shows the windows of one video, an iterator, as the options say -> those that are needed later."""
     seen = []
+    problem = None
     keep = not args.json or args.plot or args.out_video  # a stream has no end
     bar = tqdm(desc=path, unit="s of video", leave=False, disable=args.json, file=sys.stderr)
     try:
@@ -576,15 +577,25 @@ def show_video(path, found, args):
     except KeyboardInterrupt:  # the way to end a stream, of which what was seen is shown
         if path != "-" or not seen:
             raise
+    except PROBLEMS as error:  # a recording that is cut short: what was seen of it is shown first
+        if not seen:
+            raise
+        problem = error
     finally:
         bar.close()
+    show_seen(seen, args)
+    if problem:
+        raise problem
+    return seen
+
+
+def show_seen(seen, args):
     if not args.json:
         print_timeline(seen, args.threshold)
     if args.plot:
         write_plot(seen, args.threshold, args.plot)
     if args.out_video:
         write_video(seen, args.threshold, args.out_video)
-    return seen
 
 
 def print_window(window):

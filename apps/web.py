@@ -168,6 +168,8 @@ class Page:
             turn[1] = self.tokenizer.decode(made).rstrip("\ufffd")  # a character of which bytes are missing
             write(turn[1])
 
+        if user.seen is None:
+            raise ValueError("the video could not be read")
         if user.stop:  # while others were answered
             raise Stopped
         options = {"beams": beams, "temperature": temperature, "max_new_tokens": self.max_new_tokens}

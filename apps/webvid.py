@@ -3,9 +3,10 @@
     python -m apps.webvid --csv results_2M_train.csv --videos WebVid/videos --out data/webvid
     python -m apps.webvid --csv WebVid/partitions --videos WebVid/videos --out data/webvid   # or a folder
 
-The videos are expected at VIDEOS/<page_dir>/<videoid>.mp4. Many copies of WebVid lack some of them: such rows
-are counted and left out. `python -m apps.captions OUT` adds motion captions afterwards. The rows wait in a
-temporary database on the disk: memory does not grow with their number, which is 10 million in all of WebVid.
+The videos are expected at VIDEOS/<page_dir>/<videoid>.mp4; the folders may be links. Many copies of WebVid
+lack some of them: such rows are counted and left out. `python -m apps.captions OUT` adds motion captions
+afterwards. The rows wait in a temporary database on the disk: memory does not grow with their number, which
+is 10 million in all of WebVid.
 """
 
 import csv

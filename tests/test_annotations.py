@@ -1,6 +1,7 @@
 """prepare.py hawk: the published annotations, with all their faults, become index files."""
 
 import json
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,6 +177,14 @@ def test_folders_that_were_not_renamed(tmp_path):
         assert paths == [f"Videos/{name}" for name in names] and report == {"missing": [], "broken": []}
 
 
+def test_two_spellings_of_an_accent(tmp_path):
+    """One character as in most annotations, or letter and accent as in archives of macOS."""
+    spellings = [unicodedata.normalize(form, "Ped2/Tëst001.mp4") for form in ("NFC", "NFD")]
+    for on_disk in spellings:
+        for wanted in spellings:
+            assert found(tmp_path / ascii(on_disk) / ascii(wanted), [on_disk], [wanted])[0] == [on_disk]
+
+
 def test_the_archive_s_own_name_of_a_source(tmp_path):
     wanted = [AUTHORS + "UCF-Crime/Videos/1.mp4"]
     assert found(tmp_path, ["UCF_Crimes/Videos/1.mp4"], wanted)[0] == ["UCF_Crimes/Videos/1.mp4"]
@@ -186,6 +195,22 @@ def test_a_whole_copy_comes_before_an_empty_one(tmp_path):
         put(tmp_path / place / "disk/backup" / "DoTA/1.mp4", "" if place == "a" else "whole")
         put(tmp_path / place / "disk/DoTA/1.mp4", "whole" if place == "a" else "")
         assert found(tmp_path / place, [], ["DoTA/1.mp4"])[1] == {"missing": [], "broken": []}
+
+
+@pytest.mark.parametrize("name", ["DoTA", "dota"])
+def test_folders_may_be_links(tmp_path, name):
+    """To another disk, for example; a file may not, and a circle of them is not walked for ever."""
+    real = put(tmp_path / "disk2/x/1.mp4").parent
+    (real / "up").symlink_to("..")
+    (real / "out.mp4").symlink_to(put(tmp_path / "secret.mp4"))
+    (real / "pictures").mkdir()
+    for folder, link in (("Videos", name), ("Ped1", "Test001")):
+        (tmp_path / "disk" / folder).mkdir(parents=True)
+        (tmp_path / "disk" / folder / link).symlink_to(real / "pictures" if link == "Test001" else real)
+    wanted = ["DoTA/1.mp4", "ped1/ped1/Test001", "DoTA/out.mp4", f"{name}/../../secret.mp4"]
+    paths, report = found(tmp_path, [], wanted)
+    assert paths == [str(real / "1.mp4"), str(real / "pictures")]
+    assert ["leads out" in row["reason"] for row in report["broken"]] == [True, True]
 
 
 def test_two_published_splits_are_one_too_many(world):

@@ -43,7 +43,7 @@ FILES = {"/eva_vit_g.pth": bytes(range(256)) * 40, "/blip2.pth": b"qformer" * 50
 
 
 class Hub(BaseHTTPRequestHandler):
-    asked, gated = [], ()
+    asked, tokens, gated = [], [], ()
 
     def log_message(self, *_):
         pass
@@ -59,6 +59,7 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self):
         path, wanted = self.path.partition("?")[0], self.headers.get("Range")
         Hub.asked.append((self.command, path, wanted))
+        Hub.tokens.append((path, self.headers.get("Authorization")))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(/revision/main)?", path):
             if found[1] in Hub.gated:
                 return self.reply(403, X_Error_Code="GatedRepo")
@@ -71,7 +72,13 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(200, body, Content_Type="application/json")
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
             body = REPOSITORIES[found[1]][found[2]]
+            if found[2].endswith((".pth", ".safetensors")):  # large files are on another server
+                place = f"http://localhost:{self.server.server_port}/cdn/{found[1]}/{found[2]}"
+                about = {"X_Linked_Size": len(body), "X_Repo_Commit": "0" * 40, "ETag": '"0"'}
+                return self.reply(302, Location=place, **about)
             return self.send(body, wanted, ETag=f'"{sha256(body).hexdigest()}"', X_Repo_Commit="0" * 40)
+        if found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+            return self.send(REPOSITORIES[found[1]][found[2]], wanted)
         return self.send(FILES[path], wanted) if path in FILES else self.reply(404)
 
     def send(self, body, wanted, **headers):
@@ -89,7 +96,8 @@ def hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    Hub.asked, Hub.gated = [], ()
+    Hub.asked, Hub.tokens, Hub.gated = [], [], ()
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr(
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
@@ -189,6 +197,18 @@ def test_a_stopped_download_resumes(hub, tmp_path, part):
     assert ("GET", "/eva_vit_g.pth", "bytes=5000-") in Hub.asked
     assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"]
     assert not part.exists()
+
+
+def test_a_stopped_download_from_the_hub_resumes(hub, tmp_path):
+    """The user's token goes to the hub, and not to the server to which the hub sends for the file."""
+    weights = REPOSITORIES["Jiaqi-hkust/hawk"]["finetune.pth"]
+    part = tmp_path / "d/hawk/finetune.pth.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(weights[:3000])
+    assert hub("--out", "d", "--what", "hawk") == 0
+    assert ("GET", "/cdn/Jiaqi-hkust/hawk/finetune.pth", "bytes=3000-") in Hub.asked
+    assert [path.read_bytes() for path in part.parent.iterdir()] == [weights]
+    assert all((token == "Bearer hf_test") != path.startswith("/cdn/") for path, token in Hub.tokens)
 
 
 def test_only_what_is_missing_needs_space(hub, part, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from apps import compare, evaluate, judge, scores
+from apps import compare, detect, evaluate, judge, run_program, scores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,6 +157,23 @@ def test_another_run_is_refused(world, tmp_path, run):
     assert status == 2 and "holds nothing for --task answer" in printed.err
 
 
+def test_two_runs_do_not_write_to_one_file(world, tmp_path, run, monkeypatch):
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
+    file = scores.appendable(whole)
+    threading.Timer(0.2, file.close).start()  # like the last workers of a run that was killed
+    assert run(whole, "--limit", "1")[0] == 0 and whole.read_bytes().count(b"\n") == 1
+    with scores.appendable(out):
+        monkeypatch.setattr(scores, "LOCK_SECONDS", 0)
+        status, printed = run(out, "--limit", "1")
+        assert status == 2 and f"error: {out}: another process is writing to it" in printed.err
+        assert "Traceback" not in printed.err and out.read_bytes() == b""
+    # another run that ends between the first look at the file and the lock
+    load = evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda *args: shutil.copy(whole, out) and load(*args))
+    assert run(out, "--limit", "1")[0] == 0 and out.read_bytes() == whole.read_bytes()
+
+
 def test_help_and_wrong_options_are_for_people(tmp_path, capfd):
     for program, words in ((evaluate, "--judge-rate"), (compare, "--resamples")):
         with pytest.raises(SystemExit, match="0"):
@@ -175,10 +192,15 @@ def test_what_is_beside_the_index(world, tmp_path, run):
     rows = [row | {"source": None}, row | {"source": "toy"}]
     named = [evaluate.questions(row, "v", evaluate.parse_args(options(world, "x")))[0] for row in rows]
     assert list(evaluate.bleu_per_source(named)["describe"]) == ["", "toy", "all"]
-    for text in ("{}", "[1]", '{"a": 3}', "no"):
-        (tmp_path / "kinds.json").write_text(text)
-        with pytest.raises(ValueError):
-            evaluate.read_kinds(tmp_path / "kinds.json")
+    file = tmp_path / "kinds.json"
+    for text in (b"{}", b"[1]", b'{"a": 3}', b"no", b'{"a": "\xff"}', b"[" * 100_000):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=f"^{file}: "):
+            evaluate.read_kinds(file)
+    file.write_text('{"a": "é"}', encoding="utf-8-sig")  # as some editors save it
+    assert evaluate.read_kinds(file) == {"a": "é"} and detect.read_phrases(file) == ["é"]
+    (tmp_path / "clips.json").write_text('{"sentences": {"a": "É."}}', encoding="utf-8-sig")
+    assert detect.read_sentences(file) == {"a": "É."}
 
 
 def test_refusals_are_kept_on_demand(world):
@@ -539,6 +561,26 @@ def test_predictions_of_another_make(tmp_path, capfd):
     for text in (json.dumps(line) + "\n", "[]\n", ""):
         path.write_text(text)
         assert evaluate.main(["--out", str(path)]) == 2 and capfd.readouterr().err.count("\n") == 1
+    written(path, [line | {"answer": ""}])
+    damaged = tmp_path / "p.scores.json"
+    for content in (b'{"bleu": ', b"\xff", b"3"):
+        damaged.write_bytes(content)
+        assert evaluate.main(["--out", str(path)]) == 2
+        assert capfd.readouterr().err.startswith(f"error: {damaged}: cannot be read")
+
+
+def test_a_terminal_that_is_not_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    out = written(tmp_path / "p", [prediction(0, source="é")])
+    for program in (evaluate.main, lambda options: run_program(lambda: compare.main(options[1:]))):
+        shown = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+        try:
+            status = program(["--out", out])
+        except SystemExit as stop:
+            status = stop.code
+        sys.stdout.flush()
+        assert status == 0 and b"\\xe9" in shown.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -559,7 +601,10 @@ def prediction(i, answer="A car turns back.", source="toy", task="describe"):
             0.4,
         ),
         ("<think>score: 0.1? no</think>\nScore: 1.", 1.0),
+        ("Perhaps {'score': 0.4}?\n</think>\n{'score': 0.5}", 0.5),
         ("**Score**: `0`", 0.0),
+        ("**Score:** 0.8", 0.8),
+        ("The score is: 0.8", 0.8),
         ("The score is .5.", 0.5),
         ("```\n0.25\n```", 0.25),
         ('{"result": {"score": "8e-1"}}', 0.8),
@@ -576,7 +621,7 @@ def test_marks_are_read(reply, mark):
         "", "I cannot judge this.", "{'score': 1.2}", "{'score': -0.1}", "{'score': 7/10}", "score: 70%",
         "score: 0,7", "score: nan", "{'score': 0.2} {'score': 0.9}", "score: 1 out of 10", "score: 0.6-0.8",
         "score: 0 to 1", "{'reasonability_score': 0.5}", "{'score':", "In 3 of 4 cases", "0.5 or 0.6",
-        "score: 0.5.1",
+        "score: 0.5.1", "<think>score: 0.1", "{'score': 0.1}</think>",
     ],
 )  # fmt: skip
 def test_nonsense_is_no_mark(reply):
@@ -952,6 +997,16 @@ def test_detection_is_compared(tmp_path, capfd):
     with pytest.raises(SystemExit):
         compare.main([*paths, paths[0]])
     assert capfd.readouterr().err.startswith("error: give one or two files")
+
+
+def test_a_number_that_one_file_lacks_is_left_out(tmp_path):
+    """F1 where no video is abnormal, and only one file calls one so."""
+    paths = []
+    for name, score in (("a", 0.9), ("b", 0.1)):
+        line = {"video": "v", "task": "detect", "question": "?", "answer": "no", "reference": "no"}
+        paths.append(written(tmp_path / name, [line | {"score": score, "label": 0}]))
+    for pair in (paths, paths[::-1]):
+        assert {line["metric"] for line in compare.compare(pair)[0]} == {"accuracy"}
 
 
 def test_marks_of_other_prompts_are_compared_apart(tmp_path):

@@ -1,5 +1,6 @@
 """Class folders or a table become an index; what was fine-tuned on it says its sentences."""
 
+import copy
 import json
 import os
 import re
@@ -270,6 +271,33 @@ def test_nothing_is_read_twice(few, tmp_path, monkeypatch):
     assert sorted(seen) == sorted([replaced.name, Path(json.loads(lines[3])["video"]).name])
 
 
+def test_a_repair_is_noticed(tmp_path, monkeypatch):
+    """Of a folder of pictures, whose own size and time say nothing about what is in them."""
+    pictures = tmp_path / "walk"
+    pictures.mkdir()
+    for number in range(2):
+        (pictures / f"{number}.png").write_bytes(bytes(9))
+    os.utime(pictures, ns=(0, 0))
+    errors = iter(["damaged", "", "", ""])
+    found = {"seconds": 1, "notes": []}
+    monkeypatch.setattr(index, "check", lambda video, fps: found | {"error": next(errors)})
+    clips = [index.Clip(pictures, "fire", "", "walk", "")]
+
+    def left():
+        index.check_clips(clips, tmp_path, 25)
+        return len(list(copy.copy(errors)))
+
+    assert left() == 3  # it failed
+    assert left() == 2  # so it is read again
+    assert left() == 2
+    (pictures / "1.png").write_bytes(bytes(9)[::-1])
+    os.utime(pictures / "1.png", (4e9, 4e9))
+    assert left() == 1 and left() == 1
+    (pictures / "1.png").unlink()
+    os.utime(pictures, ns=(0, 0))
+    assert left() == 0
+
+
 def test_a_kill_between_two_files_leaves_no_mixed_split(clips, tmp_path, monkeypatch):
     assert run(clips, "--out", tmp_path, "--test", 0.25, "--seed", 0) == 0
     replace = index.replace_file
@@ -331,6 +359,9 @@ def test_errors_of_folders(few, tmp_path, capsys, spoil, words):
     ("video,description,kind\nx.mp4,,fire\ny.mp4,,normal\nx.mp4,,normal\n", "x.mp4 stands in line 2 already"),
     ('video,description,kind\nx.mp4,"a,fire\n', "line 2: "),
     ("video,description,kind\nx.mp4,\xe9,fire\n", "is not UTF-8"),
+    ("video,kind,description\nx.mp4,fire,Red, hot\n", "line 2: has more fields than the first line; "),
+    ("video;description;kind\nx.mp4;a;b;fire\n", "put a text with semicolons in quotes"),
+    ("video,description,kind\nx.mp4,a,fire,, \n", "has only one kind (fire)"),  # as spreadsheets end rows
     ("video,description,kind\nx.mp4,,fire\ny.mp4,,normal\n", "not one clip of fire can be read"),
 ])  # fmt: skip
 def test_errors_of_tables(tmp_path, capsys, text, words):

@@ -365,6 +365,22 @@ def test_ctrl_c_ends_a_stream_and_shows_it(capsys):
             timeline.show_video(path, interrupted(), timeline.parse_args(["--video", "x", *options]))
 
 
+def test_what_was_seen_of_a_cut_recording_is_shown(capsys, monkeypatch):
+    def cut(windows):
+        for _ in range(windows):
+            yield Window("x", 0.0, 4.0, 0.25, None)
+        raise VideoError("x", "is cut short")
+
+    drawn = []
+    monkeypatch.setattr(timeline, "write_video", lambda seen, *_: drawn.extend(seen))
+    args = timeline.parse_args(["--video", "x", "--out-video", "v.mp4"])
+    for windows in (0, 1):
+        with pytest.raises(VideoError, match="x: is cut short"):
+            timeline.show_video("x", cut(windows), args)
+        shown = "the highest score is 0.25 at 0.0-4.0 s" in capsys.readouterr().out
+        assert shown == bool(windows) and len(drawn) == windows
+
+
 def test_only_what_is_needed_is_kept(capsys, monkeypatch):
     found = [Window("x", 2.0 * k, 2.0 * k + 4, 0.5, None) for k in range(5)]
     assert timeline.show_video("x", found, timeline.parse_args(["--video", "x", "--json"])) == []

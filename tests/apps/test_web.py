@@ -102,6 +102,10 @@ def test_what_is_wrong_is_told(world, page, monkeypatch):
     sheet, status = page.open("me", path)
     assert sheet is None and status.startswith("error: broken.mp4: ") and str(page.uploads) not in status
     assert files(page) == [] and last(page.ask("me", "What?")).startswith("error: there is no video")
+    page.users["me"] = web.User(
+        path, str(page.uploads / "gone")
+    )  # a question that was asked while the video was being read
+    assert last(page.ask("me", "What?")) == "error: the video could not be read"
     page.open("me", upload(page, world / "c.mp4"))
     for question, beams, temperature in ((" ", 1, 0), ("why " * 999, 1, 0), ("What?", 2, 1)):
         *_, shown = page.ask("me", question, beams, temperature)

@@ -58,6 +58,14 @@ def test_the_same_videos_are_held_out_in_any_order(folder, lines):
     assert names(folder, "test") == held_out
 
 
+def test_a_linked_folder_of_videos(folder, lines):
+    (folder / "videos").mkdir()
+    (folder / "000001_000050").rename(folder / "other disk")
+    (folder / "videos/000001_000050").symlink_to(folder / "other disk")
+    assert run(folder, HEADER + "".join(lines), "--n-test=5", f"--videos={folder / 'videos'}") == 0
+    assert sorted(names(folder, "train") + names(folder, "test")) == sorted(NAMES)
+
+
 def test_how_many_are_held_out(folder, lines, capsys):
     csv = HEADER + "".join(lines)
     assert run(folder, csv) == 0
