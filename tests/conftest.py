@@ -4,6 +4,12 @@ one."""
 import os
 import subprocess
 
+# before torch: on the CPU, also where there is a GPU, and whatever the surroundings say
+os.environ.update(CUDA_VISIBLE_DEVICES="", NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+os.environ.pop("RANK", None)
+os.environ.pop("WORLD_SIZE", None)
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.pop("HF_ENDPOINT", None)
 import imageio_ffmpeg
 import pytest
 import sentencepiece

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -419,13 +420,41 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(world, tmp_path
     last = Hawk.from_pretrained(tmp_path / "run/last").state_dict()
     losses = [line["held_out_total"] for line in log_of(tmp_path)]
     assert min(losses) == losses[2] and all(torch.equal(best[name], last[name]) for name in best)
-    rising = ["--out", tmp_path / "up", "--lr", 10, "--warmup", 3, "--eval-every", 1]
+    rising = ["--out", tmp_path / "up", "--lr", 10, "--warmup", 3, "--eval-every", 1, "--train", "all"]
     main(*options(world, tmp_path, 2, *rising))
-    losses = [line["held_out_total"] for line in map(json.loads, (tmp_path / "up/log.jsonl").open())]
-    assert min(losses) < losses[-1]
     best = Hawk.from_pretrained(tmp_path / "up/best").state_dict()
     last = Hawk.from_pretrained(tmp_path / "up/last").state_dict()
     assert any(not torch.equal(best[name], last[name]) for name in best)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "up/best").iterdir()}
+    main(*options(world, tmp_path, 3, *rising, "--resume"))  # which does not forget the lowest
+    losses = [line["held_out_total"] for line in map(json.loads, (tmp_path / "up/log.jsonl").open())]
+    assert len(losses) == 3 and losses[0] < min(losses[1:])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "up/best").iterdir()} == before
+
+
+class Values(torch.nn.Module):
+    """An objective whose loss is the mean of the samples' values."""
+
+    def forward(self, streams, input_ids, value, per_sample):
+        assert per_sample and not self.training and len(streams["motion"]) == len(value)
+        return {"total": value.mean(), "square": (value**2).mean()}
+
+
+def test_each_held_out_clip_counts_the_same(tmp_path):
+    """17 of them: a batch of 16 and one of a single clip."""
+    numbers = [float(i == 16) * 100 + i for i in range(17)]
+    samples = [
+        {"streams": {"motion": torch.zeros(1, 3)}, "input_ids": torch.tensor([1]), "value": torch.tensor(x)}
+        for x in numbers
+    ]
+    args = parse("--preset", "tiny", "--data", tmp_path, "--out", tmp_path, "--workers", 0)
+    objective = Values()
+    found = train.evaluate(objective, samples, nullcontext(), args, CPU)
+    assert objective.training and found.keys() == {"held_out_total", "held_out_square"}
+    assert found["held_out_total"] == pytest.approx(np.mean(numbers))
+    assert found["held_out_square"] == pytest.approx(np.square(numbers).mean())
+    args.eval_samples = 3
+    assert train.evaluate(objective, samples, nullcontext(), args, CPU)["held_out_total"] == pytest.approx(1)
 
 
 def test_a_base_is_neither_overwritten_nor_replaced_unnoticed(world, tmp_path, main, monkeypatch):

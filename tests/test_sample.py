@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import readline
 import select
 import signal
 import subprocess
@@ -119,7 +120,14 @@ def test_an_answer_that_ends_by_itself_has_no_note(loaded, world, monkeypatch):
     assert sample.ask(*loaded, world / "c.mp4").notes == []
 
 
-def test_generation_options(world, cli):
+def test_generation_options(world, loaded, cli, monkeypatch):
+    searched = []
+    search = sample.beam_search
+
+    def noted(model, soft, ids, beams, **options):
+        searched.append(beams)
+        return search(model, soft, ids, beams, **options)
+
     def answer(*options):
         status, out, _ = cli("--video", world / "c.mp4", "--max-new-tokens", 10, *options)
         assert status == 0
@@ -128,7 +136,10 @@ def test_generation_options(world, cli):
     warm = [answer("--temperature", 1.5, "--top-p", 0.95, "--seed", seed) for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
     assert answer("--temperature", 1.5, "--top-p", 1e-6) == answer("--temperature", 1e-41) == answer()
-    assert answer("--beams", 3) == answer("--beams", 3)
+    expected = sample.ask(*loaded, world / "c.mp4", max_new_tokens=10, beams=3).answer
+    monkeypatch.setattr(sample, "beam_search", noted)
+    assert answer("--beams", 3) == answer("--beams", 3) == expected + "\n"
+    assert searched == [3, 3]
     assert answer("--system", "Be brief.") != answer()
     long = ("--max-new-tokens", 60)
     assert answer(*long, "--repetition-penalty", 5) != answer(*long)
@@ -189,13 +200,14 @@ def test_an_error_of_a_loader_worker_is_one_line(capsys):
 
 
 def test_the_example_of_the_readme(capsys, monkeypatch):
-    """README.md's first Python block, run as it stands, prints what sample.py answers."""
+    """README.md's first Python block, run as it stands, prints what sample.py answers, as quoted there."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search("^```python\n(.*?)^```$", readme, re.M | re.S)[1]
     monkeypatch.chdir(ROOT)
     exec(compile(block, "README.md", "exec"), {})
     expected = sample.ask(*sample.load(ROOT / "weights" / "tiny", "cpu"), "examples/falling.mp4").answer
     assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
+    assert " ".join(re.findall("^> (.*)$", readme, re.M)) == expected
 
 
 @pytest.mark.parametrize("name", ["sample", "train", "prepare", "apps.evaluate"])
@@ -395,6 +407,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.skipif("libedit" in (readline.__doc__ or ""), reason="libedit has no bracketed paste")
 def test_chat_at_a_terminal(world):
     options = ["--weights", world / "weights", "--video", world / "a b.mp4", "--max-new-tokens", 40]
     terminal = Terminal(*options, "--question", "What is it?")

@@ -31,6 +31,8 @@ def test_sizes():
     assert sum(counts.values()) <= 2842, counts
     assert counts["hawk"] <= 650
     assert len(lines("README.md")) <= 200
+    listed = re.findall(r"^(\w+)\.py +([\d,]+) ", (ROOT / "README.md").read_text(), re.M)  # the tree of files
+    assert {name: int(count.replace(",", "")) for name, count in listed} == counts
 
 
 def test_columns():

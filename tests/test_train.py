@@ -5,10 +5,12 @@ import math
 import os
 import random
 import signal
-import subprocess
+import socket
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import pytest
 import torch
@@ -27,11 +29,52 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tra
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number of threads sums in another order
 
 
-def run(*command, check=True):
+def send(number, pid):
+    """A signal to a process and to all that it has started: torchrun's processes have groups of their own."""
+    everyone = [pid]
+    for one in everyone:
+        for file in Path(f"/proc/{one}/task").glob("*/children"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                everyone += map(int, file.read_text().split())
+    for one in everyone:
+        with suppress(ProcessLookupError):
+            os.kill(one, number)
+
+
+@contextmanager
+def started(command, **options):
+    """Popen, of which nothing runs on after the block, whatever happens in it."""
+    options = dict(stderr=DEVNULL, cwd=ROOT, env=ENVIRONMENT, start_new_session=True) | options
+    with Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                send(signal.SIGKILL, process.pid)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(*command):
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stderr[-2000:]
-    return done
+    with started(command, stdout=DEVNULL, stderr=PIPE, text=True) as process:
+        errors = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, errors[-2000:]
+
+
+def run_two(*options):
+    """train.py as two processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = ENVIRONMENT | both | {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "train.py", *map(str, options)]
+    with (
+        started(command, env=both | {"RANK": "0"}, stderr=PIPE, text=True) as one,
+        started(command, env=both | {"RANK": "1"}) as other,
+    ):
+        errors = one.communicate(timeout=240)[1]
+        assert (one.returncode, other.wait(60)) == (0, 0), errors[-2000:]
 
 
 def run_here(*options):
@@ -104,15 +147,15 @@ def kill_and_resume(command, out, signals, steps):
     for number in signals:
         done = len(log_of(out)) if log.exists() else 0
         wanted = min(done + moments.randint(1, 5), steps - 1)
-        started = dict(stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
-        process = subprocess.Popen(command, cwd=ROOT, **started)
-        until = time.monotonic() + 120
-        while time.monotonic() < until and not (log.exists() and len(log_of(out)) >= wanted):
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.1))
-        os.killpg(process.pid, number)
-        status = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0, signal.SIGINT: 130}
-        assert process.wait() == status[number]
+        with started(command) as process:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and not (log.exists() and len(log_of(out)) >= wanted):
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.1))
+            send(number, process.pid)
+            status = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0, signal.SIGINT: 130}
+            assert process.wait(120) == status[number]
+            assert len(log_of(out)) < steps
     run(*command[1:])
 
 
@@ -127,12 +170,10 @@ def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, t
     commands = []
     for name in ("whole", "stopped"):
         commands.append([sys.executable, "train.py", *map(str, options(world, tmp_path / name, 36, *more))])
-    whole = subprocess.Popen(
-        commands[0], cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-    )  # side by side
     signals = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
-    kill_and_resume(commands[1], tmp_path / "stopped", signals, 36)
-    assert whole.wait() == 0
+    with started(commands[0]) as whole:  # side by side
+        kill_and_resume(commands[1], tmp_path / "stopped", signals, 36)
+        assert whole.wait(240) == 0
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "stopped")
     lines = log_of(tmp_path / "stopped")
     assert [line["step"] for line in lines] == list(range(1, 37))
@@ -141,7 +182,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_in_the_same_weights(world, t
 
 def test_a_killed_run_of_two_processes_ends_in_the_same_weights(world, tmp_path):
     more = ["--stage", 1, "--save-every", 3, "--resume", "--workers", 1]
-    run(*TWO, *options(world, tmp_path / "whole", 12, *more))
+    run_two(*options(world, tmp_path / "whole", 12, *more))
     command = [sys.executable, *TWO, *map(str, options(world, tmp_path / "killed", 12, *more))]
     kill_and_resume(command, tmp_path / "killed", [signal.SIGKILL], 12)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
@@ -166,7 +207,7 @@ def test_resume_refuses_other_options(world, tmp_path, capsys):
 
 def test_two_processes_compute_what_one_does(world, tmp_path):
     run_here(*options(world, tmp_path / "one", 4, "--stage", 2))
-    run(*TWO, *options(world, tmp_path / "two", 4, "--stage", 2, "--accumulate", 2))
+    run_two(*options(world, tmp_path / "two", 4, "--stage", 2, "--accumulate", 2))
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for name in ("total", "video_language", "consistency", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=2e-3), (one["step"], name)
@@ -181,7 +222,7 @@ def test_two_processes_train_three_branches(world, tmp_path, monkeypatch):
     make_features(weights, world, cache)
     more = ["--weights", weights, "--features", cache, "--train", "paper"]
     run_here(*options(world, tmp_path / "one", 2, *more))
-    run(*TWO, *options(world, tmp_path / "two", 2, *more))
+    run_two(*options(world, tmp_path / "two", 2, *more))
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert two["total"] == pytest.approx(one["total"], rel=2e-3)
 
@@ -286,6 +327,7 @@ def test_four_clips_of_your_own_as_the_readme_shows(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     shell = ["bash", "-euo", "pipefail", "-c", commands.strip("\n")]
-    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "Call the doctor: somebody lies on the ground."
+    with started(shell, cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
+        answer, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-2000:]
+    assert answer.strip() == "Call the doctor: somebody lies on the ground."

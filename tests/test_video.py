@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -445,6 +446,35 @@ def test_playlists_are_not_followed(tmp_path, kind):
         make(tmp_path / "picture1.png", "-frames:v", "1", pixels="rgb24")
         path = tmp_path / "picture%d.png"
     refused(path, "cannot be read" if kind != "pattern" else "No such file")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts the open files in /proc")
+def test_reading_leaves_no_file_and_no_thread_behind(tmp_path, monkeypatch):
+    clip = make(tmp_path / "clip.mp4", *X264, "-g", "1", seconds=0.4)
+    (tmp_path / "folder").mkdir()
+    make(tmp_path / "folder/%d.bmp", "-frames:v", "2", pixels="rgb24")
+    (tmp_path / "text.mp4").write_text("This is no video.\n")
+    sought = []
+    real = data.seek
+    monkeypatch.setattr(data, "seek", lambda *arguments: sought.append(1) or real(*arguments))
+
+    def read():
+        for path, small in ((clip, 1 << 18), (clip, 0), (tmp_path / "folder", 0)):
+            monkeypatch.setattr(data, "SMALL_FILE", small)
+            read_clip(path, 2, SIZE)
+        refused(tmp_path / "text.mp4", "cannot be read")
+
+    def held():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    read()
+    before = held()
+    for _ in range(5):
+        read()
+    until = time.monotonic() + 10
+    while held() != before and time.monotonic() < until:  # a clock that was stopped takes a moment to end
+        time.sleep(0.001)
+    assert held() == before and len(sought) == 6
 
 
 @pytest.mark.skipif(

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,10 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 # Starts programs as forks of one process that has imported torch, which takes seconds. It reads commands from
-# stdin, ["start", job] or ["wait", pid], and answers each with a number.
+# stdin, ["start", job] or ["wait", pid], and answers each with a number. What is not over after 120 s
+# of "wait", or at the end of stdin, is killed with its process group.
 SERVER = """
-import json, os, resource, runpy, sys, traceback
+import json, os, resource, runpy, signal, sys, time, traceback
 import data, hawk, sample, prepare, train
 from apps import evaluate
 def child(job):
@@ -47,17 +49,44 @@ def child(job):
         traceback.print_exc()
         return 99
     return 0
-for line in sys.stdin:
-    command, value = json.loads(line)
-    if command == "start":
-        pid = os.fork()
-        if pid == 0:
-            code = child(value)
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        print(pid, flush=True)
-    else:
-        print(os.waitstatus_to_exitcode(os.waitpid(value, 0)[1]), flush=True)
+def kill(pid):
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+def wait(pid):
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.003)
+    kill(pid)
+    return 124
+running = set()
+try:
+    for line in sys.stdin:
+        command, value = json.loads(line)
+        if command == "start":
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    result = child(value)
+                    sys.stdout.flush(), sys.stderr.flush()
+                    code = result
+                finally:
+                    os._exit(code)
+            running.add(pid)
+            print(pid, flush=True)
+        else:
+            code = wait(value)
+            running.remove(value)
+            print(code, flush=True)
+finally:
+    for pid in running:
+        kill(pid)
 """
 
 
@@ -252,21 +281,39 @@ def test_a_run_whose_loader_worker_is_killed_says_so_and_resumes(world, jobs, tm
     assert saved[0] == saved[1]
 
 
-def test_when_one_process_of_a_training_dies_the_other_ends(world, jobs, tmp_path):
-    both = dict(WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29617")
-    both["GLOO_SOCKET_IFNAME"] = "lo"
+def test_when_one_process_of_a_training_is_stopped_or_dies_the_other_ends(world, jobs, tmp_path):
+    """SIGTERM to one ends both well, after the same step; SIGKILL to one of those that resume is an error of
+    the other."""
     command = training(world, tmp_path / "run", 100_000, "--device", "cpu")
-    ranks = [jobs.start(*command, **both, RANK=str(rank)) for rank in (0, 1)]
+    log = tmp_path / "run/log.jsonl"
     last = tmp_path / "run/last/state.pt"
-    until = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    os.kill(ranks[1][0], signal.SIGKILL)
-    assert jobs.wait(ranks[1])[0] == -signal.SIGKILL
-    start = time.monotonic()
-    code, errors = jobs.wait(ranks[0])
-    assert code not in (0, None) and time.monotonic() - start < 60, errors
+
+    def signalled(number, least):
+        """Two processes; once the log has more than `least` steps, the second gets the signal, and within a
+        minute of its end the first ends -> their exit codes, and what the first wrote"""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        both |= {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+        ranks = [jobs.start(*command, **both, RANK=str(rank)) for rank in (0, 1)]
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > least):
+            time.sleep(0.01)
+        os.kill(ranks[1][0], number)
+        other = jobs.wait(ranks[1])[0]
+        start = time.monotonic()
+        code, errors = jobs.wait(ranks[0])
+        assert time.monotonic() - start < 60, errors
+        return code, other, errors
+
+    code, other, errors = signalled(signal.SIGTERM, 2)
+    assert (code, other) == (0, 0) and "stopped, and saved" in errors, (code, other, errors)
+    stopped = torch.load(last, weights_only=True)["step"]
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, stopped + 1))
+    code, other, errors = signalled(signal.SIGKILL, stopped + 2)  # by then it has saved again
+    assert other == -signal.SIGKILL and code not in (0, 124), errors
     done = torch.load(last, weights_only=True)["step"]
+    assert done > stopped
     assert jobs.run(*training(world, tmp_path / "run", done + 2))[0] == 0
 
 
