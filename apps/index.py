@@ -256,7 +256,7 @@ def stamp(video, fps):
             return [status.st_size, status.st_mtime_ns, None]
         # a picture that is written anew changes neither size nor time of its folder
         times = [entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir(video)]
-        return [len(times), max(status.st_mtime_ns, *times), fps]
+        return [len(times), max([status.st_mtime_ns, *times]), fps]
     except (OSError, ValueError):
         return []
 

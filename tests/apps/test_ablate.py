@@ -2,8 +2,10 @@
 training."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -211,22 +213,27 @@ def test_a_step_that_was_told_to_stop_is_not_done(world, tmp_path, monkeypatch, 
 
 
 def test_what_runs_ends_when_it_is_stopped(world, tmp_path, monkeypatch):
-    """Ctrl-C, or a scheduler's signal, which here reaches the second run while the first one trains."""
+    """By ctrl-C or a scheduler's signal, here while the first of two runs trains."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
 
     def facts(args, run):
         if run.seed == 1:
             return launch(tmp_path / "log.txt", "-c", "import time; time.sleep(60)", threads=1)
         while not ablate.running:
             time.sleep(0.01)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     launch = ablate.launch
     monkeypatch.setattr(ablate, "launch", Launches())  # of held-out clips
     monkeypatch.setattr(ablate, "facts", facts)
     chosen = ["--seeds", "2", "--jobs", "2", "--variants", "full", "--frames", "4", "--clutter", "1"]
+    handler = signal.signal(signal.SIGUSR1, stop)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         ablate.main(options(world, tmp_path, *chosen))
+    signal.signal(signal.SIGUSR1, handler)
     assert time.monotonic() - began < 50 and not ablate.running and not ablate.stopping
 
 
