@@ -153,9 +153,9 @@ def build(args, folder, device):
     torch.manual_seed(args.seed)
     tokenizer = Path(folder or args.data) / "tokenizer.model"
     base = args.weights if args.resume else None  # given anew, in case it has moved
+    stored = read_chain(folder, base=base)[0] if folder else HawkConfig.preset(args.preset)
     # of what is read now: another run may replace it before this one saves
     args.base_fingerprint = fingerprint(args.weights) if args.weights and args.train != "all" else None
-    stored = read_chain(folder, base=base)[0] if folder else HawkConfig.preset(args.preset)
     if not folder:
         stored.vocab_size = data.Tokenizer(tokenizer).vocab_size
     config = HawkConfig.from_dict(vars(stored) | data.settings(args.set), "--set")
