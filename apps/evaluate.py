@@ -352,9 +352,8 @@ def predict(rows, asked, args, rank=0, world=1):
     out = args.out if world == 1 else f"{args.out}.rank{rank}"
     unreadable = []
     with named_death(), appendable(out) as file, bar:
-        done = read_done(
-            args.out, asked
-        )  # once more: before the file was locked, another run may have written
+        # once more: another run may have written before this one had the lock
+        done = read_done(args.out, asked)
         for batch, clips in zip(todo, loader, strict=True):
             readable = []
             for i, clip in zip(batch, clips, strict=True):
