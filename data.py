@@ -86,11 +86,11 @@ def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, 
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} -max_pixels 100000000"
-    options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -copyts"
-    options += f" -correct_ts_overflow 0 -hide_banner -nostats -v level+verbose {before} -i"
+    options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -hide_banner -nostats"
+    options += f" -copyts -correct_ts_overflow 0 -v level+verbose {before} -i"  # time stamps as they are
     times, times_end = os.pipe()  # for the time stamps of frames, one a line
     if size:
-        scale = f"scale={size}:{size}:flags=bilinear" + ",format=rgb24" * ("concat" in before)
+        scale = f"scale={size}:{size}:flags=bilinear" + ",format=rgb24" * ("concat" in before)  # pictures
         after += f" -vf select='{'+'.join(terms)}',{scale} -fps_mode passthrough"
         after += f" -enc_time_base demux -stats_enc_pre pipe:{times_end} -stats_enc_pre_fmt {{pts}},{{tb}}"
     after += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1" if size else PACKETS

@@ -237,9 +237,9 @@ def micro_batches(n, args, start, rank, world):
 
 
 def load(dataset, order, args, device, most=math.inf):
-    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. Without a
-    readable one, another clip is the batch and counts as 0, since DDP needs a backward pass of all processes;
-    held out (most: inf), none is. ValueError if no clip is readable, or more than `most` (in all) are not."""
+    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. Where none is
+    readable, another clip that counts as 0 stands in (DDP needs a backward pass of all processes); a held-out
+    batch (most: inf) is left out. ValueError without a readable clip, or with more than `most` unreadable."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout
