@@ -53,7 +53,7 @@ class HawkTask:
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))
             samples.features = data.CachedFeatures(*cache)
-            require(not samples.augment or samples.features.choices > 1, "--augment needs a cache with crops")
+            require(not samples.augment or samples.features.choices > 1, "--augment: --features lack --crops")
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
             typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # of two minutes
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
@@ -239,7 +239,7 @@ def micro_batches(n, args, start, rank, world):
 def load(dataset, order, args, device, most=math.inf):
     """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. Where none is
     readable, another clip that counts as 0 stands in (DDP needs a backward pass of all processes); a held-out
-    batch (most: inf) is left out. ValueError without a readable clip, or with more than `most` unreadable."""
+    batch (most: inf) is left out. ValueError if none is left to train on, or over `most` are unreadable."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
     options["generator"] = torch.Generator()  # the default one is for the model's dropout

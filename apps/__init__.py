@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in sample.py, before torch is imported
 
@@ -10,7 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in sample.py, before t
 def run_program(main):
     """Exits with the status of `main`: 130 after ctrl-C, 143 after SIGTERM, which ends it in order too, and
     141 if nobody reads what it prints any more (`… | head`)."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
+    with suppress(AttributeError):  # a notebook's stdout has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         status = main()

@@ -113,6 +113,8 @@ def launch(log, *command, threads):
             preexec_fn=end_with_parent,
         )
         running.add(process)
+        if stopping:  # told while this one was being launched
+            process.terminate()
         status = process.wait()
         running.discard(process)
     require(not stopping, "stopped")

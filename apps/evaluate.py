@@ -32,7 +32,7 @@ import json
 import os
 import sys
 from collections import defaultdict, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -600,7 +600,8 @@ def score(args):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
+    with suppress(AttributeError):  # a notebook's stdout has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
     try:
         score(parse_args(argv))
     except PROBLEMS as error:

@@ -36,5 +36,5 @@ $facts --weights "$out/stage1/last" --stage 2 --out "$out/stage2" --ask-facts 1 
     --steps 650 --batch-size 32 --lr 1e-3 --warmup 50 --eval-every 325
 
 # weights for sample.py: half the size, without dropout
-[ -d "$out/weights" ] ||
+[ "$out/weights" -nt "$out/stage2/last" ] ||
     python prepare.py merge --weights "$out/stage2/last" --out "$out/weights" --dtype float16 --set dropout=0

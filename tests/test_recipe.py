@@ -484,7 +484,7 @@ def test_crops_that_a_cache_does_not_hold(world, tmp_path, main):
     index(tmp_path, world / "a b.mp4")
     paths = ["--weights", world / "weights", "--data", tmp_path, "--out", tmp_path / "features"]
     prepare.main(["features", *map(str, paths), "--device", "cpu", "--workers", "0"])
-    with pytest.raises(ValueError, match="--augment needs a cache with crops"):
+    with pytest.raises(ValueError, match="--augment: --features lack --crops"):
         main(*options(world, tmp_path, 1, "--augment", "--features", tmp_path / "features"))
 
 

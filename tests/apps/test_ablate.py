@@ -231,9 +231,11 @@ def test_what_runs_ends_when_it_is_stopped(world, tmp_path, monkeypatch):
     chosen = ["--seeds", "2", "--jobs", "2", "--variants", "full", "--frames", "4", "--clutter", "1"]
     handler = signal.signal(signal.SIGUSR1, stop)
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        ablate.main(options(world, tmp_path, *chosen))
-    signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ablate.main(options(world, tmp_path, *chosen))
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
     assert time.monotonic() - began < 50 and not ablate.running and not ablate.stopping
 
 
