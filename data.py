@@ -90,10 +90,10 @@ def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, 
     options += f" -copyts -correct_ts_overflow 0 -v level+verbose {before} -i"  # time stamps as they are
     times, times_end = os.pipe()  # for the time stamps of frames, one a line
     if size:
-        scale = f"scale={size}:{size}:flags=bilinear" + ",format=rgb24" * ("concat" in before)  # pictures
-        after += f" -vf select='{'+'.join(terms)}',{scale} -fps_mode passthrough"
+        rgb = ",format=rgb24" * ("concat" in before)  # where pictures differ, ffmpeg would scale them twice
+        after += f" -vf select='{'+'.join(terms)}',scale={size}:{size}:flags=bilinear{rgb}"
         after += f" -enc_time_base demux -stats_enc_pre pipe:{times_end} -stats_enc_pre_fmt {{pts}},{{tb}}"
-    after += " -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1" if size else PACKETS
+    after += " -fps_mode passthrough -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1" if size else PACKETS
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options.split(), source, "-an", "-sn", "-dn", *after.split()]
     with open(times) as times, tempfile.TemporaryFile() as messages:
         pipes = {"stdin": stdin or DEVNULL, "stdout": PIPE, "stderr": messages, "pass_fds": [times_end]}

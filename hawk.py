@@ -546,7 +546,7 @@ class Hawk(nn.Module):
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]
 
     def decoding_step(self, x, max_new_tokens):
-        """The step for a prompt (B, S, D) and its answer; on a GPU, a recording for this size and place."""
+        """The step for a prompt (B, S, D) and its answer. A recording holds the addresses of all weights."""
         size = math.ceil((x.shape[1] + max_new_tokens) / 64) * 64
         how = (x.device, x.is_inference(), torch.is_autocast_enabled(x.device.type), self.compile_step)
         key = (len(x), size, x.dtype, *how, *(w.data_ptr() for w in self.llama.state_dict().values()))

@@ -302,7 +302,7 @@ def save(folder, args, model, objective, tokenizer, **progress):
 def restore(file, objective, optimizer):
     """Reads what `save` wrote beside the weights -> (steps that are done, least held-out loss)."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)  # where AdamW looks at its steps
+        state = torch.load(file, map_location="cpu", weights_only=True)  # AdamW counts steps there
         objective.load_state_dict(state["objective"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"]), float(state.get("best", math.inf))
