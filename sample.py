@@ -4,14 +4,14 @@
     python sample.py a.mp4 b.mp4 --question "Where is it?"  # one line a video, "PATH: answer"
     python sample.py --chat a.mp4                           # rounds that remember each other
 
-Answers go to stdout; times, notes and errors to stderr. After an error the exit status is 2.
-"""
+Answers go to stdout; times, notes and errors to stderr. After an error the exit status is 2."""
 
 import argparse
 import json
 import os
 import readline
 import signal
+import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -140,7 +140,7 @@ def generate(model, encoding, prompts, beams=1, **options):
             return model.generate(encoding, prompts, **options)
         rows = zip(encoding.tokens.split(1), prompts, strict=True)
         return [beam_search(model, soft, ids, beams, **options) for soft, ids in rows]
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.CalledProcessError) as error:  # the latter from Triton's C compiler
         built = isinstance(model.llama.lm_head, RowLinear) and not isinstance(error, torch.OutOfMemoryError)
         require(not built, f"--int8 or --compile failed: {' '.join(str(error).split()[:24])}")
         raise

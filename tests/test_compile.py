@@ -3,6 +3,7 @@ errors."""
 
 import json
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -116,3 +117,15 @@ def test_what_it_refuses(world, monkeypatch, capsys):
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1 and "--compile failed" in error[0]
     assert "no compiler is here" in error[0]
+
+
+def test_the_c_compiler_that_triton_calls_fails(world, monkeypatch, capsys):
+    def fails(*_):
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+    monkeypatch.setattr(sample.RowLinear, "forward", fails)
+    command = ["--weights", str(world / "weights"), "--device", "cpu", "--int8", str(world / "a b.mp4")]
+    assert sample.main(command) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    reason = "Command '['gcc', 'main.c']' returned non-zero exit status 1."
+    assert error == [f"error: --int8 or --compile failed: {reason}"]
