@@ -1,6 +1,6 @@
 """Ask a trained model about a video. In this file: load, encode, answer, chat, the command line.
 
-    python sample.py examples/falling.mp4                   # "Can you describe the anomaly …?"
+    python sample.py examples/crossing.mp4                  # "Can you describe the anomaly …?"
     python sample.py a.mp4 b.mp4 --question "Where is it?"  # one line a video, "PATH: answer"
     python sample.py --chat a.mp4                           # rounds that remember each other
 

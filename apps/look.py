@@ -1,7 +1,7 @@
 """Look at what the model sees of a video, from the pixels to the first words.
 
     python -m apps.look --video examples/speeding.mp4 --out look/         # everything below; needs matplotlib
-    python -m apps.look --video examples/falling.mp4 --out motion.png     # only frames, streams and flow
+    python -m apps.look --video examples/crossing.mp4 --out motion.png    # only frames, streams and flow
     python -m apps.look --video x.mp4 --out look/ --weights runs/mine/last --question "Who is it?"
 
 The folder receives

@@ -24,8 +24,9 @@ $run -m apps.towers towers --preset tiny $recipe --out "$out/stage0" \
     --steps 3000 --batch-size 8 --lr 1.5e-3 --warmup 150 --eval-every 1000
 python -m apps.towers features --weights "$out/stage0/last" --data data/toy --out "$out/features"
 
-# the bridge: facts alone, then captions and questions beside the facts
-facts="$run -m apps.towers facts --train all --features $out/features $recipe"
+# the bridge: facts alone, then captions and questions beside the facts; with a weaker weight decay, it memorises
+# its training clips
+facts="$run -m apps.towers facts --train all --features $out/features $recipe --weight-decay 0.3"
 $facts --weights "$out/stage0/last" --stage 1 --out "$out/facts" --facts-only --set dropout=0.1 \
     --steps 5000 --batch-size 64 --lr 3e-3 --warmup 100 --eval-every 1000
 $facts --weights "$out/facts/last" --stage 1 --out "$out/facts2" --facts-only \

@@ -205,7 +205,7 @@ def test_the_example_of_the_readme(capsys, monkeypatch):
     block = re.search("^```python\n(.*?)^```$", readme, re.M | re.S)[1]
     monkeypatch.chdir(ROOT)
     exec(compile(block, "README.md", "exec"), {})
-    expected = sample.ask(*sample.load(ROOT / "weights" / "tiny", "cpu"), "examples/falling.mp4").answer
+    expected = sample.ask(*sample.load(ROOT / "weights" / "tiny", "cpu"), "examples/crossing.mp4").answer
     assert capsys.readouterr().out == expected + "\n" and len(expected) > 20
     assert " ".join(re.findall("^> (.*)$", readme, re.M)) == expected
 

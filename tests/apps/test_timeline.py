@@ -731,9 +731,9 @@ def test_phrases_without_contrast_are_refused(world, cli):
 
 
 def test_the_bundled_weights_find_the_event(tmp_path, capfd):
-    """In two long videos, among nothing that stands still."""
+    """In four long videos, among nothing that stands still."""
     (tmp_path / "videos").mkdir()
-    rows = [toy.make_toy_clip(tmp_path, 7, "long", index) for index in range(2)]
+    rows = [toy.make_toy_clip(tmp_path, 7, "long", index) for index in range(4)]
     index = tmp_path / "long.jsonl"
     index.write_text("".join(json.dumps(row) + "\n" for row in rows))
     weights = Path(__file__).parents[2] / "weights" / "tiny"

@@ -481,7 +481,7 @@ def take_picture(path):
     """Of the page with an example answered, in 128 colours."""
     with browser() as running, served("--weights", ROOT / "weights" / "tiny") as (url, _):
         tab = Tab(running, url)
-        tab.page.get_by_role("button", name="falling", exact=True).click()
+        tab.page.get_by_role("button", name="crossing", exact=True).click()
         tab.until("document.querySelector('#status textarea').value != ''")
         tab.page.set_viewport_size({"width": 1280, "height": 1080})
         tab.submit("Can you describe the anomaly in the video?")
