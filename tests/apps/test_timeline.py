@@ -731,16 +731,16 @@ def test_phrases_without_contrast_are_refused(world, cli):
 
 
 def test_the_bundled_weights_find_the_event(tmp_path, capfd):
-    """In four long videos, among nothing that stands still."""
+    """In six long videos, among nothing that stands still."""
     (tmp_path / "videos").mkdir()
-    rows = [toy.make_toy_clip(tmp_path, 7, "long", index) for index in range(4)]
+    rows = [toy.make_toy_clip(tmp_path, 7, "long", index) for index in range(6)]
     index = tmp_path / "long.jsonl"
     index.write_text("".join(json.dumps(row) + "\n" for row in rows))
     weights = Path(__file__).parents[2] / "weights" / "tiny"
     assert timeline.main(["--annotations", str(index), "--weights", str(weights)]) == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0].split()[:6] == "highest window on an event 100%".split()
-    assert out[2].startswith("frame-level AUC") and float(out[2].split()[2]) > 0.85
+    assert out[2].startswith("frame-level AUC") and float(out[2].split()[2]) > 0.9
 
 
 def test_which_score_is_the_default():
