@@ -374,15 +374,14 @@ class DecodingStep:
 
 
 # ---- LoRA, a stand-in for a Linear -------------------------------------------------------------------------
-class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); B starts at zero
+class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); A starts like a Linear, B at zero
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         self.scale = config.lora_alpha / config.lora_rank
         self.dropout = config.lora_dropout
-        self.lora_A = nn.Parameter(torch.empty(config.lora_rank, self.in_features).to(self.weight.device))
+        self.lora_A = nn.Linear(self.in_features, config.lora_rank, False, device=self.weight.device).weight
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.lora_rank).to(self.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
         low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T  # (…, rank)
@@ -440,17 +439,15 @@ class Hawk(nn.Module):
     def add_lora(self):
         for block in self.llama.layers:
             for target in self.config.lora_targets:
-                linear = block.self_attn.get_submodule(target)
-                block.self_attn.set_submodule(target, LoRALinear(linear, self.config))
+                block.self_attn[target] = LoRALinear(block.self_attn[target], self.config)
 
     def frame_features(self, streams):
         """Frames {branch: (B, T, 3, H, W)} in [0, 1] -> {branch: (B, T, Q, C)}, which can be cached."""
-        B, T = streams[self.config.branches[0]].shape[:2]
         images = torch.cat([streams[name].flatten(0, 1) for name in self.config.branches])
         images = images.to(self.vit.cls_token.dtype).split(32)  # bounds the memory of activations
         features = torch.cat([self.vit(x) for x in images]).chunk(len(self.config.branches))
         pairs = zip(self.config.branches, features, strict=True)  # features: (B·T, 1 + patches, C)
-        return {name: self.branch(name).frames(x).unflatten(0, (B, T)) for name, x in pairs}
+        return {name: self.branch(name).frames(x).unflatten(0, streams[name].shape[:2]) for name, x in pairs}
 
     def encode(self, streams):
         """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding. ValueError
@@ -532,8 +529,7 @@ class Hawk(nn.Module):
                 step.run()
             if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
                 new = torch.tensor(answers, dtype=torch.long, device=self.device)  # (B, n)
-                token = choose(step.logits, new, temperature, top_p, repetition_penalty, generator)
-                step.token.copy_(token)
+                step.token.copy_(choose(step.logits, new, temperature, top_p, repetition_penalty, generator))
             token = step.token.to("cpu", non_blocking=x.is_cuda)
             if x.is_cuda:
                 arrival = torch.cuda.current_stream(x.device).record_event()

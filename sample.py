@@ -109,11 +109,8 @@ def encode_clips(model, clips):
     """Clips -> Encoding of the batch; one by one if they differ in length: padding changes answers."""
     if len({len(clip.indices) for clip in clips}) > 1:
         return Encoding(torch.cat([encode_clips(model, [clip]).tokens for clip in clips]), {})
-    streams = {}
-    for name in model.config.branches:
-        frames = torch.stack([torch.from_numpy(clip.streams[name]) for clip in clips])  # (B, T, H, W, 3)
-        streams[name] = frames.to(model.device).permute(0, 1, 4, 2, 3) / 255  # (B, T, 3, H, W), floats
-    return model.encode(streams)
+    frames = torch.utils.data.default_collate([clip.streams for clip in clips])  # {name: (B, T, H, W, 3)}
+    return model.encode({name: x.to(model.device).permute(0, 1, 4, 2, 3) / 255 for name, x in frames.items()})
 
 
 def encode_video(model, path, fps=25):
@@ -217,7 +214,6 @@ def chat(model, tokenizer, seen, questions, **options):
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""  # only answers go to a file
     note("/help lists the commands")
     rounds = []  # [question, answer], the last one as far as it got
-    made = []  # its tokens
     status = 0
 
     def show(tokens):
@@ -237,7 +233,7 @@ def chat(model, tokenizer, seen, questions, **options):
                 note(HELP)
             elif question:
                 rounds = [done for done in rounds if done[1]] + [[question, ""]]
-                made.clear()
+                made = []  # the tokens of the answer
                 answer = ask(model, tokenizer, seen, question, rounds[:-1], on_token=show, **options)
                 print(answer.answer[len(rounds[-1][1]) :], flush=True)  # beams show nothing before their end
                 rounds[-1][1] = answer.answer
