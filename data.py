@@ -718,15 +718,28 @@ def random_crop(streams, generator, scale=(0.5, 1.0)):
     return cropped
 
 
-class ClipDataset(torch.utils.data.Dataset):
-    """Rows of an index and how their clips are read. Subclasses define sample(i, generator)."""
+class HawkDataset(torch.utils.data.Dataset):
+    """Rows of an index -> samples of stage 1 (caption and motion caption) or stage 2 (conversation), dicts of
+    tensors. A subclass may define another sample(i, generator)."""
 
-    def __init__(self, rows, config, seed=0, train=True):
-        self.device = "cpu"  # where the flow is computed: a GPU only outside of loader processes
+    device = "cpu"  # where the flow is computed: a GPU only outside of loader processes
+
+    def __init__(self, rows, tokenizer, config, stage=2, seed=0, train=True, augment=True, features=None,
+                 max_tokens=512, motion_targets=False):  # fmt: skip
+        """augment: crop, in training. features: CachedFeatures, which take the place of videos.
+        motion_targets: the motion caption is a target in stage 2 too, as the paper describes."""
         self.rows = rows
+        self.tokenizer = tokenizer
         self.config = config
+        self.stage = stage
         self.seed = seed
         self.train = train
+        self.augment = augment and train
+        self.features = features
+        self.max_tokens = max_tokens
+        self.motion_targets = motion_targets or stage == 1
+        without = [row["video"] for row in rows if self.motion_targets and row.get("motion") is None]
+        require(not without, f'{len(without)} rows have no "motion" caption, such as that of {without[:1]}')
 
     def __len__(self):
         return len(self.rows)
@@ -746,24 +759,6 @@ class ClipDataset(torch.utils.data.Dataset):
         clip = read_clip(self.rows[i]["video"], fps=self.rows[i].get("fps", 25), device=self.device, **more)
         streams = {name: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for name, x in clip.streams.items()}
         return streams, clip
-
-
-class HawkDataset(ClipDataset):
-    """Samples of stage 1 (caption and motion caption) and stage 2 (conversation): dicts of tensors."""
-
-    def __init__(self, rows, tokenizer, config, stage, seed=0, train=True, augment=None, features=None,
-                 max_tokens=512, motion_targets=False):  # fmt: skip
-        """augment: crop (default: in training). features: CachedFeatures instead of videos. motion_targets:
-        the motion caption is a target in stage 2 too, as the paper describes."""
-        super().__init__(rows, config, seed, train)
-        self.tokenizer = tokenizer
-        self.stage = stage
-        self.augment = train if augment is None else augment
-        self.features = features
-        self.max_tokens = max_tokens
-        self.motion_targets = motion_targets or stage == 1
-        without = [row["video"] for row in rows if self.motion_targets and row.get("motion") is None]
-        require(not without, f'{len(without)} rows have no "motion" caption, such as that of {without[:1]}')
 
     def sample(self, i, generator):
         row = self.rows[i]

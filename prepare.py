@@ -332,7 +332,7 @@ def features(args, dataset=None):
         for i, row in enumerate(rows):
             row["files"] = [data.cache_file(folder, i, crop) for crop in range(crops)]
         todo = [i for i, row in enumerate(rows) if not all(map(Path.exists, row["files"]))]
-        clips = (dataset or FeatureDataset)(rows, model.config)
+        clips = (dataset or FeatureDataset)(rows, None, model.config)
         if device.type == "cpu" or dataset:
             samples = torch.utils.data.DataLoader(clips, None, sampler=todo, num_workers=args.workers)
         else:  # threads share the GPU, which finds the flow in a tenth of the time
@@ -363,7 +363,7 @@ def read_ahead(function, items, threads):
         yield from (result.result() for result in ahead)
 
 
-class FeatureDataset(data.ClipDataset):
+class FeatureDataset(data.HawkDataset):
     """Clips without their texts: the variants of each, and what the cache notes about it."""
 
     def sample(self, i, generator):

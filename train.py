@@ -48,7 +48,7 @@ class HawkTask:
         """The samples of the "train" split, or of the "test" split, which are held out."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
-        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment and train)
+        given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment)
         samples = data.HawkDataset(*given, max_tokens=args.max_tokens, motion_targets=args.motion_targets)
         if args.features:
             cache = (Path(args.features) / split, rows, model.config, data.frozen_fingerprint(model))

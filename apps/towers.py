@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import prepare
 import train
 from apps.toy import COLOURS, OBJECTS, draw_clip
-from data import DESCRIBE_QUESTIONS, IGNORE, ClipDataset, VideoError, clip_options, read_index
+from data import DESCRIBE_QUESTIONS, IGNORE, HawkDataset, VideoError, clip_options, read_index
 from hawk import is_frame_level, require
 from sample import PROBLEMS, print_error
 
@@ -53,7 +53,7 @@ def attention_by_steps(device):
 
 # ---- Clips -------------------------------------------------------------------------------------------------
 class DrawnClips:
-    """Mixed into a ClipDataset: a row without a video (apps.toy --no-videos) is drawn when it is needed."""
+    """Mixed into a HawkDataset: a row without a video (apps.toy --no-videos) is drawn when it is needed."""
 
     def read(self, i, sampling, generator):
         drawn = self.rows[i].get("drawn")
@@ -69,7 +69,7 @@ class DrawnFeatures(DrawnClips, prepare.FeatureDataset):
 
 
 # ---- Stage 0: samples --------------------------------------------------------------------------------------
-class FrameDataset(DrawnClips, ClipDataset):
+class FrameDataset(DrawnClips, HawkDataset):
     """All frames of a clip's two streams with what is in them, and the row's text without its video. Raises
     ValueError for a row that lacks what the toy world writes."""
 
@@ -83,8 +83,7 @@ class FrameDataset(DrawnClips, ClipDataset):
             for entry in objects:
                 check_object(entry, row["video"])
         # one Q-Former learns from both streams, whatever branches the model has
-        super().__init__(rows, replace(config, branches=("appearance", "motion")), seed)
-        self.tokenizer = tokenizer
+        super().__init__(rows, tokenizer, replace(config, branches=("appearance", "motion")), seed=seed)
 
     def sample(self, i, generator):
         row = self.rows[i]

@@ -38,7 +38,7 @@ def test_cached_features_are_those_of_the_model(world, folder, capsys):
     features(world, folder, "--crops", "2", "--dtype", "float32")
     model, cached = cache(world, folder)
     assert cached.choices == 2 and cache(world, folder, "test")[1].choices == 1
-    dataset = data.ClipDataset(data.read_index(folder / "train.jsonl"), model.config)
+    dataset = data.HawkDataset(data.read_index(folder / "train.jsonl"), None, model.config)
     for row in (0, 2):
         frames, clip = dataset.read(row, "uniform", None)
         cropped = data.random_crop(frames, data.clip_generator(42, 1, row))

@@ -135,7 +135,7 @@ def test_features_of_drawn_clips(weights, tmp_path):
     model = Hawk.from_pretrained(weights)
     rows = read_index(tmp_path / "train.jsonl")
     cached = CachedFeatures(tmp_path / "features/train", rows, model.config, frozen_fingerprint(model))
-    streams, clip = towers.DrawnFeatures(rows, model.config).read(1, "uniform", None)
+    streams, clip = towers.DrawnFeatures(rows, None, model.config).read(1, "uniform", None)
     with torch.no_grad():
         features = model.frame_features({name: x[None] / 255 for name, x in streams.items()})
     found = cached.load(1, 0)

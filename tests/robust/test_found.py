@@ -144,7 +144,7 @@ def test_an_index_line_says_how_many_pictures_a_second(tmp_path):
     pictures(tmp_path / "frames", "jpg")
     line = '{"video": "frames", "description": "Nothing.", "fps": %s}\n'
     (tmp_path / "a.jsonl").write_text(line % "4")
-    dataset = data.ClipDataset(data.read_index(tmp_path / "a.jsonl"), HawkConfig.preset("tiny"))
+    dataset = data.HawkDataset(data.read_index(tmp_path / "a.jsonl"), None, HawkConfig.preset("tiny"))
     _, clip = dataset.read(0, "uniform", None)
     assert clip.seconds == [0.0, 0.2, 0.8, 1.0, 1.5, 1.8, 2.2, 2.5]
     for wrong in ("0", '"4"', "true", "-1", "1e999", "1" + "0" * 400):
