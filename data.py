@@ -831,12 +831,11 @@ def cache_file(folder, row, choice=0):
     return Path(folder) / (f"{row}-{choice}.safetensors" if choice else f"{row}.safetensors")
 
 
-def cache_meta(rows, config, fingerprint, choices=1, seed=0, dtype="float16", bfloat16=False):
-    """What meta.json holds. Videos are known by name (and fps), so that their folder may move."""
+def cache_meta(rows, config, fingerprint):
+    """What features are made from. Videos are known by name (and fps), so that their folder may move."""
     names = json.dumps([os.path.basename(row["video"]) + str(row.get("fps", "")) for row in rows])
     meta = {"weights": fingerprint, "videos": hashlib.sha256(names.encode()).hexdigest()[:16]}
-    meta |= {name: getattr(config, name) for name in ("motion_mask", "n_frames", "image_size")}
-    return meta | {"choices": choices, "seed": seed, "dtype": dtype, "bfloat16": bfloat16}
+    return meta | {name: getattr(config, name) for name in ("motion_mask", "n_frames", "image_size")}
 
 
 def frozen_fingerprint(model):
@@ -860,15 +859,14 @@ class CachedFeatures:
         try:
             meta = json.loads((self.folder / "meta.json").read_text())
             entries = map(json.loads, (self.folder / "bad_videos.jsonl").read_text().splitlines())
-            self.bad = {entry["row"]: entry["error"] for entry in entries}
+            self.bad = {entry["row"]: entry["error"].split(": ", 1)[-1] for entry in entries}
             self.choices = meta["choices"]
             meta["weights"] = {name: meta["weights"].get(name, "no such stream") for name in self.branches}
         except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder}: not a feature cache ({error}); run `prepare.py features`") from error
-        expected = cache_meta(rows, config, {name: fingerprint[name] for name in self.branches})
-        for key in ("weights", "videos", "motion_mask", "n_frames", "image_size"):
-            both = f"{meta.get(key)!r}, this run has {expected[key]!r}"
-            require(meta.get(key) == expected[key], f"{folder}: made with {key} {both}; make another folder")
+        for key, value in cache_meta(rows, config, fingerprint).items():
+            found = f"{folder}: made with {key} {meta.get(key)!r}"
+            require(meta.get(key) == value, f"{found}, this run has {value!r}; make another folder")
         clips = [(i, choice) for i in range(len(rows)) if i not in self.bad for choice in range(self.choices)]
         missing = [clip for clip in clips if not cache_file(folder, *clip).exists()]
         require(not missing, f"{folder}: {len(missing)} clips are missing; run `prepare.py features` again")
@@ -877,14 +875,13 @@ class CachedFeatures:
         """Clip whose streams are features. VideoError if there are none of row i, or of another video."""
         file = cache_file(self.folder, i, choice)
         video = self.rows[i]["video"]
-        if not file.exists():
-            raise VideoError(video, self.bad.get(i, f": {file} has gone").split(": ", 1)[-1])
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata()
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
-        except SafetensorError as error:
-            raise VideoError(video, f"damaged features ({error}); remove {file} and make it again") from error
+        except (OSError, SafetensorError) as error:
+            reason = f"missing or damaged features ({error}); remove {file} and make it again"
+            raise VideoError(video, self.bad.get(i, reason)) from error
         if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
             raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))

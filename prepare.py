@@ -323,7 +323,8 @@ def features(args, dataset=None):
         rows = data.read_index(args.data / f"{split}.jsonl")
         folder = args.out / split
         crops = args.crops if split == "train" else 1
-        meta = data.cache_meta(rows, model.config, fingerprint, crops, CROP_SEED, args.dtype, args.bfloat16)
+        meta = data.cache_meta(rows, model.config, fingerprint) | {"choices": crops, "seed": CROP_SEED}
+        meta |= {"dtype": args.dtype, "bfloat16": args.bfloat16}
         folder.mkdir(parents=True, exist_ok=True)
         old = read_json(folder / "meta.json", *meta) if (folder / "meta.json").exists() else meta
         for key, value in meta.items():
