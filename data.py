@@ -351,8 +351,7 @@ BLOCK = 3  # pairs of frames whose flow a thread computes at a time: more do not
 
 
 def in_threads(function, items):
-    """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
-    with the first items while later ones are still made."""
+    """As list(map(...)), by torch's number of threads, at most 3 (60 MB each), from the first item on."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # and freed: glibc then keeps blocks of this size, 10% faster
     try:
@@ -601,9 +600,8 @@ def plain_text(text):
 
 
 class Tokenizer:
-    """SentencePiece with one placeholder id for soft tokens, and the two formats that Hawk reads. It
-    equals transformers 4.28's slow LLaMA tokenizer with an added `<ImageHere>`: text between control tokens
-    is encoded piece by piece, each with SentencePiece's dummy prefix, a space. No text makes a control id."""
+    """SentencePiece, and an id that holds the place of soft tokens. Equals transformers 4.28's slow LLaMA
+    tokenizer with `<ImageHere>` added: text between control tokens is encoded alone, after a dummy space."""
 
     def __init__(self, path, vocab_size=None):
         """path: a tokenizer.model. vocab_size: that of the model beside it. ValueError if they do not fit."""
@@ -799,24 +797,20 @@ class HawkDataset(torch.utils.data.Dataset):
 
 
 def collate(samples, pad_id=0):
-    """Samples -> a batch of tensors, with "streams" {branch: (B, T, ...)}, and "errors", the bad samples. A
-    clip of fewer frames repeats its last one: the towers know still pictures, and the model needs no mask."""
+    """Samples -> a batch of tensors, with "streams" {branch: (B, T, ...)}, and "errors", the bad samples."""
     good = [sample for sample in samples if "error" not in sample]
-    batch = {"errors": [sample for sample in samples if "error" in sample]}
-    for key in good[0] if good else ():
-        values = [sample[key] for sample in good]
-        if key == "streams":
-            batch[key] = {name: stack([streams[name] for streams in values]) for name in values[0]}
-        elif key.endswith(("input_ids", "labels")):
-            padding = IGNORE if key.endswith("labels") else pad_id
-            batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
-        else:
-            batch[key] = stack(values)
-    return batch
+    errors = [sample for sample in samples if "error" in sample]
+    return {"errors": errors} | (stack(good, pad_id) if good else {})
 
 
-def stack(values):
-    """B tensors -> one; of different lengths, the shorter ones repeat their last entry."""
+def stack(values, pad_id, key=""):
+    """B dicts or tensors -> one, of the greatest length. Texts are padded. A clip of fewer frames repeats its
+    last one: the towers know still pictures, and the model needs no mask."""
+    if isinstance(values[0], dict):
+        return {name: stack([value[name] for value in values], pad_id, name) for name in values[0]}
+    if key.endswith(("input_ids", "labels")):
+        padding = IGNORE if key.endswith("labels") else pad_id
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     if values[0].dim() == 0:
         return torch.stack(values)
     numbers = torch.arange(max(map(len, values)))
