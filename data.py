@@ -351,7 +351,8 @@ BLOCK = 3  # pairs of frames whose flow a thread computes at a time: more do not
 
 
 def in_threads(function, items):
-    """As list(map(...)), by torch's number of threads, at most 3 (60 MB each), from the first item on."""
+    """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
+    with the first items while later ones are still made."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # and freed: glibc then keeps blocks of this size, 10% faster
     try:
@@ -462,8 +463,7 @@ def improve(flow, first, second, winsize):
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
     y = dy + torch.arange(h, device=flow.device)[:, None]
-    x_end, y_end = ((n - 1) * (1 - 1e-7) for n in (w, h))  # in OpenCV, the last pixel is outside
-    inside = ((x == x.clamp(0, x_end)) & (y == y.clamp(0, y_end))).float()
+    inside = ((x >= 0) & (x < w - 1) & (y >= 0) & (y < h - 1)).float()  # in OpenCV, the last pixel is outside
     grid = torch.stack([x * (2 / (second.shape[-1] - 1)), y * (2 / (second.shape[-2] - 1))]).sub_(1)
     second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1).mul_(inside)
     by, bx = first[:2] - second[:2]
@@ -684,13 +684,11 @@ def check_row(row):
         require(isinstance(row.get(name), list | None), f'"{name}" must be a list')
     fps = row.get("fps", 25)
     require(type(fps) in (int, float) and 0 < fps < 1e6, '"fps" must be a positive number')
-    texts = [row.get("description") or "", row.get("motion") or ""]
-    for turn in row.get("qa") or []:
-        known = isinstance(turn, dict) and isinstance(turn.get("q"), str) and isinstance(turn.get("a"), str)
-        require(known, 'each entry of "qa" must be {"q": text, "a": text}')
-        texts += [turn["q"], turn["a"]]
+    said = [isinstance(turn, dict) and turn.get(key) for turn in row.get("qa") or [] for key in ("q", "a")]
+    require(all(isinstance(text, str) for text in said), 'each entry of "qa" must be {"q": text, "a": text}')
+    texts = [row.get("description") or "", row.get("motion") or "", *said]
     require(sum(map(len, texts)) <= 100_000, "more than 100,000 characters of text")
-    require(texts[0] or any(texts[3::2]), 'needs a "description", or "qa" with an answer')
+    require(texts[0] or any(said[1::2]), 'needs a "description", or "qa" with an answer')
     return row
 
 

@@ -146,7 +146,7 @@ def read_windows(path, config, length, stride, fps=25):
 # ---- Scores ------------------------------------------------------------------------------------------------
 
 
-def watch(model, tokenizer, path, score, length=4.0, stride=2.0, threshold=0.5, fps=25):
+def watch(model, tokenizer, path, score, length=4.0, stride=1.0, threshold=0.5, fps=25):
     """Yields a Window as each closes. score(model, tokenizer, clip, encoding) -> 0 to 1; from `threshold` on
     the window is described. fps: pictures a second of a folder. Raises VideoError."""
     open_windows = []
@@ -516,7 +516,7 @@ def parse_args(argv=None):
     )
     told = "seconds (default: as long as the clips that the weights were trained on, else 4)"
     add("--window", type=number(float, 0.05), metavar="S", help=told)
-    told = "seconds from one window to the next (default: 2, or a window if that is shorter)"
+    told = "seconds from one window to the next (default: a quarter of a window)"
     add("--stride", type=number(float, 0.05), metavar="S", help=told)
     add_score_options(add, "--score")
     add("--threshold", type=number(float, 0, 1), default=0.5, help="scores that stand out (default: 0.5)")
@@ -538,7 +538,7 @@ def parse_args(argv=None):
     if args.kinds and args.score == "yes":
         p.error("--kinds is for --score contrast")
     args.window = args.window or clip_seconds(args.weights)
-    args.stride = args.stride or min(2.0, args.window)
+    args.stride = args.stride or args.window / 4
     if args.stride > args.window:
         p.error("--stride is longer than --window: what lies between two windows would not be seen")
     outputs = [Path(file) for file in (args.plot, args.out_video) if file]
