@@ -15,10 +15,10 @@ import math
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wait without spinning
@@ -71,17 +71,6 @@ class HawkTask:
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # the step is finished, saved, and the run ends
-NUMBERS = {  # options: default and meaning; as released, but for the last four
-    "batch-size": (4, "clips a step, of all processes and micro-batches"),
-    "lr": (1e-5, "learning rate after --warmup steps, which begin at 1e-6"),
-    "min-lr": (1e-6, "learning rate at the end"),
-    "weight-decay": (0.05, "of tensors of two or more dimensions"),
-    "seed": (42, "of order, crops, questions and dropout"),
-    "accumulate": (1, "micro-batches a step, for less memory"),
-    "workers": (2, "processes that read videos, for each process that trains"),
-    "clip": (0.0, "largest gradient norm (0: no clipping)"),
-    "eval-samples": (64, "held-out clips, 0: none"),
-}
 SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
 # May change when a run is resumed, though --steps, --set and --dtype change what it learns; others may not.
 FREE = "out resume weights set recipe steps accumulate device dtype workers features save_every eval_every"
@@ -101,8 +90,15 @@ def parse_args(argv, task):
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")
     add("--steps", type=int, help="optimizer steps, of one batch each")
     add("--recipe", choices=["released"], help="released: 400,000 steps; the other defaults are as released")
-    for name, (default, about) in NUMBERS.items():
-        add(f"--{name}", type=type(default), default=default, help=f"{about} (default {default})")
+    add("--batch-size", type=int, default=4, help="clips a step, of all processes together (default 4)")
+    add("--lr", type=float, default=1e-5, help="learning rate after the --warmup from 1e-6 (default 1e-5)")
+    add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default 1e-6)")
+    add("--weight-decay", type=float, default=0.05, help="of tensors of 2 or more dimensions (default 0.05)")
+    add("--seed", type=int, default=42, help="of order, crops, questions and dropout (default 42)")
+    add("--accumulate", type=int, default=1, help="micro-batches a step, for less memory (default 1)")
+    add("--workers", type=int, default=2, help="processes that read videos, for each that trains (default 2)")
+    add("--clip", type=float, default=0.0, help="largest gradient norm (default 0: no clipping)")
+    add("--eval-samples", type=int, default=64, help="held-out clips, 0: none (default 64)")
     for name, most in SCALED.items():
         add("--" + name.replace("_", "-"), type=int, help=f"default: a tenth of --steps, at most {most}")
     task.add_options(p)
@@ -162,11 +158,10 @@ def build(args, folder, device):
     if not folder:
         return Hawk(config).apply(init_weights), tokenizer
     # a LoRA that the folder does not hold is added by set_trainable
-    lora_rank = 0 if args.train == "lora" and not stored.lora_rank else config.lora_rank
+    held = {"lora_rank": 0} if args.train == "lora" and not stored.lora_rank else {}
     # on a GPU, under autocast, frozen weights keep the type they are stored in
     dtype = None if device.type == "cuda" and args.dtype != "float32" else torch.float32
-    there = HawkConfig(**vars(config) | {"lora_rank": lora_rank})
-    model = Hawk.from_pretrained(folder, dtype=dtype, config=there, base=base)
+    model = Hawk.from_pretrained(folder, dtype=dtype, config=HawkConfig(**vars(config) | held), base=base)
     model.config = config
     return model, tokenizer
 
@@ -223,17 +218,13 @@ def make_optimizer(module, args):
 # ---- Samples, held-out loss, checkpoints -------------------------------------------------------------------
 def micro_batches(n, args, start, rank, world):
     """Yields this process's micro-batches from step `start` on: lists of sample numbers (epoch * n + index).
-    All epochs form one line of positions; a micro-batch takes the next few for all processes together."""
-    together = args.batch_size // args.accumulate
-
-    @lru_cache(1)
-    def order(epoch):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-        return torch.randperm(n, generator=generator).tolist()
-
-    for first in range(start * args.batch_size, args.steps * args.batch_size, together):
-        positions = range(first + rank, first + together, world)
-        yield [position // n * n + order(position // n)[position % n] for position in positions]
+    All epochs form one line of them; a micro-batch takes the next few for all processes together."""
+    generators = (torch.Generator().manual_seed(args.seed * 1_000_003 + epoch) for epoch in count())
+    orders = (torch.randperm(n, generator=generator).tolist() for generator in generators)
+    numbers = (epoch * n + index for epoch, order in enumerate(orders) for index in order)
+    numbers = islice(numbers, start * args.batch_size, args.steps * args.batch_size)
+    while together := list(islice(numbers, args.batch_size // args.accumulate)):
+        yield together[rank::world]
 
 
 def load(dataset, order, args, device, most=math.inf):
@@ -358,7 +349,6 @@ def main(argv=None, task=None):
     for number in STOPPING:
         signal.signal(number, lambda number, _: stop.append(number))
     skipped = 0
-    t0 = time.perf_counter()
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step - 1, args)
@@ -376,8 +366,8 @@ def main(argv=None, task=None):
         if rank == 0:
             values = dict(zip(losses, means, strict=True)) | {"lr": lr, "grad_norm": norm, "skipped": skipped}
             values["memory_mb"] = data.peak_memory_mb(device)
-            values["samples_per_s"] = round((step - start) * args.batch_size / (time.perf_counter() - t0), 2)
-            biases = [m.encoder_1.bias for m in map(model.branch, model.config.branches) if m.encoder_1]
+            values["samples_per_s"] = round((step - start) * args.batch_size / bar.format_dict["elapsed"], 2)
+            biases = [p for name, p in model.named_parameters() if name.endswith(".encoder_1.bias")]
             if biases:  # 1: biases alone could meet the consistency loss
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
