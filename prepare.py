@@ -202,28 +202,23 @@ def replay_motion_qformer(config, seed=42):
     return made
 
 
-def complete(held, motion, args, config):
-    """`held` with all that is made here, which a file's tensors replace. Only if --motion-qformer takes it
-    from the checkpoint does a motion Q-Former of the files count."""
-    replay = cache(partial(replay_motion_qformer, config))  # when it is read: what is missing is said before
-    ours = [name for name in parameters(config) if name.startswith(("motion.qformer.", "motion.queries"))]
-    lost = map(released_name, ours if motion == "replay" else ())
-    replayed = {name: Held(f"replayed: {name}", lambda name=name: replay()[name]) for name in lost}
-    made = {}
-    if motion != "blip2":  # the released code builds this norm, and never loads it
-        made |= torch.nn.LayerNorm(config.vit_dim).state_dict(prefix="ln_vision_motion.")
-    if args.hawk is None:  # what trains starts from a fixed seed
+def made_here(config, motion, training):
+    """{our name: Held} of what files need not hold: what `motion` says, and what trains if that begins now."""
+    norm = torch.nn.LayerNorm(config.vit_dim)  # the released code builds it, and never loads it
+    made = norm.state_dict(prefix="motion.ln_vision.")
+    if training:  # starts from a fixed seed
         torch.manual_seed(0)
         branches = torch.nn.ModuleDict({name: Branch(config) for name in config.branches})
         for name, p in branches.named_parameters():
             if ".video_" in name and p.ndim > 1:  # BERT's initialiser; torch's own elsewhere
                 torch.nn.init.normal_(p, std=0.02)
-            released = released_name(name)
-            if not is_frame_level(name) and not (args.video_llama and released.startswith("video_")):
-                made[released] = p
-    rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
-    given = {name: found for name, found in held.items() if not name.startswith(rejected)}
-    return replayed | {name: Held(f"made here: {name}", x.detach) for name, x in made.items()} | given
+            if not is_frame_level(name):
+                made[name] = p
+    held = {name: Held("made here", x.detach) for name, x in made.items()}
+    replay = cache(partial(replay_motion_qformer, config))  # when it is read: what is missing is said before
+    ours = [name for name in parameters(config) if name.startswith(("motion.qformer.", "motion.queries"))]
+    lost = ours if motion == "replay" else ()
+    return held | {name: Held("replayed", lambda name=name: replay()[released_name(name)]) for name in lost}
 
 
 def weights(args):
@@ -255,19 +250,19 @@ def weights(args):
         motion = "replay" if args.hawk else "blip2"
         motion = "checkpoint" if "Qformer_motion.bert.embeddings.LayerNorm.bias" in held else motion
     print("motion Q-Former:", motion, flush=True)
-    held = complete(held, motion, args, config)
+    rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
+    held = {name: found for name, found in held.items() if not name.startswith(rejected)}
+    made = made_here(config, motion, training=args.hawk is None)
     ours = {}
     for name in parameters(config):
         released = released_name(name)
-        by_both = motion == "blip2" if is_frame_level(name) else bool(args.video_llama)
-        if by_both and released not in held:  # the motion branch takes what there is for appearance
-            released = released.replace("_motion", "")
-        require(released in held, f"{released} (our {name}) is missing in {', '.join(map(str, given))}")
-        ours[name] = held[released]
-    used = {found.origin for found in ours.values()}
+        copied = motion == "blip2" if is_frame_level(name) else args.video_llama and "video_" in released
+        other = ours.get(name.replace("motion.", "appearance.")) if copied else made.get(name)
+        ours[name] = held.pop(released, None) or other
+        require(ours[name], f"{released} (our {name}) is missing in {', '.join(map(str, given))}")
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
     for name, (origin, read) in held.items():
-        require(origin in used or re.fullmatch(known, name), f"{origin} {tuple(read().shape)} is unknown")
+        require(re.fullmatch(known, name), f"{origin} {tuple(read().shape)} is unknown")
     dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # to which the released code rounds it
     write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
