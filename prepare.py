@@ -162,12 +162,11 @@ def replay_motion_qformer(config, seed=42):
     torch.manual_seed(42), so it follows from that seed and all that is drawn before it. Uniform numbers can
     be skipped in portions of any size; how many torch draws for normal ones depends on a tensor's size."""
     generator = torch.Generator().manual_seed(seed)
-    scratch = torch.empty(1 << 16)
     normal = partial(torch.normal, 0.0, 0.02, generator=generator)
 
     def skip_uniform(count):
-        for start in range(0, count, len(scratch)):
-            scratch[: count - start].uniform_(generator=generator)
+        for start in range(0, count, 1 << 16):
+            torch.rand(min(count - start, 1 << 16), generator=generator)
 
     # Our parameters stand in the order in which the released modules are built. Each of its two ViTs draws
     # torch's default initialisers (none for norms, q_bias, v_bias), then a truncated normal, one uniform
@@ -177,10 +176,9 @@ def replay_motion_qformer(config, seed=42):
     skip_uniform(2 * sum(shape.numel() * (2 if len(shape) == 2 else 1) for shape in drawn))
     shapes = {name: shape for name, shape in model.items() if name.startswith("motion.qformer.")}
     dim = config.qformer_dim
-    mlp = config.qformer_mlp
     words = 30522  # in bert-base-uncased, whose text half the released code builds and throws away
     linears = sum(shape.numel() for name, shape in shapes.items() if "norm" not in name)
-    linears += config.qformer_layers * (2 * dim * mlp + mlp + dim)  # each layer has a second MLP, for text
+    linears += sum(shape.numel() for name, shape in shapes.items() if ".fc" in name)  # a second MLP, for text
     for _ in range(2):  # the appearance Q-Former, then the motion Q-Former
         made = {}
         # BertModel is built with torch's default initialisers, then initialised: normal weights, zero biases
@@ -190,8 +188,8 @@ def replay_motion_qformer(config, seed=42):
             skip_uniform(others)
         for name, shape in shapes.items():
             if name.endswith("mlp.fc1.weight"):  # the MLP for text comes first, and is thrown away
-                normal((mlp, dim))
-                normal((dim, mlp))
+                normal(shape)
+                normal(shape[::-1])
             constant = torch.full(shape, float(name.endswith("norm.weight")))  # 1, for biases 0
             made[released_name(name)] = normal(shape) if len(shape) == 2 else constant
         # the head for words is built and initialised; what BertModel has initialised is skipped this time
