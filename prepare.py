@@ -227,15 +227,14 @@ def weights(args):
     given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
     held = {}
-    sources = {}  # of each tensor: its file, and whether that was named, which replaces those of a folder
-    for path in sorted(dict.fromkeys(given), key=Path.is_file):
+    sources = {}  # where folders hold a tensor, and where the files that were named do
+    for path in sorted(dict.fromkeys(given), key=Path.is_file):  # which replace what folders hold
         shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in shards if path.is_dir() else [path]:
             for name, (key, _) in open_tensors(file).items():
-                other, named = sources.get(name, (file, None))
-                alike = named == path.is_file() and not re.fullmatch(LEFT_OUT, name)
-                require(other == file or not alike, f"{file}: {key} is in {other}, too; unknown which counts")
-                sources[name] = (file, path.is_file())
+                other = sources.setdefault((path.is_file(), name), file)
+                clear = other == file or re.fullmatch(LEFT_OUT, name)
+                require(clear, f"{file}: {key} is in {other}, too; unknown which counts")
                 held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
     require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
     llama = read_json(args.llama / "config.json", *LLAMA.values())
