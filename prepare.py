@@ -44,9 +44,8 @@ def read_json(file, *needed):
 
 
 # ---- 1. weights: the released files -> one folder of ours --------------------------------------------------
-# Our name of a tensor becomes the released one by all of these replacements, one after the other, such as
-# motion.qformer.norm.bias -> qformer.norm.bias -> Qformer{m}.bert.embeddings.LayerNorm.bias, where {m} is
-# "_motion" in that branch and nothing elsewhere.
+# Our name of a tensor becomes the released one by all of these replacements in turn: motion.qformer.norm.bias
+# -> qformer.norm.bias -> Qformer{m}.bert.embeddings.LayerNorm.bias; {m} is "_motion" in that branch, else "".
 RELEASED = {
     r"^(appearance|motion)\.": "", r"^llama\.lm_head": "lm_head", r"^llama\.": "model.",
     r"^vit\.patch_embed": "patch_embed.proj", r"^vit\.": "", r"^ln_vision": "ln_vision{m}",
@@ -131,17 +130,15 @@ def infer_config(file, llama, held, overrides):
     c["rope_theta"] = rope.pop("rope_theta", llama.get("rope_theta", 10000.0))
     c["context_length"] = llama.get("max_position_embeddings", 4096)
     published = HawkConfig.from_dict(c, file)
-    # what would change the arithmetic is refused by name
     only = {"num_key_value_heads": published.llama_heads, "hidden_act": "silu", "attention_bias": False}
     only |= {"head_dim": published.llama_dim // published.llama_heads, "mlp_bias": False}
-    for key, value in only.items():
+    for key, value in only.items():  # what would change the arithmetic is refused by name
         require(llama.get(key) in (None, value), f"{file}: {key} must be {value!r}, not {llama.get(key)!r}")
     scaled = {key: value for key, value in rope.items() if value not in ("default", None, 1.0)}
     require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
-    # as published, unless the files say otherwise; a tensor that is missing is reported later
-    c = asdict(published) | {"tight_dim": published.llama_dim // 16}
+    c = asdict(published) | {"tight_dim": published.llama_dim // 16}  # unless the files say otherwise
     for name, fields in SHAPES.items():
-        shape = held[name].read().shape if name in held else ()
+        shape = held[name].read().shape if name in held else ()  # what is missing is reported later
         c |= {field: size for field, size in zip(fields, shape, strict=False) if field}
     for field, stack in LAYERS.items():  # layers are counted by the numbers in their names
         numbers = {found[1] for name in held if (found := re.match(rf"{stack}\D*\.(\d+)\.", name))}
@@ -201,7 +198,7 @@ def replay_motion_qformer(config, seed=42):
 
 
 def made_here(config, motion, training):
-    """{our name: Held} of what files need not hold: what `motion` says, and what trains if that begins now."""
+    """{our name: Held} of what no file must hold: what `motion` says, and before `training`, what trains."""
     norm = torch.nn.LayerNorm(config.vit_dim)  # the released code builds it, and never loads it
     made = norm.state_dict(prefix="motion.ln_vision.")
     if training:  # starts from a fixed seed
