@@ -173,9 +173,8 @@ def replay_motion_qformer(config, seed=42):
     skip_uniform(2 * sum(shape.numel() * (2 if len(shape) == 2 else 1) for shape in drawn))
     shapes = {name: shape for name, shape in model.items() if name.startswith("motion.qformer.")}
     dim = config.qformer_dim
-    words = 30522  # in bert-base-uncased, whose text half the released code builds and throws away
-    linears = sum(shape.numel() for name, shape in shapes.items() if "norm" not in name)
-    linears += sum(shape.numel() for name, shape in shapes.items() if ".fc" in name)  # a second MLP, for text
+    words = 30522  # of bert-base-uncased, whose text half, an MLP a layer included, is built and dropped
+    linears = sum(x.numel() * (2 if ".fc" in name else 1) for name, x in shapes.items() if "norm" not in name)
     for _ in range(2):  # the appearance Q-Former, then the motion Q-Former
         made = {}
         # BertModel is built with torch's default initialisers, then initialised: normal weights, zero biases
@@ -211,8 +210,7 @@ def made_here(config, motion, training):
                 made[name] = p
     held = {name: Held("made here", x.detach) for name, x in made.items()}
     replay = cache(partial(replay_motion_qformer, config))  # when it is read: what is missing is said before
-    ours = [name for name in parameters(config) if name.startswith(("motion.qformer.", "motion.queries"))]
-    lost = ours if motion == "replay" else ()
+    lost = [name for name in parameters(config) if motion == "replay" and name.startswith("motion.q")]
     return held | {name: Held("replayed", lambda name=name: replay()[released_name(name)]) for name in lost}
 
 
