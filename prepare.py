@@ -196,11 +196,11 @@ def replay_motion_qformer(config, seed=42):
     return made
 
 
-def made_here(config, motion, training):
-    """{our name: Held} of what no file must hold: what `motion` says, and before `training`, what trains."""
+def made_here(config, motion, new):
+    """{our name: Held} of what no file need hold: motion.ln_vision, .qformer, .queries; new: what trains."""
     norm = torch.nn.LayerNorm(config.vit_dim)  # the released code builds it, and never loads it
     made = norm.state_dict(prefix="motion.ln_vision.")
-    if training:  # starts from a fixed seed
+    if new:  # from a fixed seed
         torch.manual_seed(0)
         branches = torch.nn.ModuleDict({name: Branch(config) for name in config.branches})
         for name, p in branches.named_parameters():
@@ -244,7 +244,7 @@ def weights(args):
     print("motion Q-Former:", motion, flush=True)
     rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
     held = {name: found for name, found in held.items() if not name.startswith(rejected)}
-    made = made_here(config, motion, training=args.hawk is None)
+    made = made_here(config, motion, new=args.hawk is None)
     ours = {}
     for name in parameters(config):
         released = released_name(name)
