@@ -317,10 +317,10 @@ def features(args, dataset=None):
         for key, value in meta.items():
             require(old[key] == value, f"{folder}: has {key} {old[key]!r}, not {value!r}; use another --out")
         data.replace_file(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
-        for i, row in enumerate(rows):
-            row["files"] = [data.cache_file(folder, i, crop) for crop in range(crops)]
-        todo = [i for i, row in enumerate(rows) if not all(map(Path.exists, row["files"]))]
+        files = [[data.cache_file(folder, i, crop) for crop in range(crops)] for i in range(len(rows))]
+        todo = [i for i, found in enumerate(files) if not all(map(Path.exists, found))]
         clips = (dataset or FeatureDataset)(rows, None, model.config)
+        clips.crops = crops
         if device.type == "cpu" or dataset:
             samples = torch.utils.data.DataLoader(clips, None, sampler=todo, num_workers=args.workers)
         else:  # threads share the GPU, which finds the flow in a tenth of the time
@@ -332,7 +332,7 @@ def features(args, dataset=None):
                 tqdm.write(f"note: {sample['error']}", file=sys.stderr)
                 bad.append(json.dumps({"row": sample["index"]} | sample) + "\n")
                 continue
-            for file, streams in zip(rows[sample["index"]]["files"], sample["variants"], strict=True):
+            for file, streams in zip(files[sample["index"]], sample["variants"], strict=True):
                 streams = {name: x[None].to(device) / 255 for name, x in streams.items()}
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.bfloat16):
                     found = model.frame_features(streams)  # {branch: (1, T, Q, C)}
@@ -356,12 +356,12 @@ class FeatureDataset(data.HawkDataset):
 
     def sample(self, i, generator):
         streams, clip = self.read(i, "uniform", None)
-        crops = range(1, len(self.rows[i]["files"]))
-        variants = [data.random_crop(streams, data.clip_generator(CROP_SEED, crop, i)) for crop in crops]
+        generators = [data.clip_generator(CROP_SEED, crop, i) for crop in range(1, self.crops)]
+        variants = [streams, *(data.random_crop(streams, generator) for generator in generators)]
         about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
         video = Path(self.rows[i]["video"])  # a subclass may need no file
         about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # tells if it was replaced
-        return {"index": i, "variants": [streams, *variants], "about": about}
+        return {"index": i, "variants": variants, "about": about}
 
 
 # ---- 3. merge: trained weights, what they are based on and their LoRA -> one folder ------------------------
