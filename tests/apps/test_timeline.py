@@ -561,7 +561,8 @@ def test_annotations(world, cli, tmp_path):
     shutil.copy(video, tmp_path / "frames.mkv")
     rows.append({"video": "frames.mkv", "abnormal": [20, 50]})
     index = write_index(tmp_path, *rows)
-    options = ["--annotations", index, "--window", 3, "--threshold", 0, "--scores", tmp_path / "scores"]
+    options = ["--annotations", index, "--window", 3, "--stride", 2, "--threshold", 0]
+    options += ["--scores", tmp_path / "scores"]
     status, out, err = cli(*options)  # windows: 0-3, 2-5, 4-7 and 4.3-7.3 s
     errors = [line for line in err if "error: " in line]
     assert status == 2 and len(errors) == 2 and all(line.startswith("error: ") for line in errors)
@@ -654,7 +655,8 @@ def test_a_killed_run_resumes(world, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(timeline, "load", None)
     assert cli(*options, "--scores", scores)[1] == out  # all is done
     status, _, err = cli(*options, "--scores", scores, "--window", 3)
-    message = "made with other options (window was 4.0, is 3.0); give another --scores"
+    changed = "stride was 1.0, is 0.75; window was 4.0, is 3.0"  # a quarter of the window
+    message = f"made with other options ({changed}); give another --scores"
     assert status == 2 and err[-1] == f"error: {scores / 'a.json'}: {message}"
     (scores / "a.json").write_text("{}")
     status, _, err = cli(*options, "--scores", scores)
@@ -737,7 +739,8 @@ def test_the_bundled_weights_find_the_event(tmp_path, capfd):
     index = tmp_path / "long.jsonl"
     index.write_text("".join(json.dumps(row) + "\n" for row in rows))
     weights = Path(__file__).parents[2] / "weights" / "tiny"
-    assert timeline.main(["--annotations", str(index), "--weights", str(weights)]) == 0
+    options = ["--annotations", str(index), "--weights", str(weights)]
+    assert timeline.main([*options, "--stride", "2"]) == 0  # twice as fast as by default
     out = capfd.readouterr().out.splitlines()
     assert out[0].split()[:6] == "highest window on an event 100%".split()
     assert out[2].startswith("frame-level AUC") and float(out[2].split()[2]) > 0.9
