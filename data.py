@@ -78,10 +78,10 @@ def check_file(path):
 
 def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, threads=0, patient=False):
     """Runs ffmpeg on one file, without shell or network, and yields lines (bytes): headers, and one a packet;
-    or, given a size, frames: (time stamp in seconds, (size, size, 3) uint8 RGB), where any of the terms
-    holds. VideoError, perhaps only after the last one. log: None, or a list that gets all messages as one
-    text. before, after: options before and after the input. stdin: an open file in place of `path`, without a
-    time limit. patient: no limit. threads: 0 for as many as torch has."""
+    or, given a size, the frames for which any of the terms (of ffmpeg's `select`) holds: (time stamp in
+    seconds, (size, size, 3) uint8 RGB). VideoError, possibly only after the last item. log: None, or a list
+    that gets all messages as one text. before, after: options around the input. stdin: an open file in its
+    place, without a time limit. patient: no limit. threads: 0 for as many as torch has."""
     seconds = threading.TIMEOUT_MAX if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
@@ -806,7 +806,7 @@ def stack(values, pad_id, key=""):
     last one: the towers know still pictures, and the model needs no mask."""
     if isinstance(values[0], dict):
         return {name: stack([value[name] for value in values], pad_id, name) for name in values[0]}
-    if key.endswith(("input_ids", "labels")):
+    if key.endswith(("input_ids", "labels")) and values[0].dim() == 1:
         padding = IGNORE if key.endswith("labels") else pad_id
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     if values[0].dim() == 0:
@@ -867,13 +867,14 @@ class CachedFeatures:
         """Clip whose streams are features. VideoError if there are none of row i, or of another video."""
         file = cache_file(self.folder, i, choice)
         video = self.rows[i]["video"]
+        if not file.exists():
+            raise VideoError(video, self.bad.get(i, f"{file} has gone"))
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata()
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
-        except (OSError, SafetensorError) as error:
-            reason = f"missing or damaged features ({error}); remove {file} and make it again"
-            raise VideoError(video, self.bad.get(i, reason)) from error
+        except SafetensorError as error:
+            raise VideoError(video, f"damaged features ({error}); remove {file} and make it again") from error
         if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
             raise VideoError(video, f"is another video now; remove {file} and make it again")
         return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))

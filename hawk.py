@@ -7,7 +7,8 @@
     model = Hawk.from_pretrained("weights/tiny")
     encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
     ids = model.generate(encoding, input_ids)  # lists of new token ids
-B batch, T frames, Q queries, S tokens, N soft ones, V words, C width of ViT, Q-Former, D of LLaMA, h heads"""
+B clips, T frames, Q queries, S tokens, N soft ones (in the ViT: images), V words; h heads, each of width d;
+C: width of ViT or Q-Former, D: of LLaMA"""
 
 import hashlib
 import json
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 COMPARED = ("appearance", "motion")  # the branches whose features the consistency loss compares
-FROZEN = ("ln_vision", "queries", "qformer")  # the frame-level part of a branch: BLIP-2's
+FROZEN = ("ln_vision", "queries", "qformer")  # the frame-level part of a branch, as in BLIP-2
 
 # ---- Configuration -----------------------------------------------------------------------------------------
 # A clip on its way (rows 2 to 5: a branch)   7b: shape        parameters    tiny: shape       parameters
@@ -236,7 +237,7 @@ class Branch(nn.Module):
         super().__init__()
         dim = config.qformer_dim
         D = config.llama_dim
-        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # BLIP-2's, like all that FROZEN names
+        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # as in BLIP-2, like all that FROZEN names
         self.queries = nn.Parameter(0.02 * torch.randn(1, config.n_queries, dim))
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
         # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
@@ -553,7 +554,7 @@ class Hawk(nn.Module):
 
     def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None, mark=None):
         """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`). With
-        `base`, where training started from, only what trains, and its name and fingerprint (or `mark`)."""
+        `base` (where training started), only what trains, and name and fingerprint (or `mark`) of that."""
         folder = Path(folder)
         require(base is None or folder.resolve() != Path(base).resolve(), f"{folder}: is itself the base")
         folder.mkdir(parents=True, exist_ok=True)

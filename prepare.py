@@ -197,7 +197,8 @@ def replay_motion_qformer(config, seed=42):
 
 
 def made_here(config, motion, new):
-    """{our name: Held} of what no file need hold: motion.ln_vision, .qformer, .queries; new: what trains."""
+    """{our name: Held}: the motion branch's ln_vision; its Q-Former and queries, if they are replayed; if the
+    training is `new`, what trains."""
     norm = torch.nn.LayerNorm(config.vit_dim)  # the released code builds it, and never loads it
     made = norm.state_dict(prefix="motion.ln_vision.")
     if new:  # from a fixed seed
@@ -222,8 +223,8 @@ def weights(args):
     given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
     held = {}
-    sources = {}  # where folders hold a tensor, and where the files that were named do
-    for path in sorted(dict.fromkeys(given), key=Path.is_file):  # which replace what folders hold
+    sources = {}  # {(whether it was named, tensor): file}
+    for path in sorted(dict.fromkeys(given), key=Path.is_file):  # named files replace what folders hold
         shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in shards if path.is_dir() else [path]:
             for name, (key, _) in open_tensors(file).items():
@@ -248,6 +249,7 @@ def weights(args):
     ours = {}
     for name in parameters(config):
         released = released_name(name)
+        # copied: the motion branch takes what there is for appearance
         copied = motion == "blip2" if is_frame_level(name) else args.video_llama and "video_" in released
         other = ours.get(name.replace("motion.", "appearance.")) if copied else made.get(name)
         ours[name] = held.pop(released, None) or other
@@ -296,7 +298,7 @@ def write_folder(out, config, held, dtypes, source):
 def features(args, dataset=None):
     """Computes the frozen part of every clip once, for training without videos, ViT and frame Q-Formers.
 
-    Reads DATA/train.jsonl and test.jsonl, writes OUT/train and OUT/test: --crops files for each clip. Files
+    Reads DATA/train.jsonl and test.jsonl, writes OUT/train (--crops files for each clip) and OUT/test. Files
     that are there are kept: a second run resumes. A folder of other weights or settings is refused."""
     require(args.crops > 0, "--crops must be at least 1")
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
@@ -353,6 +355,8 @@ def read_ahead(function, items, threads):
 
 class FeatureDataset(data.HawkDataset):
     """Clips without their texts: the variants of each, and what the cache notes about it."""
+
+    crops = 1  # variants of a clip: the whole picture, then others
 
     def sample(self, i, generator):
         streams, clip = self.read(i, "uniform", None)
@@ -429,12 +433,12 @@ def main(argv=None):
             add(f"--{key}", type=Path, required=key not in OPTIONAL, help=PATHS[key])
         if run is weights:
             ways = ["auto", "checkpoint", "replay", "blip2"]
-            about = "from --hawk, redrawn from the released seed, or copied; auto: the first that can be"
+            about = "auto: from a checkpoint that holds it, else replay (of the seed) with --hawk, else blip2"
             add("--motion-qformer", choices=ways, default="auto", help=about)
         if run in (weights, merge):
             about = "fields of config.json, such as vit_heads=16"
             add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=about)
-            about = "of the files; by default as stored, but a converted LLaMA in bfloat16"
+            about = "of the files; default: as stored; a converted LLaMA bfloat16, what LoRA corrects float32"
             add("--dtype", choices=("float16", "bfloat16", "float32"), help=about)
         if run is features:
             add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")

@@ -1,4 +1,4 @@
-"""Ask a trained model about a video. In this file: load, encode, answer, chat, the command line.
+"""Ask a trained model about a video. In this file: kernels and int8, from a video to an answer, chat.
 
     python sample.py examples/crossing.mp4                  # "Can you describe the anomaly …?"
     python sample.py a.mp4 b.mp4 --question "Where is it?"  # one line a video, "PATH: answer"
@@ -28,7 +28,8 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 WEIGHTS = TINY.with_name("hawk-7b" if TINY.with_name("hawk-7b").is_dir() else "tiny")  # the default
 TINY_NOTE = "weights/tiny knows the toy world only; the README says how to get the 7B weights"
 HELP = """Type a question. ctrl-C stops an answer, /new forgets earlier rounds, /quit or ctrl-D ends the chat.
-weights/tiny knows: What happens? Who is involved? Where is it? When does it happen? Why is it dangerous?"""
+weights/tiny knows: What happens? Who is involved? Where is it? When does it happen? Why is it dangerous?
+How many road users are on their way?"""
 Seen = namedtuple("Seen", "path clip encoding seconds")  # a video; seconds: {"read", "encode"}
 Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_mb notes")  # as --json has it
 
@@ -94,7 +95,7 @@ def load(weights, device=None, dtype=None, int8=False, compile=False):
     # rounding to int8 happens on the CPU, so that the device never holds the larger matrices
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, getattr(torch, dtype))
     require(not (int8 and model.config.lora_rank), "--int8 is for weights without LoRA: prepare.py merge")
-    if int8 or compile:  # both need a C compiler, which the default does not
+    if int8 or compile:  # on a GPU, both need a C compiler, which the default does not
         for name, module in list(model.llama.named_modules()):
             # q, k and v, or gate and up, are faster by inductor, which multiplies by all at once; not in int8
             if type(module) is torch.nn.Linear and (int8 or name.endswith(("down_proj", "lm_head"))):

@@ -1,7 +1,7 @@
 """Training: stage 1 (captions) and stage 2 (questions) of the paper, Sec. 3.3. One loop, one process or many.
 
-    python train.py --weights weights/start --stage 1 --data data/webvid --out runs/stage1
-    python train.py --weights runs/stage1/last --stage 2 --data data/hawk --out runs/stage2
+    python train.py --weights weights/start --stage 1 --data data/webvid --out runs/stage1 --recipe released
+    python train.py --weights runs/stage1/last --stage 2 --data data/hawk --out runs/stage2 --steps 10000
     torchrun --standalone --nproc_per_node=4 train.py …    # the same options
     python train.py … --resume                             # continues from OUT/last
 
@@ -55,7 +55,7 @@ class HawkTask:
             samples.features = data.CachedFeatures(*cache)
             require(not samples.augment or samples.features.choices > 1, "--augment: --features lack --crops")
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
-            typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # of two minutes
+            typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # a message's length
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
             lost = sum(len(tokenizer.encode_conversation(qa, *typical)[0]) > args.max_tokens for qa in qas)
             if lost:  # these do not teach when to stop

@@ -4,7 +4,7 @@
     python -m apps.timeline --video long.mp4 --json            # one object a window, as soon as it closes
     python -m apps.timeline --video long.mp4 --plot curve.png --out-video with_curve.mp4
     tail -c +1 -f growing.ts | python -m apps.timeline --video - --json    # a stream, or a growing file
-    python -m apps.timeline --annotations data/toy/long.jsonl  # how well it finds what was annotated
+    python -m apps.timeline --annotations data/long/long.jsonl # how well it finds what was annotated
     torchrun --standalone --nproc_per_node=4 -m apps.timeline --annotations INDEX --scores DIR
 
 The video is decoded once, from front to back, and only the frames of the open window are held. The frames of
@@ -516,7 +516,7 @@ def parse_args(argv=None):
     )
     told = "seconds (default: as long as the clips that the weights were trained on, else 4)"
     add("--window", type=number(float, 0.05), metavar="S", help=told)
-    told = "seconds from one window to the next (default: a quarter of a window)"
+    told = "seconds from one window to the next (default: a quarter of a window, at most 2)"
     add("--stride", type=number(float, 0.05), metavar="S", help=told)
     add_score_options(add, "--score")
     add("--threshold", type=number(float, 0, 1), default=0.5, help="scores that stand out (default: 0.5)")
@@ -538,7 +538,7 @@ def parse_args(argv=None):
     if args.kinds and args.score == "yes":
         p.error("--kinds is for --score contrast")
     args.window = args.window or clip_seconds(args.weights)
-    args.stride = args.stride or args.window / 4
+    args.stride = args.stride or min(2.0, args.window / 4)
     if args.stride > args.window:
         p.error("--stride is longer than --window: what lies between two windows would not be seen")
     outputs = [Path(file) for file in (args.plot, args.out_video) if file]

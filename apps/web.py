@@ -46,7 +46,7 @@ from sample import (
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # those that the small weights know
-QUESTIONS = [DESCRIBE_QUESTIONS[0], *re.findall(r"\w[^?:]*\?", HELP.splitlines()[-1])]
+QUESTIONS = [DESCRIBE_QUESTIONS[0], *re.findall(r"\w[^?:]*\?", " ".join(HELP.splitlines()[1:]))]
 MAX_USERS = 32  # whose clips are held, 10 MB each at the real size; beyond it the oldest user is forgotten
 MAX_BEAMS = 8
 MAX_CHARACTERS = 4000  # of a question
