@@ -300,7 +300,7 @@ def all_sentences(args, kinds):
         raise ValueError(f"{file}: has no sentence for {missing[0]}")
     if missing:
         sentences |= {kind: SHOWS.format(SHOWN.get(kind, words(kind))) for kind in missing}
-        replace_file(file, json.dumps(sentences, indent=1, ensure_ascii=False) + "\n")
+        replace_file(file, as_json(sentences))
     return {kind: sentences[kind].strip() for kind in kinds}, file
 
 
@@ -391,15 +391,21 @@ def make_index(args):
 def write(out, splits, phrases, about, report):
     """All files of OUT. train.jsonl disappears first and comes last, so that a run that is killed in between
     leaves nothing to train on with the other half of another split."""
+    files = {"report.json": as_json(report), "kinds.json": as_json(phrases), "clips.json": as_json(about)}
+    for split in ("test", "train"):
+        files[f"{split}.jsonl"] = b"".join(map(as_line, splits[split]))
+    # what cannot be written as JSON has failed by now, while the earlier index is still there
     (out / "train.jsonl").unlink(missing_ok=True)
     (out / "test.jsonl").unlink(missing_ok=True)
-    replace_file(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    replace_file(out / "kinds.json", json.dumps(phrases, indent=1, ensure_ascii=False) + "\n")
-    replace_file(out / "clips.json", json.dumps(about, ensure_ascii=False) + "\n")
-    for split in ("test", "train"):
-        lines = "".join(json.dumps(row) + "\n" for row in splits[split])
-        if lines:
-            replace_file(out / f"{split}.jsonl", lines)
+    for name, content in files.items():
+        if content:
+            replace_file(out / name, content)
+
+
+def as_json(value):
+    """Bytes, in which letters stay as they are. Only what is not UTF-8 in the name of a file is escaped:
+    Python shows it as lone surrogates, and what backslashreplace makes of these is how JSON escapes them."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def tell(args, sentences, file, report):

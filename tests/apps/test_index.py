@@ -313,6 +313,39 @@ def test_a_kill_between_two_files_leaves_no_mixed_split(clips, tmp_path, monkeyp
     assert not (tmp_path / "train.jsonl").exists()
 
 
+def test_names_that_are_not_utf8(few, tmp_path, capsys):
+    """A file and a folder as they come from another system's archive."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as run_program does
+    video = sorted((few / "fire").iterdir())[0]
+    video.rename(video.with_name(os.fsdecode(b"cam9_\xe9t\xe9.mp4")))
+    (few / "normal" / os.fsdecode(b"\xff.txt")).write_text("no video")
+    kind = os.fsdecode(b"br\xfblant")
+    (few / "fire").rename(few / kind)
+    out = tmp_path / "out"
+    said = {"normal": "The clip shows nothing, être."}
+    out.mkdir()
+    (out / "sentences.json").write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+    for _ in range(2):  # the second run reads what the first has written
+        assert run(few, "--out", out, "--test", 0) == 0
+    assert {row["video"] for row in read_index(out / "train.jsonl")} == {str(p) for p in few.rglob("*.mp4")}
+    assert read(out / "kinds.json").keys() == read(out / "sentences.json").keys() == {kind, "normal"}
+    assert read(out / "report.json")["unreadable"][0]["video"] == str(
+        few / "normal" / os.fsdecode(b"\xff.txt")
+    )
+    assert "être" in (out / "sentences.json").read_text(encoding="utf-8")  # still easy to edit
+
+
+def test_what_cannot_be_written_leaves_the_earlier_index(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("earlier")
+    with pytest.raises(TypeError):
+        index.write(tmp_path, {"train": [{}], "test": []}, {}, {}, {"no JSON": object()})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "train.jsonl": "earlier",
+        "test.jsonl": "earlier",
+    }
+
+
 def copy_a_clip(folder):
     shutil.copy(sorted((folder / "fire").iterdir())[0], folder / "normal")
 
