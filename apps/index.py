@@ -352,11 +352,10 @@ def find_clash(phrases, rows):
 def make_index(args):
     folder = args.folder or args.csv.parent
     clips = find_in_table(args.csv, folder) if args.csv else find_in_folders(folder, args.out)
-    clips, rule = find_groups(clips, args.group)
     args.out.mkdir(parents=True, exist_ok=True)
     kinds = sorted({clip.kind for clip in clips})
     sentences, file = all_sentences(args, kinds)
-    rows = {clip: make_row(clip, sentences[clip.kind], args.fps, args.yes_no) for clip in clips}
+    rows = {clip.video: make_row(clip, sentences[clip.kind], args.fps, args.yes_no) for clip in clips}
     phrases = find_phrases(sentences, rows.values(), file)  # before the long part
 
     checked = check_clips(clips, args.out, args.fps)
@@ -365,10 +364,11 @@ def make_index(args):
     for kind in sorted(set(kinds) - {clip.kind for clip in good}):
         first = next(error for clip, error in errors.items() if clip.kind == kind)
         raise ValueError(f"not one clip of {kind} can be read; the first: {first}")
+    good, rule = find_groups(good, args.group)  # a stray file is no recording
     chosen = held_out(good, args.test, args.seed)
     splits = {"train": [], "test": []}
     for clip in good:
-        splits["test" if clip.group in chosen else "train"].append(rows[clip])
+        splits["test" if clip.group in chosen else "train"].append(rows[clip.video])
 
     counts = {kind: {} for kind in kinds}
     for kind in kinds:

@@ -114,6 +114,39 @@ def test_the_seed_decides(clips, tmp_path):
     assert tests[0] == tests[2] != tests[1]
 
 
+@pytest.fixture
+def videos_only(monkeypatch):
+    """Every .mp4 can be read, whatever is in it, and nothing else."""
+
+    def check(video, fps):
+        return {"seconds": 4, "notes": [], "error": "" if Path(video).suffix == ".mp4" else "no video"}
+
+    monkeypatch.setattr(index, "check", check)
+
+
+def folders(folder, clips):
+    """FOLDER/KIND/NAME for {kind: names}; each file is different."""
+    for kind, names in clips.items():
+        (folder / kind).mkdir(parents=True)
+        for name in names:
+            (folder / kind / name).write_text(f"{kind} {name}")
+    return folder
+
+
+def test_a_stray_file_is_no_recording(tmp_path, videos_only, capsys):
+    """With it a kind whose clips are called fall_1, fall_2 … would seem to have two recordings."""
+    names = {kind: [f"{kind}_{number}.mp4" for number in range(5)] for kind in ("fall", "normal")}
+    assert run(folders(tmp_path / "clean", names), "--out", tmp_path / "one") == 0
+    strays = {kind: [*some, "readme.txt"] for kind, some in names.items()}
+    assert run(folders(tmp_path / "stray", strays), "--out", tmp_path / "two") == 0
+    tables = capsys.readouterr().out.splitlines()
+    assert [line.split()[1:4] for line in tables if line.startswith("fall")] == [
+        ["4", "1", "0"],
+        ["4", "1", "1"],
+    ]
+    assert read(tmp_path / "one/report.json")["rule"] == read(tmp_path / "two/report.json")["rule"]
+
+
 def some(*names):
     return [index.Clip(Path(name), Path(name).parent.name, "", name, "") for name in names]
 
