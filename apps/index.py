@@ -91,7 +91,6 @@ def find_in_folders(folder, out):
             raise ValueError(f"{path}: is one clip made of pictures; put this folder into that of its kind")
         clips += [Clip(video, path.name.lower(), "", f"{path.name}/{video.name}", "") for video in found]
     check_kinds(clips, folder)
-    check_copies(clips)
     return clips
 
 
@@ -106,7 +105,8 @@ def check_kinds(clips, where):
 
 
 def check_copies(clips):
-    """ValueError for one clip in two class folders under the same name: one of them is the wrong folder."""
+    """ValueError for one clip in two class folders under the same name: one of them is the wrong folder.
+    clips: those that can be read; the same Thumbs.db may be everywhere."""
     earlier = {}
     for clip in clips:
         for other in earlier.setdefault(clip.video.name, []):
@@ -364,6 +364,8 @@ def make_index(args):
     for kind in sorted(set(kinds) - {clip.kind for clip in good}):
         first = next(error for clip, error in errors.items() if clip.kind == kind)
         raise ValueError(f"not one clip of {kind} can be read; the first: {first}")
+    if not args.csv:
+        check_copies(good)
     good, rule = find_groups(good, args.group)  # a stray file is no recording
     chosen = held_out(good, args.test, args.seed)
     splits = {"train": [], "test": []}

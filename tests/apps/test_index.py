@@ -147,6 +147,18 @@ def test_a_stray_file_is_no_recording(tmp_path, videos_only, capsys):
     assert read(tmp_path / "one/report.json")["rule"] == read(tmp_path / "two/report.json")["rule"]
 
 
+def test_what_is_no_clip_may_be_in_two_folders(tmp_path, videos_only):
+    clips = folders(
+        tmp_path / "clips", {kind: [f"{kind}_{n}.mp4" for n in range(2)] for kind in ("fall", "normal")}
+    )
+    for kind in ("fall", "normal"):
+        (clips / kind / "Thumbs.db").write_text("the same")
+        (clips / kind / "gone").symlink_to(tmp_path / "nowhere")
+    assert run(clips, "--out", tmp_path / "out") == 0
+    left_out = [Path(bad["video"]).name for bad in read(tmp_path / "out/report.json")["unreadable"]]
+    assert left_out == ["Thumbs.db", "gone"] * 2
+
+
 def some(*names):
     return [index.Clip(Path(name), Path(name).parent.name, "", name, "") for name in names]
 
