@@ -16,8 +16,8 @@ another kind. Sentences that begin alike are learned fastest.
 
 Clips cut from one recording stay on one side of the split. What a recording is, the table says (column
 "group"), or --group REGEX, the part of each name that it matches, or else the name before its last number:
-cam3_0007.mp4 is of cam3_. If that makes all clips of a kind one recording, each clip counts as its own. The
-last lines of the output say which rule was used.
+cam3_0007.mp4 is of cam3_. If that makes all clips of a kind one recording, each clip of this kind counts as
+its own. Only clips that can be read count. The last lines of the output say which rule was used.
 """
 
 import csv
@@ -173,10 +173,17 @@ def find_groups(clips, pattern):
         groups = [clip.group or clip.name for clip in clips]
         return with_groups(clips, groups), 'a recording is what the column "group" says'
     grouped = with_groups(clips, [before_last_number(clip.video) for clip in clips])
-    if any(n < 2 for n in groups_of_kinds(grouped).values()):
-        rule = "each clip is a recording of its own, as their names do not tell recordings apart"
-        return with_groups(clips, [clip.name for clip in clips]), rule + " (--group REGEX can)"
-    return grouped, "a recording is the part of the file names before the last number"
+    rule = "a recording is the part of the file names before the last number"
+    alike = [kind for kind, n in sorted(groups_of_kinds(grouped).items()) if n < 2]
+    if not alike:
+        return grouped, rule
+    # their numbers count the clips of the kind; the other kinds keep their recordings
+    groups = [clip.name if clip.kind in alike else clip.group for clip in grouped]
+    told = f"of {', '.join(alike)} each clip is a recording of its own, as their names do not tell recordings"
+    told += " apart (--group REGEX can)"
+    if any(clip.kind not in alike for clip in clips):
+        told += f"; elsewhere {rule}"
+    return with_groups(clips, groups), told
 
 
 def with_groups(clips, groups):

@@ -159,6 +159,19 @@ def test_what_is_no_clip_may_be_in_two_folders(tmp_path, videos_only):
     assert left_out == ["Thumbs.db", "gone"] * 2
 
 
+def test_a_kind_without_recordings_leaves_those_of_the_others(tmp_path, videos_only, capsys):
+    cameras = [f"cam{camera}_{number}.mp4" for camera in range(1, 6) for number in range(4)]
+    names = {"fall": [f"fall_{number:02}.mp4" for number in range(5)], "fire": cameras, "normal": cameras}
+    assert run(folders(tmp_path / "clips", names), "--out", tmp_path / "out") == 0
+    sides = {
+        split: {Path(row["video"]).name for row in some} for split, some in rows_of(tmp_path / "out").items()
+    }
+    trained, tested = ({name[:4] for name in names if "cam" in name} for names in sides.values())
+    assert tested and not trained & tested
+    assert sum("fall" in name for name in sides["test"]) == 1
+    assert "note: of fall each clip is a recording of its own" in capsys.readouterr().err
+
+
 def some(*names):
     return [index.Clip(Path(name), Path(name).parent.name, "", name, "") for name in names]
 
@@ -173,6 +186,11 @@ def test_what_a_recording_is():
     numbered = some("a/a_1.mp4", "a/a_2.mp4", "b/x1.mp4", "b/y2.mp4")
     clips, rule = index.find_groups(numbered, None)
     assert len({clip.group for clip in clips}) == 4 and "each clip is a recording of its own" in rule
+    assert "elsewhere" in rule
+    clips, rule = index.find_groups(some("a/a_1.mp4", "a/a_2.mp4", "b/b_1.mp4", "b/b_2.mp4"), None)
+    assert (
+        len({clip.group for clip in clips}) == 4 and "of a, b each clip" in rule and "elsewhere" not in rule
+    )
     clips, rule = index.find_groups(some(*names), "cam[0-9]")
     assert [clip.group for clip in clips] == ["cam3", "cam4", "cam3", "b/street.mp4"] and "cam[0-9]" in rule
     told = [clip._replace(group=group) for clip, group in zip(some(*names), ["x", "", "x", "y"], strict=True)]
