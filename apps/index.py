@@ -283,17 +283,23 @@ def check(video, fps):
 
 # ---- What is said of it ------------------------------------------------------------------------------------
 def read_sentences(file, kinds):
-    """{kind: sentence} from the file; {} if there is none. Raises ValueError that names the file."""
+    """{kind: sentence} from the file, kinds in lower case as everywhere; {} if there is none.
+    Raises ValueError that names the file."""
     try:
         sentences = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON ({error})") from None
     if not isinstance(sentences, dict) or not all(isinstance(text, str) for text in sentences.values()):
         raise ValueError(f'{file}: must be JSON like {{"fall": "A person falls to the ground."}}')
-    for kind, text in sentences.items():
+    by_kind = {}
+    for name, text in sentences.items():
+        kind = name.lower()
+        if kind in by_kind:
+            raise ValueError(f"{file}: has two sentences for {kind}; keep one of them")
         if kind in kinds and not without_stop(text):
             raise ValueError(f"{file}: the sentence of {kind} is empty")
-    return sentences
+        by_kind[kind] = text
+    return by_kind
 
 
 def all_sentences(args, kinds):

@@ -234,6 +234,7 @@ def test_sentences_can_be_edited_and_decide_the_phrases(clips, tmp_path, capsys)
     ({"fire": "It burns.", "normal": " . "}, "the sentence of normal is empty"),
     ({"fire": "It burns.", "normal": 3}, "must be JSON like"),
     ({"fire": "It burns."}, "has no sentence for normal"),
+    ({"fire": "It burns.", "Fire": "Fire.", "normal": "Fine."}, "has two sentences for fire; keep one"),
     (None, "is not JSON"),
 ])  # fmt: skip
 def test_sentences_that_are_refused(few, tmp_path, capsys, said, words):
@@ -243,6 +244,21 @@ def test_sentences_that_are_refused(few, tmp_path, capsys, said, words):
     err = capsys.readouterr().err
     assert err.startswith(f"error: {file}: ") and words in err and err.count("\n") == 1
     assert not (tmp_path / "out/train.jsonl").exists()
+
+
+def test_sentences_are_found_in_any_case(tmp_path, videos_only):
+    clips = folders(tmp_path / "clips", {"Fall": ["a.mp4"], "NORMAL": ["b.mp4"]})
+    said = {"Fall": "Somebody falls.", "normal": "All is well."}
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps(said))
+    assert run(clips, "--out", tmp_path / "one", "--sentences", given) == 0
+    out = tmp_path / "two"
+    out.mkdir()
+    (out / "sentences.json").write_text(json.dumps({"FALL": said["Fall"]}))
+    assert run(clips, "--out", out) == 0  # this one lacks a sentence
+    for folder in (tmp_path / "one", out):
+        assert "Somebody falls." in {row["description"] for row in read_index(folder / "train.jsonl")}
+    assert read(out / "sentences.json") == {"fall": said["Fall"], "normal": "The clip shows nothing unusual."}
 
 
 def test_a_table(clips, tmp_path, capsys):
