@@ -133,11 +133,20 @@ def find_in_table(file, folder):
     except UnicodeDecodeError:
         raise ValueError(f"{file}: is not UTF-8; save it as such") from None
     semicolons = ";" in text.partition("\n")[0]  # as spreadsheets write where the comma is for decimals
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",", strict=True)
+    # spaces after commas are no part of a name, nor do they keep quotes from being quotes
+    options = {"delimiter": ";" if semicolons else ",", "skipinitialspace": True, "strict": True}
+    reader = csv.DictReader(io.StringIO(text, newline=""), **options)
     separators = "semicolons" if semicolons else "commas"
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ValueError(f"{file}: has no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
+    try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    except csv.Error as error:
+        raise ValueError(f"{file}, line 1: {error}") from None
+    for name in COLUMNS:
+        if name not in reader.fieldnames:
+            raise ValueError(f"{file}: has no column {name!r}; needed are {', '.join(COLUMNS)}")
+    for name in (*COLUMNS, "group"):
+        if reader.fieldnames.count(name) > 1:
+            raise ValueError(f"{file}: has two columns {name!r}; keep one of them")
     clips = []
     first = {}
     try:

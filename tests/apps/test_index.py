@@ -283,6 +283,21 @@ def test_a_table(clips, tmp_path, capsys):
     assert not cameras[0] & cameras[1]
 
 
+@pytest.mark.parametrize("header", [
+    "Video,Description,Kind,Group",
+    "video, description, kind, group",
+    ' "VIDEO", "Description ", Kind , "group"',
+])  # fmt: skip
+def test_columns_are_found_in_any_case_and_spacing(tmp_path, header):
+    table = tmp_path / "a.csv"
+    table.write_text(f'{header}\nx.mp4, "Red, hot", Fire, one\ny.mp4,, normal, two\n')
+    clips = index.find_in_table(table, tmp_path)
+    assert [clip[1:] for clip in clips] == [
+        ("fire", "Red, hot", "x.mp4", "one"),
+        ("normal", "", "y.mp4", "two"),
+    ]
+
+
 def test_a_phrase_that_others_use_gives_way_to_the_whole_sentence(few, tmp_path):
     videos = [str(path) for path in sorted(few.rglob("*.mp4"))]
     texts = ["", "", "Far from a fire.", ""]
@@ -466,6 +481,8 @@ def test_errors_of_folders(few, tmp_path, capsys, spoil, words):
 @pytest.mark.parametrize("text, words", [
     ("video,kind\nx.mp4,fire\n", "has no column 'description'"),
     ("", "has no column 'video'"),
+    ("video,description,kind,Kind\nx.mp4,,fire,normal\n", "has two columns 'kind'; keep one"),
+    ('"video,description,kind\nx.mp4,,fire\n', "a.csv, line 1: "),
     ("video,description,kind\nx.mp4,,\n", "line 2: needs a video and a kind"),
     ("video,description,kind\nx.mp4,,fire\n", "has only one kind (fire)"),
     ("video,description,kind\nx.mp4,,fire\ny.mp4,,normal\nx.mp4,,normal\n", "x.mp4 stands in line 2 already"),
