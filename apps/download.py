@@ -10,14 +10,17 @@ second call resumes where a first one was stopped. `prepare.py weights` then mak
 the files. LLaMA-2 needs an account that has accepted its licence, and `hf auth login`.
 """
 
+import errno
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from apps import run_program
+from apps.scores import lock
 from prepare import read_json
 from sample import make_parser, note, print_error
 
@@ -46,6 +49,7 @@ HINTS = {
     "GatedRepoError": "accept its licence at https://huggingface.co/REPO, then run `hf auth login` here",
     "RepositoryNotFoundError": "it is not on the hub (any more), or is private: try `hf auth login`",
 }
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @dataclass
@@ -60,13 +64,25 @@ class Download:
 
 
 def ask(where, function, *arguments, **options):
-    """Calls huggingface-hub; its errors become one line."""
+    """Calls huggingface-hub; its errors become one line. Those of the disk are left to `writing`."""
     try:
         return function(*arguments, **options)
     except Exception as error:  # their classes change with the HTTP client that the library uses
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
         name = type(error).__name__
         hint = HINTS.get(name, f"cannot be reached, or the connection was lost: try again ({name})")
         raise ValueError(f"{where}: {hint.replace('REPO', where)}") from error
+
+
+@contextmanager
+def writing(path):
+    """What the disk refuses becomes one line that names the file or folder: by itself it names neither."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room, or choose a folder on another disk, then run this again"
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); {hint}") from error
 
 
 def hub_files(name, out):
@@ -92,7 +108,7 @@ def vision_shards(repo, index):
     """The shards of a BLIP-2 repository that hold more than its language model."""
     from huggingface_hub import hf_hub_download
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, writing(scratch):
         file = ask(repo, hf_hub_download, repo, index, local_dir=scratch)
         shard_of = read_json(Path(file), "weight_map")["weight_map"]
     return sorted({shard for name, shard in shard_of.items() if not name.startswith("language_")})
@@ -117,11 +133,26 @@ def in_parts(where, url, file, size, headers):
     def fetch():
         part = part_of(file)
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as f:  # resumes from what an earlier call has left
+        with writing(part), part.open("ab") as f:
+            lock(f)  # what two calls append to one part is no file
+            if download.done:  # by another call, while this one waited
+                part.unlink(missing_ok=True)
+                return
+            resume(f, size)
             ask(where, http_get, url, f, resume_size=f.tell(), **options)
-        part.rename(file)
+            f.flush()
+            part.rename(file)
 
-    return Download(file, size, fetch)
+    download = Download(file, size, fetch)
+    return download
+
+
+def resume(f, size):
+    """Goes to the end of what an earlier call has left, or empties the part if it cannot be of this file."""
+    f.seek(0, 2)
+    if f.tell() > size:
+        f.seek(0)
+        f.truncate()
 
 
 def part_of(file):

@@ -4,6 +4,7 @@ The real hub is not asked, so this shows that the requests fit the installed hug
 published repositories still hold these files.
 """
 
+import errno
 import json
 import re
 from hashlib import sha256
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apps import download
+from apps import download, scores
 from hawk import Hawk, HawkConfig
 
 INDEX = {
@@ -94,7 +95,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     """A server that the library asks instead of the hub. Returns a function: arguments -> exit status."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks often for its shutdown
     address = f"http://127.0.0.1:{server.server_port}"
     Hub.asked, Hub.tokens, Hub.gated = [], [], ()
     monkeypatch.setenv("HF_TOKEN", "hf_test")
@@ -240,3 +241,41 @@ def test_clear_messages(hub, monkeypatch, capsys):
     assert "eva_vit_g.pth.gone: cannot be reached" in error_of("vit")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached" in error_of("hawk")
+
+
+def only_error(capsys):
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("what", ["vit", "blip2"])  # blip2: its index is read before the download
+def test_a_full_disk_is_not_called_a_lost_connection(hub, part, monkeypatch, capsys, what, number):
+    def write(*_, **__):
+        raise OSError(number, "the disk says no")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", write)
+    assert hub("--out", "d", "--what", what) == 2
+    error = only_error(capsys)
+    assert "cannot be written (the disk says no); make room" in error and "connection" not in error
+    assert what == "blip2" or "d/eva_vit_g.pth.part: " in error
+    assert part.stat().st_size == 5000  # to resume from
+
+
+def test_a_part_longer_than_the_file_begins_again(hub, tmp_path, part):
+    part.write_bytes(b"x" * (len(FILES["/eva_vit_g.pth"]) + 1))
+    assert hub("--out", "d", "--what", "vit") == 0
+    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"] and not part.exists()
+
+
+def test_two_downloads_at_once(hub, tmp_path, part, monkeypatch, capsys):
+    monkeypatch.setattr(scores, "LOCK_SECONDS", 0)
+    with part.open("ab") as f:
+        scores.lock(f)
+        assert hub("--out", "d", "--what", "vit") == 2
+        assert "another process is writing to it" in only_error(capsys) and part.stat().st_size == 5000
+        # the other one ends while this one waits
+        end = tmp_path / "d/eva_vit_g.pth"
+        monkeypatch.setattr(download, "lock", lambda _: end.write_bytes(FILES["/eva_vit_g.pth"]))
+        assert hub("--out", "d", "--what", "vit") == 0 and [*end.parent.iterdir()] == [end]
