@@ -55,12 +55,12 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 @dataclass
 class Download:
     file: Path
-    size: int  # bytes
+    size: int | None  # bytes, if the server gives them
     fetch: Callable  # downloads the file
 
     @property
     def done(self):
-        return self.file.is_file() and self.file.stat().st_size == self.size
+        return self.file.is_file() and self.size in (None, self.file.stat().st_size)
 
 
 def ask(where, function, *arguments, **options):
@@ -150,7 +150,7 @@ def in_parts(where, url, file, size, headers):
 def resume(f, size):
     """Goes to the end of what an earlier call has left, or empties the part if it cannot be of this file."""
     f.seek(0, 2)
-    if f.tell() > size:
+    if size is None or f.tell() > size:  # of an unknown size: nobody can tell how much of it is missing
         f.seek(0)
         f.truncate()
 
@@ -159,12 +159,17 @@ def part_of(file):
     return file.with_name(file.name + ".part")
 
 
+def sum_sizes(downloads):
+    """Bytes, as far as the servers give them."""
+    return sum(download.size or 0 for download in downloads)
+
+
 def check_space(out, missing):
     """ValueError if what is still to be downloaded does not fit on the disk."""
-    needed = sum(download.size for download in missing)
+    needed = sum_sizes(missing)
     for download in missing:
         part = part_of(download.file)
-        if part.is_file():
+        if part.is_file() and download.size is not None:
             needed -= part.stat().st_size
     free = shutil.disk_usage(out).free
     if needed > free:
@@ -179,7 +184,7 @@ def list_files(names, out):
         try:
             files = find_files(name, out)
             sizes = {file.file: file.size for file in files}
-            total += sum(file.size for file in files if not file.done)
+            total += sum_sizes([file for file in files if not file.done])
             show(sizes, {file.file for file in files if file.done})
         except ValueError as error:
             note(f"note: {error}; this is what is known without asking")
@@ -219,7 +224,7 @@ def download(names, out):
     files = [file for name in names for file in find_files(name, out)]
     missing = [file for file in files if not file.done]
     show({file.file: file.size for file in files}, {file.file for file in files if file.done})
-    print(f"{sum(file.size for file in missing) / 1e9:8.3f} GB  to download", flush=True)
+    print(f"{sum_sizes(missing) / 1e9:8.3f} GB  to download", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     check_space(out, missing)
     for file in missing:

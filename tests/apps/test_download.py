@@ -45,13 +45,14 @@ FILES = {"/eva_vit_g.pth": bytes(range(256)) * 40, "/blip2.pth": b"qformer" * 50
 
 class Hub(BaseHTTPRequestHandler):
     asked, tokens, gated = [], [], ()
+    lengths = True
 
     def log_message(self, *_):
         pass
 
     def reply(self, status, body=b"", **headers):
         self.send_response(status)
-        for key, value in ({"Content-Length": len(body)} | headers).items():
+        for key, value in ({"Content-Length": len(body)} | headers if Hub.lengths else headers).items():
             self.send_header(key.replace("_", "-"), str(value))
         self.end_headers()
         if self.command == "GET":
@@ -98,6 +99,7 @@ def hub(monkeypatch, tmp_path):
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks often for its shutdown
     address = f"http://127.0.0.1:{server.server_port}"
     Hub.asked, Hub.tokens, Hub.gated = [], [], ()
+    Hub.lengths = True
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr(
@@ -279,3 +281,16 @@ def test_two_downloads_at_once(hub, tmp_path, part, monkeypatch, capsys):
         end = tmp_path / "d/eva_vit_g.pth"
         monkeypatch.setattr(download, "lock", lambda _: end.write_bytes(FILES["/eva_vit_g.pth"]))
         assert hub("--out", "d", "--what", "vit") == 0 and [*end.parent.iterdir()] == [end]
+
+
+def test_a_server_that_gives_no_length(hub, tmp_path, part, capsys):
+    """Nobody can tell how much of a part is missing, so it is not resumed."""
+    Hub.lengths = False
+    assert hub("--dry-run", "--out", "d", "--what", "vit") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["unknown", "d/eva_vit_g.pth"] and lines[1].split()[0] == "0.000"
+    assert hub("--out", "d", "--what", "vit") == 0
+    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"] and not part.exists()
+    asked = len(gets())
+    assert hub("--out", "d", "--what", "vit") == 0 and len(gets()) == asked
+    assert "(there already)" in capsys.readouterr().out
