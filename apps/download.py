@@ -11,6 +11,7 @@ the files. LLaMA-2 needs an account that has accepted its licence, and `hf auth 
 """
 
 import errno
+import hashlib
 import re
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from apps import run_program
 from apps.scores import lock
+from data import replace_file
 from prepare import read_json
 from sample import make_parser, note, print_error
 
@@ -92,8 +94,8 @@ def hub_files(name, out):
 
     repo, pattern = HUB[name]
     listed = ask(repo, HfApi().model_info, repo, files_metadata=True).siblings
-    sizes = {file.rfilename: file.size for file in listed}
-    wanted = [file for file in sizes if re.fullmatch(pattern, file)]
+    listed = {file.rfilename: file for file in listed}
+    wanted = [file for file in listed if re.fullmatch(pattern, file)]
     if not wanted:
         raise ValueError(f"{repo}: has no file like {pattern}")
     index = "model.safetensors.index.json"
@@ -101,7 +103,12 @@ def hub_files(name, out):
         wanted = [index, *vision_shards(repo, index)]
     folder = out / repo.split("/")[1]
     headers = build_hf_headers()  # with the user's token, if there is one
-    return [in_parts(repo, hf_hub_url(repo, file), folder / file, sizes[file], headers) for file in wanted]
+    downloads = []
+    for file in wanted:
+        lfs = listed[file].lfs  # None for small files
+        options = {"headers": headers, "sha256": lfs and lfs.sha256}
+        downloads.append(in_parts(repo, hf_hub_url(repo, file), folder / file, listed[file].size, **options))
+    return downloads
 
 
 def vision_shards(repo, index):
@@ -119,13 +126,14 @@ def url_files(name, out):
     from huggingface_hub.file_download import get_hf_file_metadata
 
     url = URLS[name]
-    size = ask(url, get_hf_file_metadata, url, token=False).size
-    return [in_parts(url, url, out / url.rpartition("/")[2], size, {})]
+    about = ask(url, get_hf_file_metadata, url, token=False)
+    return [in_parts(url, url, out / url.rpartition("/")[2], about.size, {}, etag=about.etag)]
 
 
-def in_parts(where, url, file, size, headers):
+def in_parts(where, url, file, size, headers, sha256=None, etag=None):
     """The Download of a file into FILE.part until it is complete. (hf_hub_download would begin anew: what it
-    has so far of a file, it removes.) where: what errors are about."""
+    has so far of a file, it removes.) where: what errors are about. sha256, etag: None if the server gives
+    none; they tell whether a part is of the file that is there today."""
     from huggingface_hub.file_download import http_get
 
     options = {"expected_size": size, "headers": headers | {"Accept-Encoding": "identity"}}
@@ -138,25 +146,50 @@ def in_parts(where, url, file, size, headers):
             if download.done:  # by another call, while this one waited
                 part.unlink(missing_ok=True)
                 return
-            resume(f, size)
+            resume(f, size, etag)
             ask(where, http_get, url, f, resume_size=f.tell(), **options)
             f.flush()
+            check_sum(part, where, sha256)
             part.rename(file)
+            etag_of(part).unlink(missing_ok=True)
 
     download = Download(file, size, fetch)
     return download
 
 
-def resume(f, size):
+def resume(f, size, etag):
     """Goes to the end of what an earlier call has left, or empties the part if it cannot be of this file."""
+    kept = etag_of(Path(f.name))
+    known = kept.read_text() if kept.exists() else None
     f.seek(0, 2)
-    if size is None or f.tell() > size:  # of an unknown size: nobody can tell how much of it is missing
+    # of an unknown size, nobody can tell how much of it is missing
+    if size is None or f.tell() > size or known != etag:
         f.seek(0)
         f.truncate()
+        kept.unlink(missing_ok=True)
+        if etag:
+            replace_file(kept, etag)
+
+
+def check_sum(part, where, sha256):
+    """ValueError if a complete part is not what the hub has; it is removed."""
+    if not sha256:
+        return
+    with part.open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != sha256:
+        part.unlink()
+        hint = "perhaps of an older upload; it was removed: run this again"
+        raise ValueError(f"{part}: its SHA-256 is not the one that {where} gives, {hint}")
 
 
 def part_of(file):
     return file.with_name(file.name + ".part")
+
+
+def etag_of(part):
+    """The file that keeps the ETag of what a part is of."""
+    return part.with_name(part.name + ".etag")
 
 
 def sum_sizes(downloads):

@@ -43,9 +43,15 @@ REPOSITORIES = {
 FILES = {"/eva_vit_g.pth": bytes(range(256)) * 40, "/blip2.pth": b"qformer" * 50}
 
 
+def large(name, body):
+    """What the hub says in addition of large files."""
+    about = {"size": len(body), "sha256": sha256(body).hexdigest(), "pointerSize": 134}
+    return {"lfs": about} if name.endswith((".pth", ".safetensors")) else {}
+
+
 class Hub(BaseHTTPRequestHandler):
     asked, tokens, gated = [], [], ()
-    lengths = True
+    lengths, etag = True, {}
 
     def log_message(self, *_):
         pass
@@ -68,7 +74,8 @@ class Hub(BaseHTTPRequestHandler):
             if found[1] not in REPOSITORIES:
                 return self.reply(404, X_Error_Code="RepoNotFound")
             siblings = [
-                {"rfilename": n, "size": len(b), "blobId": "0"} for n, b in REPOSITORIES[found[1]].items()
+                {"rfilename": n, "size": len(b), "blobId": "0"} | large(n, b)
+                for n, b in REPOSITORIES[found[1]].items()
             ]
             body = json.dumps({"id": found[1], "sha": "0" * 40, "siblings": siblings}).encode()
             return self.reply(200, body, Content_Type="application/json")
@@ -81,7 +88,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.send(body, wanted, ETag=f'"{sha256(body).hexdigest()}"', X_Repo_Commit="0" * 40)
         if found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
             return self.send(REPOSITORIES[found[1]][found[2]], wanted)
-        return self.send(FILES[path], wanted) if path in FILES else self.reply(404)
+        return self.send(FILES[path], wanted, **Hub.etag) if path in FILES else self.reply(404)
 
     def send(self, body, wanted, **headers):
         if start := int((wanted or "bytes=0-").removeprefix("bytes=").partition("-")[0]):
@@ -99,7 +106,7 @@ def hub(monkeypatch, tmp_path):
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks often for its shutdown
     address = f"http://127.0.0.1:{server.server_port}"
     Hub.asked, Hub.tokens, Hub.gated = [], [], ()
-    Hub.lengths = True
+    Hub.lengths, Hub.etag = True, {}
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr(
@@ -294,3 +301,45 @@ def test_a_server_that_gives_no_length(hub, tmp_path, part, capsys):
     asked = len(gets())
     assert hub("--out", "d", "--what", "vit") == 0 and len(gets()) == asked
     assert "(there already)" in capsys.readouterr().out
+
+
+def test_a_part_of_an_older_upload_to_the_hub_is_found_out(hub, tmp_path, capsys):
+    weights = REPOSITORIES["Jiaqi-hkust/hawk"]["finetune.pth"]
+    part = tmp_path / "d/hawk/finetune.pth.part"
+    part.parent.mkdir(parents=True)
+    for length in (3000, len(weights)):  # of the same size when it is complete
+        part.write_bytes(b"x" * length)
+        assert hub("--out", "d", "--what", "hawk") == 2
+        error = only_error(capsys)
+        assert "finetune.pth.part: its SHA-256 is not the one" in error and "it was removed" in error
+        assert [*part.parent.iterdir()] == []
+    assert hub("--out", "d", "--what", "hawk") == 0
+    assert [path.read_bytes() for path in part.parent.iterdir()] == [weights]
+
+
+def test_a_part_of_another_etag_is_not_resumed(hub, tmp_path, part, monkeypatch):
+    """The same one is, also if another download was stopped since."""
+    whole = FILES["/eva_vit_g.pth"]
+
+    def stop(url, f, **_):
+        f.write(whole[f.tell() :][:1000])
+        raise KeyboardInterrupt
+
+    def stopped():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("huggingface_hub.file_download.http_get", stop)
+            hub("--out", "d", "--what", "vit")
+        return part.stat().st_size
+
+    Hub.etag = {"ETag": '"one"'}
+    assert stopped() == 1000  # nobody knows what the 5000 bytes that were there are of
+    assert stopped() == 2000
+    Hub.etag = {"ETag": '"two"'}
+    assert stopped() == 1000
+    Hub.etag = {}
+    assert stopped() == 1000
+    Hub.etag = {"ETag": '"two"'}
+    assert stopped() == 1000
+    assert hub("--out", "d", "--what", "vit") == 0
+    assert ("GET", "/eva_vit_g.pth", "bytes=1000-") in Hub.asked
+    assert [path.read_bytes() for path in part.parent.iterdir()] == [whole]
