@@ -326,14 +326,15 @@ def cut(file, end):
 
 def parse_args(argv):
     parser = make_parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder with train.jsonl, test.jsonl or both")
+    told = "folder with train.jsonl, test.jsonl or both; or an index file"
+    parser.add_argument("data", type=Path, metavar="DIR", help=told)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     files = [args.data / "train.jsonl", args.data / "test.jsonl"]
-    files = [file for file in files if file.exists()]
+    files = [args.data] if args.data.is_file() else [file for file in files if file.exists()]
     try:
         if not files:
             raise ValueError(f"{args.data}: has no train.jsonl or test.jsonl; `prepare.py hawk` writes them")

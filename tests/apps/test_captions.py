@@ -108,6 +108,14 @@ def test_a_folder_without_an_index(tmp_path, capsys):
     assert "no train.jsonl or test.jsonl" in capsys.readouterr().err
 
 
+def test_an_index_file_instead_of_its_folder(tmp_path, capsys):
+    index = tmp_path / "mine.jsonl"
+    write(index, [{"video": "a.mp4", "description": "A dog runs."}])
+    assert captions.main([str(index)]) == 0
+    assert "mine.jsonl: 1 rows, 1 of them received a motion caption (1 by rules)" in capsys.readouterr().err
+    assert read_index(index)[0]["motion"] == "dog runs"
+
+
 def test_memory_does_not_grow_with_the_index(tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "motion_by_rules", lambda text: "dog runs")
     row = json.dumps({"video": "a.mp4", "description": "A dog runs. " * 400}) + "\n"
@@ -149,7 +157,7 @@ def test_a_killed_call_is_resumed(tmp_path, monkeypatch, change):
 
     monkeypatch.setattr(captions, "motion_by_rules", lambda text: make(text, "Dog 5 runs."))
     with pytest.raises(Killed):
-        captions.main([str(tmp_path)])
+        captions.main([str(index)])
     assert len(read_index(index)) == 10 and "Dog 5" not in (part := tmp_path / "train.jsonl.tmp").read_text()
     content = part.read_bytes()
     kept = 5
@@ -168,7 +176,7 @@ def test_a_killed_call_is_resumed(tmp_path, monkeypatch, change):
     index.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     monkeypatch.setattr(captions, "motion_by_rules", make)
     asked.clear()
-    assert captions.main([str(tmp_path)]) == 0
+    assert captions.main([str(index)]) == 0
     assert asked == [row["description"] for row in rows if "motion" not in row][kept:]
     done = [json.loads(line) for line in index.read_text().splitlines() if line]
     assert [row.items() >= before.items() for row, before in zip(done, rows, strict=True)] == [True] * len(
