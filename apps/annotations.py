@@ -136,15 +136,20 @@ def make_index(args):
 
 
 def annotation_files(args):
-    """The published split if it is there, else all JSON files. ValueError if it is there twice."""
-    files = sorted(args.annotations.rglob("*.json"))
+    """The published split if it is there, else all JSON files; the one of all clips, which repeats the
+    others, only if it is alone. ValueError if a published file is there twice."""
+    published = ("all_videos_train.json", "all_videos_test.json", "all_videos_all.json")
+    report = os.path.realpath(args.out / "report.json")
+    files = [file for file in sorted(args.annotations.rglob("*.json")) if os.path.realpath(file) != report]
+    split = [file for file in files if file.name in published[:2]]
+    parts = [file for file in files if file.name != published[2]]
+    chosen = split or parts or files
     whole = {}
-    for file in files:
-        if file.name in ("all_videos_train.json", "all_videos_test.json"):
+    for file in chosen:
+        if file.name in published:
             other = whole.setdefault(file.name, file)
             require(other is file, f"{other} and {file}: which one? give --annotations the folder of one")
-    others = [file for file in files if file != args.out / "report.json"]
-    return [*whole.values()] or others or [args.annotations]
+    return chosen or [args.annotations]
 
 
 def hawk_row(entry, videos, places):

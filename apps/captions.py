@@ -11,12 +11,18 @@ In this file: spaCy; word lists; Reader, which goes through a text word by word;
 """
 
 import json
+import os
 import re
+from codecs import BOM_UTF8
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
+from tqdm import tqdm
+
 from apps import run_program
-from data import check_row, replace_file
+from apps.scores import lock
+from data import check_row
 from sample import make_parser, note, print_error
 
 # ------------------------------------------------------------------------------------------------------------
@@ -231,49 +237,104 @@ def motion_by_rules(text):
 # ------------------------------------------------------------------------------------------------------------
 # Index files
 
+NAMES = {"spacy": "spaCy", "rules": "rules"}  # of what makes captions
 
-def caption_line(line):
-    """One line of an index file (bytes) -> (the line with a motion caption, whether it had none before)."""
+
+def caption_line(line, done=b""):
+    """One line of an index file (bytes) -> (the line with a motion caption, by what it was made, or None if
+    it had one before). done: perhaps the line that a stopped call has made of it; its caption is kept."""
+    if not line.strip():
+        return line, None
     row = check_row(json.loads(line))
     if row.get("motion") is not None:
-        return line, False
+        return line, None
+    row |= kept_caption(row, done) or caption(row)
+    return json.dumps(row).encode() + b"\n", row["motion_by"]
+
+
+def kept_caption(row, line):
+    """The fields that the line adds to the row, {} if it is not of this row, or half-written."""
+    try:
+        done = json.loads(line)
+        fields = {name: done[name] for name in ("motion", "motion_by")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return fields if done == row | fields else {}
+
+
+def caption(row):
+    """The fields "motion" and "motion_by" of a row that has none."""
     answers = [turn["a"] for turn in row.get("qa") or ()]
     text = next(filter(None, [row.get("description"), *answers]))  # check_row made sure that there is one
     if spacy_model():
-        row |= {"motion": spacy_motion(spacy_model()(text)), "motion_by": "spacy"}
-    else:
-        row |= {"motion": motion_by_rules(text), "motion_by": "rules"}
-    return json.dumps(row).encode() + b"\n", True
+        return {"motion": spacy_motion(spacy_model()(text)), "motion_by": "spacy"}
+    return {"motion": motion_by_rules(text), "motion_by": "rules"}
 
 
 def caption_index(file):
-    """Adds captions to one index file and replaces it atomically. Rows that have one stay as they are."""
-    lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
+    """Adds captions to one index file and replaces it atomically. Rows that have one stay as they are.
+
+    It goes line by line, for an index may be larger than the memory. What a stopped call has written waits
+    beside the index: its lines are kept up to the first that does not follow from the index as it is now.
+    """
+    temporary = Path(f"{file}.tmp")
     rows = 0
-    added = 0
-    for i, line in enumerate(lines):
-        if line.strip():
-            try:
-                lines[i], new = caption_line(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {i + 1}: {error}") from None
-            rows += 1
-            added += new
-    if added:
-        replace_file(file, b"".join(lines))
-    note(f"{file}: {rows} rows, {added} of them received a motion caption")
+    made = Counter()  # {"spacy" or "rules": captions}
+    with temporary.open("ab+") as out:
+        lock(out)
+        out.seek(0)
+        end = 0  # of the lines in it that follow from the index
+        resuming = True
+        with file.open("rb") as lines, progress(file) as bar:
+            if lines.read(len(BOM_UTF8)) != BOM_UTF8:
+                lines.seek(0)
+            for number, line in enumerate(lines, 1):
+                bar.update(len(line))
+                done = out.readline() if resuming else b""
+                try:
+                    line, by = caption_line(line, done)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{file}, line {number}: {error}") from None
+                rows += bool(line.strip())
+                made.update([by] if by else [])
+                if resuming and line != done:
+                    resuming = False
+                    cut(out, end)
+                if not resuming:
+                    out.write(line)
+                end += len(line)
+        cut(out, end)
+        if made:
+            os.replace(temporary, file)
+        else:
+            temporary.unlink(missing_ok=True)
+    by_what = ", ".join(f"{count} by {NAMES[by]}" for by, count in made.items())
+    added = f"{made.total()} of them received a motion caption"
+    note(f"{file}: {rows} rows, {added}" + f" ({by_what})" * bool(made))
+
+
+def progress(file):
+    options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
+    return tqdm(total=file.stat().st_size, desc=file.name, **options)
+
+
+def cut(file, end):
+    """Removes what is behind `end`, where the file is continued."""
+    file.seek(end)
+    file.truncate()
 
 
 def parse_args(argv):
     parser = make_parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder with train.jsonl, test.jsonl or both")
+    told = "folder with train.jsonl, test.jsonl or both; or an index file"
+    parser.add_argument("data", type=Path, metavar="DIR", help=told)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     files = [args.data / "train.jsonl", args.data / "test.jsonl"]
-    files = [file for file in files if file.exists()]
+    files = [args.data] if args.data.is_file() else [file for file in files if file.exists()]
     try:
         if not files:
             raise ValueError(f"{args.data}: has no train.jsonl or test.jsonl; `prepare.py hawk` writes them")

@@ -10,14 +10,19 @@ second call resumes where a first one was stopped. `prepare.py weights` then mak
 the files. LLaMA-2 needs an account that has accepted its licence, and `hf auth login`.
 """
 
+import errno
+import hashlib
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from apps import run_program
+from apps.scores import lock
+from data import replace_file
 from prepare import read_json
 from sample import make_parser, note, print_error
 
@@ -46,27 +51,40 @@ HINTS = {
     "GatedRepoError": "accept its licence at https://huggingface.co/REPO, then run `hf auth login` here",
     "RepositoryNotFoundError": "it is not on the hub (any more), or is private: try `hf auth login`",
 }
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @dataclass
 class Download:
     file: Path
-    size: int  # bytes
+    size: int | None  # bytes, if the server gives them
     fetch: Callable  # downloads the file
 
     @property
     def done(self):
-        return self.file.is_file() and self.file.stat().st_size == self.size
+        return self.file.is_file() and self.size in (None, self.file.stat().st_size)
 
 
 def ask(where, function, *arguments, **options):
-    """Calls huggingface-hub; its errors become one line."""
+    """Calls huggingface-hub; its errors become one line. Those of the disk are left to `writing`."""
     try:
         return function(*arguments, **options)
     except Exception as error:  # their classes change with the HTTP client that the library uses
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
         name = type(error).__name__
         hint = HINTS.get(name, f"cannot be reached, or the connection was lost: try again ({name})")
         raise ValueError(f"{where}: {hint.replace('REPO', where)}") from error
+
+
+@contextmanager
+def writing(path):
+    """What the disk refuses becomes one line that names the file or folder: by itself it names neither."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room, or choose a folder on another disk, then run this again"
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); {hint}") from error
 
 
 def hub_files(name, out):
@@ -76,8 +94,8 @@ def hub_files(name, out):
 
     repo, pattern = HUB[name]
     listed = ask(repo, HfApi().model_info, repo, files_metadata=True).siblings
-    sizes = {file.rfilename: file.size for file in listed}
-    wanted = [file for file in sizes if re.fullmatch(pattern, file)]
+    listed = {file.rfilename: file for file in listed}
+    wanted = [file for file in listed if re.fullmatch(pattern, file)]
     if not wanted:
         raise ValueError(f"{repo}: has no file like {pattern}")
     index = "model.safetensors.index.json"
@@ -85,14 +103,19 @@ def hub_files(name, out):
         wanted = [index, *vision_shards(repo, index)]
     folder = out / repo.split("/")[1]
     headers = build_hf_headers()  # with the user's token, if there is one
-    return [in_parts(repo, hf_hub_url(repo, file), folder / file, sizes[file], headers) for file in wanted]
+    downloads = []
+    for file in wanted:
+        lfs = listed[file].lfs  # None for small files
+        options = {"headers": headers, "sha256": lfs and lfs.sha256}
+        downloads.append(in_parts(repo, hf_hub_url(repo, file), folder / file, listed[file].size, **options))
+    return downloads
 
 
 def vision_shards(repo, index):
     """The shards of a BLIP-2 repository that hold more than its language model."""
     from huggingface_hub import hf_hub_download
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, writing(scratch):
         file = ask(repo, hf_hub_download, repo, index, local_dir=scratch)
         shard_of = read_json(Path(file), "weight_map")["weight_map"]
     return sorted({shard for name, shard in shard_of.items() if not name.startswith("language_")})
@@ -103,13 +126,14 @@ def url_files(name, out):
     from huggingface_hub.file_download import get_hf_file_metadata
 
     url = URLS[name]
-    size = ask(url, get_hf_file_metadata, url, token=False).size
-    return [in_parts(url, url, out / url.rpartition("/")[2], size, {})]
+    about = ask(url, get_hf_file_metadata, url, token=False)
+    return [in_parts(url, url, out / url.rpartition("/")[2], about.size, {}, etag=about.etag)]
 
 
-def in_parts(where, url, file, size, headers):
+def in_parts(where, url, file, size, headers, sha256=None, etag=None):
     """The Download of a file into FILE.part until it is complete. (hf_hub_download would begin anew: what it
-    has so far of a file, it removes.) where: what errors are about."""
+    has so far of a file, it removes.) where: what errors are about. sha256, etag: None if the server gives
+    none; they tell whether a part is of the file that is there today."""
     from huggingface_hub.file_download import http_get
 
     options = {"expected_size": size, "headers": headers | {"Accept-Encoding": "identity"}}
@@ -117,23 +141,68 @@ def in_parts(where, url, file, size, headers):
     def fetch():
         part = part_of(file)
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as f:  # resumes from what an earlier call has left
+        with writing(part), part.open("ab") as f:
+            lock(f)  # what two calls append to one part is no file
+            if download.done:  # by another call, while this one waited
+                part.unlink(missing_ok=True)
+                return
+            resume(f, size, etag)
             ask(where, http_get, url, f, resume_size=f.tell(), **options)
-        part.rename(file)
+            f.flush()
+            check_sum(part, where, sha256)
+            part.rename(file)
+            etag_of(part).unlink(missing_ok=True)
 
-    return Download(file, size, fetch)
+    download = Download(file, size, fetch)
+    return download
+
+
+def resume(f, size, etag):
+    """Goes to the end of what an earlier call has left, or empties the part if it cannot be of this file."""
+    kept = etag_of(Path(f.name))
+    known = kept.read_text() if kept.exists() else None
+    f.seek(0, 2)
+    # of an unknown size, nobody can tell how much of it is missing
+    if size is None or f.tell() > size or known != etag:
+        f.seek(0)
+        f.truncate()
+        kept.unlink(missing_ok=True)
+        if etag:
+            replace_file(kept, etag)
+
+
+def check_sum(part, where, sha256):
+    """ValueError if a complete part is not what the hub has; it is removed."""
+    if not sha256:
+        return
+    with part.open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != sha256:
+        part.unlink()
+        hint = "perhaps of an older upload; it was removed: run this again"
+        raise ValueError(f"{part}: its SHA-256 is not the one that {where} gives, {hint}")
 
 
 def part_of(file):
     return file.with_name(file.name + ".part")
 
 
+def etag_of(part):
+    """The file that keeps the ETag of what a part is of."""
+    return part.with_name(part.name + ".etag")
+
+
+def sum_sizes(downloads):
+    """Bytes, as far as the servers give them."""
+    return sum(download.size or 0 for download in downloads)
+
+
 def check_space(out, missing):
     """ValueError if what is still to be downloaded does not fit on the disk."""
-    needed = sum(download.size for download in missing)
+    needed = sum_sizes(missing)
     for download in missing:
         part = part_of(download.file)
-        if part.is_file():
+        if part.is_file() and download.size is not None:
             needed -= part.stat().st_size
     free = shutil.disk_usage(out).free
     if needed > free:
@@ -148,7 +217,7 @@ def list_files(names, out):
         try:
             files = find_files(name, out)
             sizes = {file.file: file.size for file in files}
-            total += sum(file.size for file in files if not file.done)
+            total += sum_sizes([file for file in files if not file.done])
             show(sizes, {file.file for file in files if file.done})
         except ValueError as error:
             note(f"note: {error}; this is what is known without asking")
@@ -188,7 +257,7 @@ def download(names, out):
     files = [file for name in names for file in find_files(name, out)]
     missing = [file for file in files if not file.done]
     show({file.file: file.size for file in files}, {file.file for file in files if file.done})
-    print(f"{sum(file.size for file in missing) / 1e9:8.3f} GB  to download", flush=True)
+    print(f"{sum_sizes(missing) / 1e9:8.3f} GB  to download", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     check_space(out, missing)
     for file in missing:

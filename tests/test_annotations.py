@@ -156,6 +156,36 @@ def test_one_file_for_each_source(world):
     assert row["video"].endswith("-a b'c.mp4") and not (alone / "test.jsonl").exists()
 
 
+def test_the_file_of_all_clips_counts_only_alone(world):
+    """It repeats what the other files hold."""
+    folder = world.annotations.parent / "sources/Annotation"
+    clip = "DoTA/-a b'c.mp4"
+    whole = put(folder / "All_Mix/all_videos_all.json", json.dumps([entry(clip), entry(PLACES[clip])]))
+
+    def count():
+        assert run("hawk", annotations=folder, videos=world.videos, out=world.out) is None
+        return len(read_index(world.out / "train.jsonl"))
+
+    assert count() == 2
+    put(folder / "DoTA/DoTA.json", json.dumps([entry(clip)]))
+    assert count() == 1
+    put(folder / "All_Mix/all_videos_train.json", json.dumps([entry(clip)] * 3))
+    assert count() == 3
+    for file in (folder / "DoTA/DoTA.json", folder / "All_Mix/all_videos_train.json"):
+        file.unlink()
+    put(folder / "copy/all_videos_all.json", whole.read_text())
+    assert "which one" in run("hawk", annotations=folder, videos=world.videos, out=world.out)
+
+
+def test_its_own_report_is_no_annotation_however_it_is_spelled(world, monkeypatch):
+    folder = world.annotations.parent / "mine"
+    put(folder / "a.json", json.dumps([entry("DoTA/-a b'c.mp4"), entry("DoTA/gone.mp4")]))
+    (folder.parent / "link").symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    for out in (folder / "index", "mine/index", "link/index", "mine/../mine/index"):
+        assert run("hawk", annotations="mine", videos=world.videos, out=out) is None
+
+
 def found(folder, on_disk, wanted):
     """The paths below `folder` that an index has for `wanted`, and the report."""
     for name in on_disk:

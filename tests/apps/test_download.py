@@ -4,6 +4,7 @@ The real hub is not asked, so this shows that the requests fit the installed hug
 published repositories still hold these files.
 """
 
+import errno
 import json
 import re
 from hashlib import sha256
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apps import download
+from apps import download, scores
 from hawk import Hawk, HawkConfig
 
 INDEX = {
@@ -42,15 +43,22 @@ REPOSITORIES = {
 FILES = {"/eva_vit_g.pth": bytes(range(256)) * 40, "/blip2.pth": b"qformer" * 50}
 
 
+def large(name, body):
+    """What the hub says in addition of large files."""
+    about = {"size": len(body), "sha256": sha256(body).hexdigest(), "pointerSize": 134}
+    return {"lfs": about} if name.endswith((".pth", ".safetensors")) else {}
+
+
 class Hub(BaseHTTPRequestHandler):
     asked, tokens, gated = [], [], ()
+    lengths, etag = True, {}
 
     def log_message(self, *_):
         pass
 
     def reply(self, status, body=b"", **headers):
         self.send_response(status)
-        for key, value in ({"Content-Length": len(body)} | headers).items():
+        for key, value in ({"Content-Length": len(body)} | headers if Hub.lengths else headers).items():
             self.send_header(key.replace("_", "-"), str(value))
         self.end_headers()
         if self.command == "GET":
@@ -66,7 +74,8 @@ class Hub(BaseHTTPRequestHandler):
             if found[1] not in REPOSITORIES:
                 return self.reply(404, X_Error_Code="RepoNotFound")
             siblings = [
-                {"rfilename": n, "size": len(b), "blobId": "0"} for n, b in REPOSITORIES[found[1]].items()
+                {"rfilename": n, "size": len(b), "blobId": "0"} | large(n, b)
+                for n, b in REPOSITORIES[found[1]].items()
             ]
             body = json.dumps({"id": found[1], "sha": "0" * 40, "siblings": siblings}).encode()
             return self.reply(200, body, Content_Type="application/json")
@@ -79,7 +88,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.send(body, wanted, ETag=f'"{sha256(body).hexdigest()}"', X_Repo_Commit="0" * 40)
         if found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
             return self.send(REPOSITORIES[found[1]][found[2]], wanted)
-        return self.send(FILES[path], wanted) if path in FILES else self.reply(404)
+        return self.send(FILES[path], wanted, **Hub.etag) if path in FILES else self.reply(404)
 
     def send(self, body, wanted, **headers):
         if start := int((wanted or "bytes=0-").removeprefix("bytes=").partition("-")[0]):
@@ -94,9 +103,10 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     """A server that the library asks instead of the hub. Returns a function: arguments -> exit status."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks often for its shutdown
     address = f"http://127.0.0.1:{server.server_port}"
     Hub.asked, Hub.tokens, Hub.gated = [], [], ()
+    Hub.lengths, Hub.etag = True, {}
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr(
@@ -240,3 +250,96 @@ def test_clear_messages(hub, monkeypatch, capsys):
     assert "eva_vit_g.pth.gone: cannot be reached" in error_of("vit")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached" in error_of("hawk")
+
+
+def only_error(capsys):
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("what", ["vit", "blip2"])  # blip2: its index is read before the download
+def test_a_full_disk_is_not_called_a_lost_connection(hub, part, monkeypatch, capsys, what, number):
+    def write(*_, **__):
+        raise OSError(number, "the disk says no")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", write)
+    assert hub("--out", "d", "--what", what) == 2
+    error = only_error(capsys)
+    assert "cannot be written (the disk says no); make room" in error and "connection" not in error
+    assert what == "blip2" or "d/eva_vit_g.pth.part: " in error
+    assert part.stat().st_size == 5000  # to resume from
+
+
+def test_a_part_longer_than_the_file_begins_again(hub, tmp_path, part):
+    part.write_bytes(b"x" * (len(FILES["/eva_vit_g.pth"]) + 1))
+    assert hub("--out", "d", "--what", "vit") == 0
+    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"] and not part.exists()
+
+
+def test_two_downloads_at_once(hub, tmp_path, part, monkeypatch, capsys):
+    monkeypatch.setattr(scores, "LOCK_SECONDS", 0)
+    with part.open("ab") as f:
+        scores.lock(f)
+        assert hub("--out", "d", "--what", "vit") == 2
+        assert "another process is writing to it" in only_error(capsys) and part.stat().st_size == 5000
+        # the other one ends while this one waits
+        end = tmp_path / "d/eva_vit_g.pth"
+        monkeypatch.setattr(download, "lock", lambda _: end.write_bytes(FILES["/eva_vit_g.pth"]))
+        assert hub("--out", "d", "--what", "vit") == 0 and [*end.parent.iterdir()] == [end]
+
+
+def test_a_server_that_gives_no_length(hub, tmp_path, part, capsys):
+    """Nobody can tell how much of a part is missing, so it is not resumed."""
+    Hub.lengths = False
+    assert hub("--dry-run", "--out", "d", "--what", "vit") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["unknown", "d/eva_vit_g.pth"] and lines[1].split()[0] == "0.000"
+    assert hub("--out", "d", "--what", "vit") == 0
+    assert (tmp_path / "d/eva_vit_g.pth").read_bytes() == FILES["/eva_vit_g.pth"] and not part.exists()
+    asked = len(gets())
+    assert hub("--out", "d", "--what", "vit") == 0 and len(gets()) == asked
+    assert "(there already)" in capsys.readouterr().out
+
+
+def test_a_part_of_an_older_upload_to_the_hub_is_found_out(hub, tmp_path, capsys):
+    weights = REPOSITORIES["Jiaqi-hkust/hawk"]["finetune.pth"]
+    part = tmp_path / "d/hawk/finetune.pth.part"
+    part.parent.mkdir(parents=True)
+    for length in (3000, len(weights)):  # of the same size when it is complete
+        part.write_bytes(b"x" * length)
+        assert hub("--out", "d", "--what", "hawk") == 2
+        error = only_error(capsys)
+        assert "finetune.pth.part: its SHA-256 is not the one" in error and "it was removed" in error
+        assert [*part.parent.iterdir()] == []
+    assert hub("--out", "d", "--what", "hawk") == 0
+    assert [path.read_bytes() for path in part.parent.iterdir()] == [weights]
+
+
+def test_a_part_of_another_etag_is_not_resumed(hub, tmp_path, part, monkeypatch):
+    """The same one is, also if another download was stopped since."""
+    whole = FILES["/eva_vit_g.pth"]
+
+    def stop(url, f, **_):
+        f.write(whole[f.tell() :][:1000])
+        raise KeyboardInterrupt
+
+    def stopped():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("huggingface_hub.file_download.http_get", stop)
+            hub("--out", "d", "--what", "vit")
+        return part.stat().st_size
+
+    Hub.etag = {"ETag": '"one"'}
+    assert stopped() == 1000  # nobody knows what the 5000 bytes that were there are of
+    assert stopped() == 2000
+    Hub.etag = {"ETag": '"two"'}
+    assert stopped() == 1000
+    Hub.etag = {}
+    assert stopped() == 1000
+    Hub.etag = {"ETag": '"two"'}
+    assert stopped() == 1000
+    assert hub("--out", "d", "--what", "vit") == 0
+    assert ("GET", "/eva_vit_g.pth", "bytes=1000-") in Hub.asked
+    assert [path.read_bytes() for path in part.parent.iterdir()] == [whole]
