@@ -123,6 +123,8 @@ def main(argv=None):
     args = parse_args(argv)
     counts = Counter()
     try:
+        if not args.videos.is_dir():  # before millions of rows are read
+            raise ValueError(f"{args.videos}: no such folder; --videos holds <page_dir>/<videoid>.mp4")
         with closing(new_table()) as table:
             for file in csv_files(args.csv):
                 read_captions(file, args.videos, table, counts)

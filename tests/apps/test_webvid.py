@@ -112,3 +112,9 @@ def test_errors(tmp_path, csv, line, reason, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and reason in error
     assert line is None or f"web.csv, line {line}: " in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_videos_that_is_not_there(folder, lines, capsys):
+    assert run(folder, HEADER + "".join(lines), f"--videos={folder / 'vidoes'}") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {folder / 'vidoes'}: no such folder; --videos holds") and err.count("\n") == 1
