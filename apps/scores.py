@@ -64,11 +64,17 @@ def read_lines(path, check=check_prediction):
     return objects
 
 
-def appendable(path):
-    """The file, opened to append lines; a half-written last line is cut off. It is locked until it is closed:
-    ValueError if another process has locked it."""
+def locked(path):
+    """The file, opened and locked until it is closed; what it holds stays. ValueError if another process has
+    locked it."""
     file = open(path, "ab+")
     lock(file)
+    return file
+
+
+def appendable(path):
+    """The file, `locked` and opened to append lines; a half-written last line is cut off."""
+    file = locked(path)
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
     return file

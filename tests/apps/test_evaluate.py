@@ -16,6 +16,7 @@ import time
 import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,69 @@ def test_two_runs_do_not_write_to_one_file(world, tmp_path, run, monkeypatch):
     load = evaluate.load
     monkeypatch.setattr(evaluate, "load", lambda *args: shutil.copy(whole, out) and load(*args))
     assert run(out, "--limit", "1")[0] == 0 and out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_of_two_runs_that_begin_at_once_one_is_refused(world, tmp_path, monkeypatch, world_size):
+    """Both record their options before the other has begun: what the later one answers is not taken over."""
+
+    def stub(model, tokenizer, clips, asked, args):
+        for prediction in sum(asked, []):
+            prediction |= {"answer": f"{args.max_new_tokens}", "tokens": 1}
+
+    config = evaluate.read_chain(world / "weights")[0]
+    monkeypatch.setattr(evaluate, "read_clip", remembered)
+    monkeypatch.setattr(evaluate, "load", lambda *_: (SimpleNamespace(config=config), None))
+    monkeypatch.setattr(evaluate, "answer_batch", stub)
+    out = tmp_path / "out"
+    ours = evaluate.parse_args(options(world, out))
+    other = evaluate.parse_args(options(world, out, "--max-new-tokens", "9"))
+    ranks = range(world_size)
+
+    def predict(args, recorded, rank):
+        rows, asked, _ = evaluate.load_index(args)
+        return evaluate.predict(rows, asked, args, recorded, rank, world_size)
+
+    message = f"^another run has begun {out} .max_new_tokens was 9, is 8.; give another --out$"
+    refused = functools.partial(pytest.raises, ValueError, match=message)
+    first = evaluate.record_options(ours)
+    second = evaluate.record_options(other)  # no line yet, so both may begin
+    for rank in ranks:
+        with refused():  # before the other has answered anything
+            predict(ours, first, rank)
+    for rank in ranks:
+        predict(other, second, rank)
+        with refused():  # amid its answers, or when it has ended: nothing is left to do
+            predict(ours, first, rank)
+    asked = evaluate.load_index(ours)[1]
+    with refused():
+        evaluate.merge(out, asked, first)
+    with pytest.raises(ValueError, match="was begun with other options"):
+        evaluate.record_options(ours)
+    assert {p["answer"] for p in evaluate.merge(out, asked, second)} == {"9"}
+
+    # the same options: both add what is missing
+    out.unlink()
+    first = evaluate.record_options(ours)
+    second = evaluate.record_options(ours)
+    for rank in ranks:
+        predict(ours, first, rank)
+        predict(ours, second, rank)
+    assert len(evaluate.merge(out, asked, first)) == len(evaluate.merge(out, asked, second)) == 6
+
+
+def test_options_are_recorded_under_the_lock(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    args = evaluate.parse_args(options(world, out))
+    monkeypatch.setattr(scores, "LOCK_SECONDS", 0)
+    record = Path(f"{out}.options.json")
+    with scores.appendable(out), pytest.raises(ValueError, match="another process is writing to it"):
+        evaluate.record_options(args)
+    assert not record.exists()
+    out.write_text("half a line")  # of another program
+    with pytest.raises(ValueError, match="was not written by this program"):
+        evaluate.record_options(args)
+    assert out.read_text() == "half a line" and not record.exists()
 
 
 def test_help_and_wrong_options_are_for_people(tmp_path, capfd):
