@@ -281,13 +281,14 @@ def total(pairs):
 
 def fact_scores(predictions, rows, names):
     """{fact: [descriptions that name it, all]} for colour, object and place of the toy rows, matched as whole
-    words. names: what the predictions call the video of each row."""
+    words; in other people's rows these fields may hold anything, and only texts count. names: what the
+    predictions call the video of each row."""
     row_of = dict(zip(names, rows, strict=True))
     counts = {fact: [0, 0] for fact in FACTS}
     for p in predictions:
         for fact in FACTS:
             truth = row_of.get(p["video"], {}).get(fact)
-            if p["task"] == "describe" and truth:
+            if p["task"] == "describe" and isinstance(truth, str) and truth:
                 found = re.search(rf"\b{re.escape(truth)}\b", p["answer"], re.IGNORECASE)
                 counts[fact][0] += bool(found)
                 counts[fact][1] += 1

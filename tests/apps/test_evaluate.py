@@ -617,6 +617,9 @@ def test_kinds_and_facts():
     ]
     facts = evaluate.fact_scores(predictions, rows, [row["video"] for row in rows])
     assert facts == {"colour": [1, 5], "object": [0, 0], "place": [1, 5]}  # "ca(tches fi)red" is no colour
+    others = [{"colour": 3, "object": ["car"], "place": {"in": "the near lane"}}] + rows[1:]
+    facts = evaluate.fact_scores(predictions, others, [row["video"] for row in rows])
+    assert facts == {"colour": [0, 4], "object": [0, 0], "place": [1, 4]}
 
 
 def test_predictions_of_another_make(tmp_path, capfd):
