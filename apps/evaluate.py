@@ -42,6 +42,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from apps import run_program
 from apps.detect import (
     NO_PHRASES,
     THRESHOLD,
@@ -634,13 +635,12 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
     try:
         score(parse_args(argv))
+    except BrokenPipeError:  # run_program ends it quietly
+        raise
     except PROBLEMS as error:
         return print_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -648,6 +649,26 @@ def test_a_terminal_that_is_not_utf_8(tmp_path, monkeypatch):
             status = stop.code
         sys.stdout.flush()
         assert status == 0 and b"\\xe9" in shown.getvalue()
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_nobody_reads_what_is_printed(tmp_path, monkeypatch, capfd, buffered):
+    """`… | true` ends quietly, as the other programs do, with all that it was to write."""
+    out = written(tmp_path / "p", [prediction(0)])
+    reading, writing = os.pipe()
+    os.close(reading)
+    dup2 = os.dup2
+    monkeypatch.setattr(os, "dup2", lambda new, _: dup2(new, writing))  # not pytest's own output
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--out", out])
+    monkeypatch.delitem(sys.modules, "apps.evaluate")
+    with open(writing, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=not buffered))
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("apps.evaluate", run_name="__main__")
+        sys.stdout.flush()
+    assert stop.value.code == 141 and "error" not in capfd.readouterr().err
+    assert json.loads(Path(f"{out}.scores.json").read_text())["bleu"]
 
 
 # ------------------------------------------------------------------------------------------------------------
