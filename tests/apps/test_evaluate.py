@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -1016,6 +1017,20 @@ def test_interval_of_a_mean():
     assert tied[1] == pytest.approx(low) and tied[2] == pytest.approx(high)
     alone = compare.intervals([counts], np.arange(400), compare.ratio, 2000)  # the other one is always 0
     assert alone[0] == [b] and alone[1] == pytest.approx(low) and alone[2] == pytest.approx(high)
+
+
+def test_resamples_are_not_held_all_at_once():
+    """1000 resamples of 1000 clips are 8 MB, twice; the draws are those of a single call."""
+    clips = np.arange(1000)
+    rows = np.stack([np.sin(clips), np.ones(1000)], axis=1)
+    tracemalloc.start()
+    _, low, high = compare.intervals([rows], clips, compare.ratio, 1000, seed=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6
+    drawn = np.random.default_rng(3).multinomial(1000, np.full(1000, 1 / 1000), 1000)
+    expected = np.percentile(drawn @ rows[:, 0] / 1000, [2.5, 97.5])
+    assert [*low, *high] == pytest.approx(expected, abs=1e-12)
 
 
 def test_judges_and_kinds_are_compared(tmp_path):
