@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in sample.py, before t
 
 def run_program(main):
     """Exits with the status of `main`: 130 after ctrl-C, 143 after SIGTERM, which ends it in order too, and
-    141 if nobody reads what it prints any more (`… | head`)."""
+    141 if nobody reads what it prints any more (`… | head`), for which `main` lets BrokenPipeError pass."""
     with suppress(AttributeError):  # a notebook's stdout has no encoding
         sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

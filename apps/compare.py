@@ -13,7 +13,6 @@ AUC, average precision, accuracy and F1.
 """
 
 import json
-import math
 import os
 from collections import Counter
 
@@ -34,6 +33,8 @@ from apps.scores import (
     rouge_l,
 )
 from sample import PROBLEMS, make_parser, note, number, print_error
+
+BLOCK = 100  # resamples at a time: less memory than all at once
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics: a row of numbers for each prediction, and a function from rows and their weights to scores
@@ -133,11 +134,13 @@ def intervals(rows, clips, score, resamples=1000, seed=0, level=0.95):
     high enclose the score of the one file, or the second one's difference from the first."""
     rows = [np.asarray(of_file, float) for of_file in rows]
     n = clips.max() + 1
-    # How often each clip is drawn when n are drawn with replacement: (resamples, n)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(float)
+    rng = np.random.default_rng(seed)
     found = []
-    for some in np.array_split(drawn, math.ceil(resamples / 100)):  # less memory than all at once
-        scores = [score(of_file, some[:, clips]) for of_file in rows]
+    for start in range(0, resamples, BLOCK):
+        # how often each clip is drawn when n are drawn with replacement: (BLOCK or the rest, n)
+        drawn = rng.multinomial(n, np.full(n, 1 / n), min(BLOCK, resamples - start)).astype(float)
+        weights = drawn[:, clips]  # (…, N)
+        scores = [score(of_file, weights) for of_file in rows]
         found.append(scores[-1] - (scores[0] if len(rows) > 1 else 0))
     low = []
     high = []

@@ -70,9 +70,15 @@ def is_interval(pair):
     return two and 0 <= pair[0] < pair[1] < 1e9
 
 
+def is_normal(kind):
+    """Whether a kind is "normal", however people write it: "Normal", "normal "."""
+    return kind.strip().lower() == "normal"
+
+
 def label_of(row):
     """Whether a row says that its video is abnormal: 0 or 1, by "label", "abnormal", or "kind", which is
-    "normal" or another. Raises ValueError if it has none of them, or if they contradict each other."""
+    "normal" or another; an empty kind says nothing. Raises ValueError if it has none of them, or if they
+    contradict each other."""
     said = set()
     if row.get("label") is not None:
         label = row["label"]
@@ -81,8 +87,8 @@ def label_of(row):
         said.add(LABELS[label])
     if row.get("abnormal") is not None:
         said.add(int(bool(read_intervals(row["abnormal"]))))
-    if row.get("kind") is not None:
-        said.add(int(row["kind"] != "normal"))
+    if kind := (row.get("kind") or "").strip():
+        said.add(int(not is_normal(kind)))
     if not said:
         ways = '"label": 0 or 1, "abnormal": intervals or [], or "kind": "normal" or another'
         raise ValueError(f"does not say whether the video is normal; give {ways}")
@@ -175,7 +181,9 @@ def read_phrases(path):
     """The phrases of the abnormal kinds in a file {kind: phrase}; the kind "normal" is left out."""
     try:
         kinds = json.loads(Path(path).read_bytes())
-        phrases = [phrase for kind, phrase in kinds.items() if kind != "normal"]
+        phrases = [phrase for kind, phrase in kinds.items() if not is_normal(kind)]
+        if not all(map(str.strip, kinds)):
+            raise ValueError("a kind has no name")
         if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
             raise ValueError("no phrases")
     except (AttributeError, ValueError) as error:
@@ -208,7 +216,7 @@ def choice_score(model, tokenizer, clip, encoding, sentences):
     prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
     answers = [tokenizer.sp.encode(sentence) for sentence in sentences.values()]
     p = log_likelihoods(model, encoding, prompt, answers, [0] * len(answers)).softmax(0)
-    return sum(x for kind, x in zip(sentences, p.tolist(), strict=True) if kind != "normal")
+    return sum(x for kind, x in zip(sentences, p.tolist(), strict=True) if not is_normal(kind))
 
 
 def read_sentences(kinds):

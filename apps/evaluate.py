@@ -32,7 +32,7 @@ import json
 import os
 import sys
 from collections import defaultdict, deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +42,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from apps import run_program
 from apps.detect import (
     NO_PHRASES,
     THRESHOLD,
@@ -67,6 +68,7 @@ from apps.scores import (
     identity,
     kind_scores,
     lengths_per_source,
+    locked,
     print_scores,
     read_kinds,
     read_lines,
@@ -214,29 +216,54 @@ def differences(old, new):
     return found
 
 
+def options_file(out):
+    return Path(f"{out}.options.json")
+
+
+def differences_from_record(out, options):
+    """What differs between OUT.options.json, if there is one, and these options, in words."""
+    path = options_file(out)
+    try:
+        return differences(dict(json.loads(path.read_bytes())), options) if path.exists() else []
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: cannot be read; give another --out") from None
+
+
+def is_begun(out):
+    """Whether a run has begun to answer. From then on no other options are recorded."""
+    found = parts(out)  # first: a run that merges its parts writes `out` before it removes them
+    return bool(read_lines(out) or found)
+
+
 def record_options(args):
     """Writes OUT.options.json and returns its content. ValueError if the output was begun with other
     options."""
-    path = Path(f"{args.out}.options.json")
-    new = decisive_options(args)
-    begun = read_lines(args.out) or parts(args.out)
-    if not begun and not path.exists() and os.path.exists(args.out) and os.path.getsize(args.out):
-        raise ValueError(f"{args.out}: exists, and was not written by this program; give another --out")
+    options = decisive_options(args)
+    settled = options_file(args.out).exists() and is_begun(args.out)
+    # Until then locked, so that no other run begins between the look and the writing
+    with nullcontext() if settled else locked(args.out):
+        check_begun(args.out, options)
+        write_json(options_file(args.out), options)
+    return options
+
+
+def check_begun(out, options):
+    """ValueError if the output was begun with other options, or by another program."""
+    path = options_file(out)
+    begun = is_begun(out)
+    if not begun and not path.exists() and os.path.exists(out) and os.path.getsize(out):
+        raise ValueError(f"{out}: exists, and was not written by this program; give another --out")
     if begun and not path.exists():
-        note(
-            f"note: {args.out} has no {path.name}; "
-            "its answers are taken to come from these weights and options"
-        )
-    if begun and path.exists():
-        try:
-            old = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}: cannot be read; give another --out") from None
-        if found := differences(old, new):
-            message = f"{args.out} was begun with other options ({'; '.join(found)})"
-            raise ValueError(f"{message}; give another --out, or the same options")
-    write_json(path, new)
-    return new
+        note(f"note: {out} has no {path.name}; its answers are taken to come from these weights and options")
+    if begun and (found := differences_from_record(out, options)):
+        message = f"{out} was begun with other options ({'; '.join(found)})"
+        raise ValueError(f"{message}; give another --out, or the same options")
+
+
+def check_still_ours(out, options):
+    """ValueError if another run with other options has begun the output since this one recorded its own."""
+    if found := differences_from_record(out, options):
+        raise ValueError(f"another run has begun {out} ({'; '.join(found)}); give another --out")
 
 
 def parts(out):
@@ -265,10 +292,11 @@ def read_done(out, asked):
     return done
 
 
-def merge(out, asked):
+def merge(out, asked, options):
     """Writes everything done into `out`, in the order of the index, removes the parts, and returns the
-    predictions."""
+    predictions. ValueError if they come from other options."""
     done = [prediction for predictions in read_done(out, asked) for prediction in predictions if prediction]
+    check_still_ours(out, options)
     content = b"".join(map(as_line, done))
     if not os.path.exists(out) or Path(out).read_bytes() != content:
         replace_file(out, content)
@@ -327,8 +355,9 @@ def answer_batch(model, tokenizer, clips, asked, args):
             prediction["tokens"] = len(ids) - ids.count(tokenizer.eos)
 
 
-def predict(rows, asked, args, rank=0, world=1):
-    """Adds to the output what it lacks. Returns [(row, video)] of those that cannot be read.
+def predict(rows, asked, args, options, rank=0, world=1):
+    """Adds to the output what it lacks. Returns [(row, video)] of those that cannot be read. ValueError if
+    another run has begun the output with other than the `options` that this run recorded.
 
     Batches are the same no matter what is done already and how many processes share them, and they are
     answered whole, so every run computes what an undisturbed one does, to the last bit (on the CPU: with the
@@ -339,6 +368,7 @@ def predict(rows, asked, args, rank=0, world=1):
     batches = [range(start, min(start + args.batch_size, len(rows))) for start in starts][rank::world]
     todo = [batch for batch in batches if any(None in done[i] for i in batch)]
     if not todo:
+        check_still_ours(args.out, options)
         return []
     model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
     detects = args.task == "detect"
@@ -352,7 +382,9 @@ def predict(rows, asked, args, rank=0, world=1):
     out = args.out if world == 1 else f"{args.out}.rank{rank}"
     unreadable = []
     with named_death(), appendable(out) as file, bar:
-        # once more: another run may have written before this one had the lock
+        # once more: another run may have recorded its options, and written, before this one had the lock
+        with locked(args.out) if world > 1 else nullcontext():  # which is what record_options locks
+            check_still_ours(args.out, options)
         done = read_done(args.out, asked)
         for batch, clips in zip(todo, loader, strict=True):
             readable = []
@@ -424,19 +456,19 @@ def prepare_run(args):
 
 
 def first_alone(prepare, rank, world):
-    """What prepare() returns in the first process, None in the others, which wait for it. An error there ends
-    all of them, and only the first one names it."""
-    result = None
-    message = [None]
+    """What prepare() returns in the first process, for all of them; the others wait for it. An error there
+    ends all of them, and only the first one names it."""
+    message = [None, None]  # result, error
     if rank == 0:
         try:
-            result = prepare()
+            message = [prepare(), None]
         except PROBLEMS as error:
-            message = [error]
+            message = [None, error]
     if world > 1:
         dist.broadcast_object_list(message)
-    if message[0]:
-        raise message[0] if rank == 0 else SystemExit(2)
+    result, error = message
+    if error:
+        raise error if rank == 0 else SystemExit(2)
     return result
 
 
@@ -458,13 +490,12 @@ def predict_index(args):
     """All that --annotations asks for: (predictions, scores so far), or None in all processes but the
     first."""
     rank, world = start_processes(args)
-    prepared = first_alone(lambda: prepare_run(args), rank, world)
+    options, kinds = first_alone(lambda: prepare_run(args), rank, world)
     rows, asked, counts = load_index(args)
-    unreadable = gather(predict(rows, asked, args, rank, world), world)
+    unreadable = gather(predict(rows, asked, args, options, rank, world), world)
     if rank > 0:
         return None
-    options, kinds = prepared
-    predictions = merge(args.out, asked)
+    predictions = merge(args.out, asked, options)
     scores = {"counts": counts, "unreadable": [name for _, name in unreadable], "options": options}
     if kinds:
         names = [predictions_of_row[0]["video"] for predictions_of_row in asked]
@@ -604,13 +635,12 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
     try:
         score(parse_args(argv))
+    except BrokenPipeError:  # run_program ends it quietly
+        raise
     except PROBLEMS as error:
         return print_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -35,6 +35,7 @@ import torch
 import data
 import hawk
 import sample
+from apps import run_program
 from apps.toy import OBJECTS
 from data import MASKS, clip_options, farneback, read_clip, replace_file, rgb_to_gray, stream_frames
 from sample import PROBLEMS, make_parser, note, number, print_error
@@ -608,10 +609,12 @@ def main(argv=None):
             look_into_picture(args)
         else:
             look_into_folder(args)
+    except BrokenPipeError:  # run_program ends it quietly
+        raise
     except PROBLEMS as error:
         return print_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

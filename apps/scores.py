@@ -64,11 +64,17 @@ def read_lines(path, check=check_prediction):
     return objects
 
 
-def appendable(path):
-    """The file, opened to append lines; a half-written last line is cut off. It is locked until it is closed:
-    ValueError if another process has locked it."""
+def locked(path):
+    """The file, opened and locked until it is closed; what it holds stays. ValueError if another process has
+    locked it."""
     file = open(path, "ab+")
     lock(file)
+    return file
+
+
+def appendable(path):
+    """The file, `locked` and opened to append lines; a half-written last line is cut off."""
+    file = locked(path)
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
     return file
@@ -275,13 +281,14 @@ def total(pairs):
 
 def fact_scores(predictions, rows, names):
     """{fact: [descriptions that name it, all]} for colour, object and place of the toy rows, matched as whole
-    words. names: what the predictions call the video of each row."""
+    words; in other people's rows these fields may hold anything, and only texts count. names: what the
+    predictions call the video of each row."""
     row_of = dict(zip(names, rows, strict=True))
     counts = {fact: [0, 0] for fact in FACTS}
     for p in predictions:
         for fact in FACTS:
             truth = row_of.get(p["video"], {}).get(fact)
-            if p["task"] == "describe" and truth:
+            if p["task"] == "describe" and isinstance(truth, str) and truth:
                 found = re.search(rf"\b{re.escape(truth)}\b", p["answer"], re.IGNORECASE)
                 counts[fact][0] += bool(found)
                 counts[fact][1] += 1

@@ -53,6 +53,7 @@ from apps.detect import (
     choose_score,
     describe,
     find_kinds,
+    is_normal,
     numbers,
     phrases_of,
     read_intervals,
@@ -204,7 +205,7 @@ def read_annotations(path):
 
 def annotated_row(row):
     """The row with a list of (start, end) as "abnormal". {"kind": "normal"} is as good as []."""
-    normal = "abnormal" not in row and row.get("kind") == "normal"
+    normal = "abnormal" not in row and is_normal(row.get("kind") or "")
     return row | {"abnormal": read_intervals([] if normal else row.get("abnormal"))}
 
 

@@ -24,6 +24,8 @@ from sample import TINY, encode_clips, load
     ({"label": 0}, 0), ({"label": 1}, 1), ({"label": "normal"}, 0), ({"label": "abnormal"}, 1),
     ({"abnormal": []}, 0), ({"abnormal": [1, 2]}, 1), ({"abnormal": [[1, 2], [4, 5]]}, 1),
     ({"kind": "normal"}, 0), ({"kind": "fire"}, 1), ({"label": None, "kind": "fire"}, 1),
+    ({"kind": "Normal"}, 0), ({"kind": " NORMAL\n"}, 0), ({"kind": "Abnormal"}, 1),
+    ({"label": 0, "kind": " "}, 0),
     ({"label": 1, "abnormal": [1, 2], "kind": "fire"}, 1), ({"label": "normal", "abnormal": []}, 0),
 ])  # fmt: skip
 def test_what_a_row_says(said, label):
@@ -35,6 +37,8 @@ def test_what_a_row_says(said, label):
     ({"label": 2}, '"label" must be'), ({"label": "fire"}, '"label" must be'), ({"label": []}, '"label" mu'),
     ({"abnormal": True}, 'needs "abnormal"'), ({"abnormal": "12"}, 'needs "abnormal"'),
     ({"label": 0, "kind": "fire"}, "says both"), ({"label": 1, "abnormal": []}, "says both"),
+    ({"kind": ""}, "does not say whether"), ({"kind": " "}, "does not say whether"),
+    ({"label": 1, "kind": "Normal "}, "says both"),
     ({"kind": 3}, '"kind" must be a text'), ({"video": 3}, '"video" must be'),
 ])  # fmt: skip
 def test_a_row_that_says_nothing_is_refused_by_name(tmp_path, said, reason):
@@ -84,6 +88,26 @@ def test_the_answer_changes_at_the_threshold(world, monkeypatch):
     values = iter([0.49, 0.5, 1.0])
     detect.score_clips(None, None, [None] * 3, asked, lambda *_: next(values))
     assert [prediction["answer"] for (prediction,) in asked] == ["no", "yes", "yes"]
+
+
+@pytest.mark.parametrize("normal", ["normal", "Normal", " NORMAL "])
+def test_normal_is_left_out_however_it_is_written(tmp_path, monkeypatch, normal):
+    kinds = tmp_path / "kinds.json"
+    kinds.write_text(json.dumps({normal: "all is well", "fire": "burns"}))
+    assert detect.read_phrases(kinds) == ["burns"]
+    kinds.write_text(json.dumps({normal: "all is well"}))
+    with pytest.raises(ValueError, match="no phrases"):
+        detect.read_phrases(kinds)
+    kinds.write_text(json.dumps({normal: "all is well", " ": "burns"}))
+    with pytest.raises(ValueError, match=f"^{kinds}: .*a kind has no name"):
+        detect.read_phrases(kinds)
+    monkeypatch.setattr(detect, "log_likelihoods", lambda *_: torch.tensor([0.0, 0.0]))
+    config = SimpleNamespace(n_visual=1)
+    tokenizer = SimpleNamespace(encode_prompt=lambda *_: [], sp=SimpleNamespace(encode=list))
+    sentences = {normal: "All is well.", "fire": "It burns."}
+    clip = SimpleNamespace(message="")
+    score = detect.choice_score(SimpleNamespace(config=config), tokenizer, clip, None, sentences)
+    assert score == pytest.approx(0.5)
 
 
 def test_phrases_that_decide_are_named():

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +175,69 @@ def test_two_runs_do_not_write_to_one_file(world, tmp_path, run, monkeypatch):
     load = evaluate.load
     monkeypatch.setattr(evaluate, "load", lambda *args: shutil.copy(whole, out) and load(*args))
     assert run(out, "--limit", "1")[0] == 0 and out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_of_two_runs_that_begin_at_once_one_is_refused(world, tmp_path, monkeypatch, world_size):
+    """Both record their options before the other has begun: what the later one answers is not taken over."""
+
+    def stub(model, tokenizer, clips, asked, args):
+        for prediction in sum(asked, []):
+            prediction |= {"answer": f"{args.max_new_tokens}", "tokens": 1}
+
+    config = evaluate.read_chain(world / "weights")[0]
+    monkeypatch.setattr(evaluate, "read_clip", remembered)
+    monkeypatch.setattr(evaluate, "load", lambda *_: (SimpleNamespace(config=config), None))
+    monkeypatch.setattr(evaluate, "answer_batch", stub)
+    out = tmp_path / "out"
+    ours = evaluate.parse_args(options(world, out))
+    other = evaluate.parse_args(options(world, out, "--max-new-tokens", "9"))
+    ranks = range(world_size)
+
+    def predict(args, recorded, rank):
+        rows, asked, _ = evaluate.load_index(args)
+        return evaluate.predict(rows, asked, args, recorded, rank, world_size)
+
+    message = f"^another run has begun {out} .max_new_tokens was 9, is 8.; give another --out$"
+    refused = functools.partial(pytest.raises, ValueError, match=message)
+    first = evaluate.record_options(ours)
+    second = evaluate.record_options(other)  # no line yet, so both may begin
+    for rank in ranks:
+        with refused():  # before the other has answered anything
+            predict(ours, first, rank)
+    for rank in ranks:
+        predict(other, second, rank)
+        with refused():  # amid its answers, or when it has ended: nothing is left to do
+            predict(ours, first, rank)
+    asked = evaluate.load_index(ours)[1]
+    with refused():
+        evaluate.merge(out, asked, first)
+    with pytest.raises(ValueError, match="was begun with other options"):
+        evaluate.record_options(ours)
+    assert {p["answer"] for p in evaluate.merge(out, asked, second)} == {"9"}
+
+    # the same options: both add what is missing
+    out.unlink()
+    first = evaluate.record_options(ours)
+    second = evaluate.record_options(ours)
+    for rank in ranks:
+        predict(ours, first, rank)
+        predict(ours, second, rank)
+    assert len(evaluate.merge(out, asked, first)) == len(evaluate.merge(out, asked, second)) == 6
+
+
+def test_options_are_recorded_under_the_lock(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    args = evaluate.parse_args(options(world, out))
+    monkeypatch.setattr(scores, "LOCK_SECONDS", 0)
+    record = Path(f"{out}.options.json")
+    with scores.appendable(out), pytest.raises(ValueError, match="another process is writing to it"):
+        evaluate.record_options(args)
+    assert not record.exists()
+    out.write_text("half a line")  # of another program
+    with pytest.raises(ValueError, match="was not written by this program"):
+        evaluate.record_options(args)
+    assert out.read_text() == "half a line" and not record.exists()
 
 
 def test_help_and_wrong_options_are_for_people(tmp_path, capfd):
@@ -553,6 +619,9 @@ def test_kinds_and_facts():
     ]
     facts = evaluate.fact_scores(predictions, rows, [row["video"] for row in rows])
     assert facts == {"colour": [1, 5], "object": [0, 0], "place": [1, 5]}  # "ca(tches fi)red" is no colour
+    others = [{"colour": 3, "object": ["car"], "place": {"in": "the near lane"}}] + rows[1:]
+    facts = evaluate.fact_scores(predictions, others, [row["video"] for row in rows])
+    assert facts == {"colour": [0, 4], "object": [0, 0], "place": [1, 4]}
 
 
 def test_predictions_of_another_make(tmp_path, capfd):
@@ -581,6 +650,26 @@ def test_a_terminal_that_is_not_utf_8(tmp_path, monkeypatch):
             status = stop.code
         sys.stdout.flush()
         assert status == 0 and b"\\xe9" in shown.getvalue()
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_nobody_reads_what_is_printed(tmp_path, monkeypatch, capfd, buffered):
+    """`… | true` ends quietly, as the other programs do, with all that it was to write."""
+    out = written(tmp_path / "p", [prediction(0)])
+    reading, writing = os.pipe()
+    os.close(reading)
+    dup2 = os.dup2
+    monkeypatch.setattr(os, "dup2", lambda new, _: dup2(new, writing))  # not pytest's own output
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--out", out])
+    monkeypatch.delitem(sys.modules, "apps.evaluate")
+    with open(writing, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=not buffered))
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("apps.evaluate", run_name="__main__")
+        sys.stdout.flush()
+    assert stop.value.code == 141 and "error" not in capfd.readouterr().err
+    assert json.loads(Path(f"{out}.scores.json").read_text())["bleu"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -928,6 +1017,20 @@ def test_interval_of_a_mean():
     assert tied[1] == pytest.approx(low) and tied[2] == pytest.approx(high)
     alone = compare.intervals([counts], np.arange(400), compare.ratio, 2000)  # the other one is always 0
     assert alone[0] == [b] and alone[1] == pytest.approx(low) and alone[2] == pytest.approx(high)
+
+
+def test_resamples_are_not_held_all_at_once():
+    """1000 resamples of 1000 clips are 8 MB, twice; the draws are those of a single call."""
+    clips = np.arange(1000)
+    rows = np.stack([np.sin(clips), np.ones(1000)], axis=1)
+    tracemalloc.start()
+    _, low, high = compare.intervals([rows], clips, compare.ratio, 1000, seed=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6
+    drawn = np.random.default_rng(3).multinomial(1000, np.full(1000, 1 / 1000), 1000)
+    expected = np.percentile(drawn @ rows[:, 0] / 1000, [2.5, 97.5])
+    assert [*low, *high] == pytest.approx(expected, abs=1e-12)
 
 
 def test_judges_and_kinds_are_compared(tmp_path):

@@ -3,7 +3,9 @@
 import importlib
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from operator import attrgetter
@@ -380,3 +382,20 @@ def test_without_matplotlib(world, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "look").exists()
     command[-1] = tmp_path / "sheet.png"  # needs none
     assert look.main(list(map(str, command))) == 0
+
+
+def test_nobody_reads_what_is_printed(tmp_path, monkeypatch, capfd):
+    """`… | true` ends quietly, as the other programs do."""
+    pytest.importorskip("matplotlib")
+
+    def load(*_):  # in the place of all that follows, and prints
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sample, "load", load)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # not of pytest's own output
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["look", "--video", "v.mp4", "--out", str(tmp_path / "out")])
+    monkeypatch.delitem(sys.modules, "apps.look")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("apps.look", run_name="__main__")
+    assert stop.value.code == 141 and "error" not in capfd.readouterr().err

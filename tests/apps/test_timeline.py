@@ -482,6 +482,7 @@ def test_forms_of_annotations(tmp_path):
         {"video": "b.mp4", "abnormal": [[4, 5.5], [1, 2], [1.5, 3]]},
         {"video": "c.mp4", "abnormal": [], "description": "A line\u2028separator."},
         {"video": "d.mp4", "kind": "normal"},
+        {"video": "e.mp4", "kind": " Normal"},
         {"video": "a.mp4", "abnormal": [6, 7]},  # a second event of the first video
     ]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -492,6 +493,7 @@ def test_forms_of_annotations(tmp_path):
         str(tmp_path / "b.mp4"): [(1, 3), (4, 5.5)],
         str(tmp_path / "c.mp4"): [],
         str(tmp_path / "d.mp4"): [],
+        str(tmp_path / "e.mp4"): [],
     }
 
 
@@ -510,6 +512,7 @@ def test_wrong_intervals_are_refused(tmp_path, abnormal):
     (b"{", "not JSON"), (b"[]", "not a JSON object"), (b'{"abnormal": []}', '"video" must be the path'),
     (b'{"video": "", "abnormal": []}', '"video" must be'), (b'{"video": 3, "abnormal": []}', '"video" must'),
     (b'{"video": "x"}', 'needs "abnormal"'), (b'{"video": "x", "kind": "fire"}', 'needs "abnormal"'),
+    (b'{"video": "x", "kind": ""}', 'needs "abnormal"'),
     (b"\xff", "can't decode"), (b"[" * 100_000, "recursion"),
     (b'{"video": "\\u0000", "abnormal": []}', "path of a file"),
 ])  # fmt: skip
