@@ -806,7 +806,7 @@ def stack(values, pad_id, key=""):
     last one: the towers know still pictures, and the model needs no mask."""
     if isinstance(values[0], dict):
         return {name: stack([value[name] for value in values], pad_id, name) for name in values[0]}
-    if key.endswith(("input_ids", "labels")) and values[0].dim() == 1:
+    if key.endswith(("input_ids", "labels")) and values[0].dim() == 1:  # no stream
         padding = IGNORE if key.endswith("labels") else pad_id
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     if values[0].dim() == 0:

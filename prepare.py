@@ -433,7 +433,7 @@ def main(argv=None):
             add(f"--{key}", type=Path, required=key not in OPTIONAL, help=PATHS[key])
         if run is weights:
             ways = ["auto", "checkpoint", "replay", "blip2"]
-            about = "auto: from a checkpoint that holds it, else replay (of the seed) with --hawk, else blip2"
+            about = "auto: a checkpoint's; else, with --hawk, redrawn from the released seed; else BLIP-2's"
             add("--motion-qformer", choices=ways, default="auto", help=about)
         if run in (weights, merge):
             about = "fields of config.json, such as vit_heads=16"

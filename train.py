@@ -95,7 +95,7 @@ def parse_args(argv, task):
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default 1e-6)")
     add("--weight-decay", type=float, default=0.05, help="of tensors of 2 or more dimensions (default 0.05)")
     add("--seed", type=int, default=42, help="of order, crops, questions and dropout (default 42)")
-    add("--accumulate", type=int, default=1, help="micro-batches a step, for less memory (default 1)")
+    add("--accumulate", type=int, default=1, help="parts of a batch, one by one: less memory (default 1)")
     add("--workers", type=int, default=2, help="processes that read videos, for each that trains (default 2)")
     add("--clip", type=float, default=0.0, help="largest gradient norm (default 0: no clipping)")
     add("--eval-samples", type=int, default=64, help="held-out clips, 0: none (default 64)")

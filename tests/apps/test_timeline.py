@@ -749,6 +749,12 @@ def test_the_bundled_weights_find_the_event(tmp_path, capfd):
     assert out[2].startswith("frame-level AUC") and float(out[2].split()[2]) > 0.9
 
 
+def test_a_window_begins_every_quarter_of_a_window_but_at_least_every_two_seconds():
+    for window, stride in (("0.4", 0.1), ("8", 2), ("60", 2)):
+        assert timeline.parse_args(["--video", "x", "--window", window]).stride == pytest.approx(stride)
+    assert timeline.parse_args(["--video", "x", "--stride", "3"]).stride == 3
+
+
 def test_which_score_is_the_default():
     def chosen(*options):
         args = timeline.parse_args(["--video", "x", *options])
