@@ -4,8 +4,7 @@
 2. Text      the tokenizer, and the two formats that Hawk reads: conversations and captions
 3. Datasets  index files (JSON lines), samples of both training stages, batches
 4. Cache     reading the frame features that `python prepare.py features` wrote
-5. Machine   helpers for the command lines of sample.py, train.py and prepare.py, which use this file
-"""
+5. Machine   helpers for the command lines of sample.py, train.py and prepare.py, which use this file"""
 
 import hashlib
 import json
@@ -274,8 +273,7 @@ def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
 
 
 def even_times(seconds):
-    """Times (T,) -> i / fps, as released, if one rate fits all to the millisecond to which containers round;
-    else as they are."""
+    """Times (T,) -> i / fps, as released, if one rate fits all to a container's millisecond; else as is."""
     numbers = np.arange(len(seconds))
     fps = numbers[-1] / max(seconds[-1], 1e-9)
     rates = [round(fps), round(fps * 1.001) * 1000 / 1001, fps]  # 30, NTSC's 30000/1001, or any other

@@ -140,6 +140,11 @@ def linears(**sizes):  # Linears by name, each given as (in, out) or (in, out, b
     return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
 
+def drawn(std, *shape):  # not on the meta device: to draw nothing there, torch would load its compiler
+    x = torch.empty(shape)
+    return nn.Parameter(x if x.is_meta else x.normal_(0, std))
+
+
 # ---- ViT: EVA-CLIP-g, as in BLIP-2 -------------------------------------------------------------------------
 class ViTBlock(nn.Module):  # pre-norm; keys have no bias: it would cancel in the softmax
     def __init__(self, config):
@@ -165,8 +170,8 @@ class ViT(nn.Module):  # the released `forward_features`: no pixel normalisation
         super().__init__()
         patches = (config.image_size // config.patch_size) ** 2
         self.patch_embed = nn.Conv2d(3, config.vit_dim, config.patch_size, stride=config.patch_size)
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, config.vit_dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, config.vit_dim))
+        self.cls_token = drawn(0.02, 1, 1, config.vit_dim)
+        self.pos_embed = drawn(0.02, 1, 1 + patches, config.vit_dim)
         self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.vit_depth)))
 
     def forward(self, images):
@@ -238,11 +243,11 @@ class Branch(nn.Module):
         dim = config.qformer_dim
         D = config.llama_dim
         self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # as in BLIP-2, like all that FROZEN names
-        self.queries = nn.Parameter(0.02 * torch.randn(1, config.n_queries, dim))
+        self.queries = drawn(0.02, 1, config.n_queries, dim)
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
         # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
-        self.frame_position = nn.Embedding(config.n_frames, dim)
-        self.video_queries = nn.Parameter(0.02 * torch.randn(1, config.n_video_queries, dim))
+        self.frame_position = nn.Embedding.from_pretrained(drawn(1, config.n_frames, dim), False)
+        self.video_queries = drawn(0.02, 1, config.n_video_queries, dim)
         self.video_qformer = QFormer(config, config.video_layers, dim, every=1)
         self.proj_0 = nn.Linear(dim, D)
         self.encoder_0 = nn.Linear(D, D)
@@ -325,7 +330,7 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.llama_dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn(1, config.vocab_size, config.llama_dim), False)
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.llama_layers))
         self.norm = nn.RMSNorm(config.llama_dim, config.norm_eps)
         self.lm_head = nn.Linear(config.llama_dim, config.vocab_size, bias=False)

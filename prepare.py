@@ -3,8 +3,7 @@
     python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b
     python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
     python prepare.py merge --weights runs/x/last --out weights/x
-The index files come from `python prepare.py hawk --annotations PATH --videos DIR --out data/hawk`.
-"""
+The index files come from `python prepare.py hawk --annotations PATH --videos DIR --out data/hawk`."""
 
 import importlib
 import json
@@ -197,8 +196,7 @@ def replay_motion_qformer(config, seed=42):
 
 
 def made_here(config, motion, new):
-    """{our name: Held}: the motion branch's ln_vision; its Q-Former and queries, if they are replayed; if the
-    training is `new`, what trains."""
+    """{our name: Held}: motion's ln_vision; its Q-Former and queries, if replayed; what trains, if `new`."""
     norm = torch.nn.LayerNorm(config.vit_dim)  # the released code builds it, and never loads it
     made = norm.state_dict(prefix="motion.ln_vision.")
     if new:  # from a fixed seed

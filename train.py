@@ -6,8 +6,7 @@
     python train.py … --resume                             # continues from OUT/last
 
 Sample randomness is seeded by (seed, epoch, index), model randomness (dropout) by (seed, step, rank): loader
-workers change nothing, and a run that was killed and resumed repeats the undisturbed one.
-"""
+workers change nothing, and a run that was killed and resumed repeats the undisturbed one."""
 
 import argparse
 import json

@@ -222,6 +222,14 @@ def test_threads_wait_without_spinning(name):
         assert found[1] == setting.get("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def test_an_answer_does_not_load_the_compiler(world):
+    """torch imports it, which takes longer than a short answer, for some calls that look harmless."""
+    code = "import sample, sys; sample.ask(*sample.load(sys.argv[1], 'cpu'), sys.argv[2], max_new_tokens=2)"
+    code += "; sys.exit('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, world / "weights", world / "a b.mp4"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
 # ---- Chat --------------------------------------------------------------------------------------------------
 
 
