@@ -210,16 +210,31 @@ def test_the_example_of_the_readme(capsys, monkeypatch):
     assert " ".join(re.findall("^> (.*)$", readme, re.M)) == expected
 
 
-@pytest.mark.parametrize("name", ["sample", "train", "prepare", "apps.evaluate"])
-def test_threads_wait_without_spinning(name):
-    """The default must be in the environment before torch loads OpenMP, which then shows what it found."""
+def test_threads_wait_without_spinning():
+    """OpenMP shows what it found when torch loaded it. A user's own setting wins."""
     environment = {key: value for key, value in os.environ.items() if "OMP" not in key}
-    command = [sys.executable, "-c", f"import {name}"]
-    for setting in ({}, {"OMP_WAIT_POLICY": "ACTIVE"})[: 1 + (name == "sample")]:  # a user's own wins
+    command = [sys.executable, "-c", "import sample"]
+    for setting in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}):
         environment |= {"OMP_DISPLAY_ENV": "true"} | setting
         shown = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
         found = re.search("OMP_WAIT_POLICY *= *'(.*)'", shown.stderr)
         assert found[1] == setting.get("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.mark.parametrize("name", "train prepare apps.evaluate apps.timeline apps.towers apps.look".split())
+def test_that_is_set_before_torch_is_imported(tmp_path, name):
+    """By each program. Here "torch" is a file that shows the environment in which it is imported."""
+    (tmp_path / "torch.py").write_text("import os; raise SystemExit(os.environ.get('OMP_WAIT_POLICY'))")
+    environment = {key: value for key, value in os.environ.items() if "OMP" not in key}
+    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import {name}"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stderr == "passive\n"
 
 
 def test_an_answer_does_not_load_the_compiler(world):
