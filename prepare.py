@@ -197,8 +197,7 @@ def replay_motion_qformer(config, seed=42):
 
 def made_here(config, motion, new):
     """{our name: Held}: motion's ln_vision; its Q-Former and queries, if replayed; what trains, if `new`."""
-    norm = torch.nn.LayerNorm(config.vit_dim)  # the released code builds it, and never loads it
-    made = norm.state_dict(prefix="motion.ln_vision.")
+    made = torch.nn.LayerNorm(config.vit_dim).state_dict(prefix="motion.ln_vision.")  # as released
     if new:  # from a fixed seed
         torch.manual_seed(0)
         branches = torch.nn.ModuleDict({name: Branch(config) for name in config.branches})
@@ -449,8 +448,9 @@ def main(argv=None):
         taken = args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir())
         require(not taken, f"{args.out}: is not empty; choose another name, or delete it first")
         args.run(args)
-    except (OSError, ValueError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:
-        sys.exit("error: " + str(error).strip().split("\n")[-1])
+    except (OSError, ValueError, safetensors.SafetensorError, RuntimeError) as error:
+        died = isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error)
+        sys.exit("error: " + ("a worker died; start again" if died else str(error).strip().split("\n")[-1]))
 
 
 if __name__ == "__main__":

@@ -399,12 +399,12 @@ def run(argv=None, task=None):
         return main(argv, task)
     except KeyboardInterrupt:
         return 130
-    except data.PROBLEMS as error:
-        return data.print_error(error)
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, *data.PROBLEMS) as error:
+        if isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error):
+            error = "a loader worker died, perhaps for want of memory; start again with --resume"
+        elif not isinstance(error, data.PROBLEMS):
             raise
-        return data.print_error("a loader worker died, perhaps for want of memory; start again with --resume")
+        return data.print_error(error)
 
 
 if __name__ == "__main__":

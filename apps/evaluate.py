@@ -414,8 +414,9 @@ def named_death():
     to be; what has been written until then is kept."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # an error that a worker raised, not its death
+    except (RuntimeError, ConnectionError) as error:
+        died = isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error)
+        if not died:  # an error that a worker raised
             raise
         raise OSError(f"a loader worker died; start the same command again to resume ({error})") from error
 

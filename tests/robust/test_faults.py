@@ -6,6 +6,7 @@ Kills of train.py and apps.evaluate are in their own test files.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import prepare
+import train
+from apps import evaluate
 
 ROOT = Path(__file__).parents[2]
 # Starts programs as forks of one process that has imported torch, which takes seconds. It reads commands from
@@ -315,6 +320,30 @@ def test_when_one_process_of_a_training_is_stopped_or_dies_the_other_ends(world,
     done = torch.load(last, weights_only=True)["step"]
     assert done > stopped
     assert jobs.run(*training(world, tmp_path / "run", done + 2))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "apps.evaluate"])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DataLoader worker (pid 7) is killed by signal"), ConnectionResetError(104, "reset")],
+)
+def test_a_dead_loader_worker_is_one_line(name, error, world, tmp_path, monkeypatch, capsys):
+    """However torch notices that it died: by a signal, or by a connection that ends."""
+
+    def dies(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", dies)
+    out = tmp_path / "out"
+    commands = (training(world, out, 1, cached=False), features(world, out), evaluation(world, out))
+    [options] = [options for program, *options in commands if program == name]
+    program = {"train.py": train.run, "prepare.py": prepare.main, "apps.evaluate": evaluate.main}[name]
+    try:
+        assert program([*map(str, options)]) == 2
+        said = capsys.readouterr().err
+    except SystemExit as stop:
+        said = stop.code
+    assert re.match("error: .*worker died", said.splitlines()[-1]), said
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
