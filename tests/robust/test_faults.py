@@ -346,6 +346,25 @@ def test_a_dead_loader_worker_is_one_line(name, error, world, tmp_path, monkeypa
     assert re.match("error: .*worker died", said.splitlines()[-1]), said
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process may take more memory than allowed")
+def test_too_little_memory_is_one_line(tmp_path):
+    """On the CPU, where torch raises a plain RuntimeError."""
+    (tmp_path / "tokenizer.model").write_bytes((ROOT / "weights/tiny/tokenizer.model").read_bytes())
+    limit = (
+        "import resource as r, sys, train; held = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+    )
+    limit += "r.setrlimit(r.RLIMIT_AS, (held + 10**8,) * 2); sys.exit(train.run(sys.argv[1:]))"
+    command = [sys.executable, "-c", limit, "--preset", "7b", "--steps", 1]
+    done = subprocess.run(
+        [*map(str, command), "--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.match("error: .*can't allocate memory", done.stderr.splitlines()[-1]), done.stderr[-500:]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_features_that_are_stopped_resume(world, jobs, tmp_path, number):
     started = jobs.start(*features(world, tmp_path / "f"))
