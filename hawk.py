@@ -246,7 +246,7 @@ class Branch(nn.Module):
         self.queries = drawn(0.02, 1, config.n_queries, dim)
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
         # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
-        self.frame_position = nn.Embedding.from_pretrained(drawn(1, config.n_frames, dim), False)
+        self.frame_position = nn.Embedding.from_pretrained(drawn(1, config.n_frames, dim), freeze=False)
         self.video_queries = drawn(0.02, 1, config.n_video_queries, dim)
         self.video_qformer = QFormer(config, config.video_layers, dim, every=1)
         self.proj_0 = nn.Linear(dim, D)
