@@ -449,7 +449,7 @@ def main(argv=None):
         require(not taken, f"{args.out}: is not empty; choose another name, or delete it first")
         args.run(args)
     except (OSError, ValueError, safetensors.SafetensorError, RuntimeError) as error:
-        died = isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error)
+        died = isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error)
         sys.exit("error: " + ("a worker died; start again" if died else str(error).strip().split("\n")[-1]))
 
 

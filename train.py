@@ -400,7 +400,7 @@ def run(argv=None, task=None):
     except KeyboardInterrupt:
         return 130
     except (RuntimeError, *data.PROBLEMS) as error:
-        if isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error):
+        if isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error):
             error = "a loader worker died, perhaps for want of memory; start again with --resume"
         elif not isinstance(error, data.PROBLEMS) and "allocate memory" not in str(error):
             raise

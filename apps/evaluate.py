@@ -414,8 +414,8 @@ def named_death():
     to be; what has been written until then is kept."""
     try:
         yield
-    except (RuntimeError, ConnectionError) as error:
-        died = isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error)
+    except (RuntimeError, ConnectionResetError) as error:
+        died = isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error)
         if not died:  # an error that a worker raised
             raise
         raise OSError(f"a loader worker died; start the same command again to resume ({error})") from error

@@ -350,11 +350,11 @@ def test_a_dead_loader_worker_is_one_line(name, error, world, tmp_path, monkeypa
 def test_too_little_memory_is_one_line(tmp_path):
     """On the CPU, where torch raises a plain RuntimeError."""
     (tmp_path / "tokenizer.model").write_bytes((ROOT / "weights/tiny/tokenizer.model").read_bytes())
-    limit = (
-        "import resource as r, sys, train; held = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+    code = "import resource as r, sys, train; pages = int(open('/proc/self/statm').read().split()[0]); "
+    code += (
+        "r.setrlimit(r.RLIMIT_AS, (pages * r.getpagesize() + 10**8,) * 2); sys.exit(train.run(sys.argv[1:]))"
     )
-    limit += "r.setrlimit(r.RLIMIT_AS, (held + 10**8,) * 2); sys.exit(train.run(sys.argv[1:]))"
-    command = [sys.executable, "-c", limit, "--preset", "7b", "--steps", 1]
+    command = [sys.executable, "-c", code, "--preset", "7b", "--steps", 1]
     done = subprocess.run(
         [*map(str, command), "--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu"],
         cwd=ROOT,
