@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in sample.py, before torch is imported
 
@@ -23,3 +23,16 @@ def run_program(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
         sys.exit(141)
+
+
+@contextmanager
+def named_death():
+    """Turns the death of a loader worker into an OSError. torch raises it wherever the main process happens
+    to be; what has been written until then is kept."""
+    try:
+        yield
+    except (RuntimeError, ConnectionResetError) as error:
+        died = isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error)
+        if not died:  # an error that a worker raised
+            raise
+        raise OSError(f"a loader worker died; start the same command again to resume ({error})") from error

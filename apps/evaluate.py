@@ -32,7 +32,7 @@ import json
 import os
 import sys
 from collections import defaultdict, deque
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from apps import run_program
+from apps import named_death, run_program
 from apps.detect import (
     NO_PHRASES,
     THRESHOLD,
@@ -406,19 +406,6 @@ def predict(rows, asked, args, options, rank=0, world=1):
             file.flush()
             bar.update(len(batch))
     return unreadable
-
-
-@contextmanager
-def named_death():
-    """Turns the death of a loader worker into an OSError. torch raises it wherever the main process happens
-    to be; what has been written until then is kept."""
-    try:
-        yield
-    except (RuntimeError, ConnectionResetError) as error:
-        died = isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error)
-        if not died:  # an error that a worker raised
-            raise
-        raise OSError(f"a loader worker died; start the same command again to resume ({error})") from error
 
 
 def write_answers(file, i, made, done, world):

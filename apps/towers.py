@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prepare
 import train
+from apps import named_death
 from apps.toy import COLOURS, OBJECTS, draw_clip
 from data import DESCRIBE_QUESTIONS, IGNORE, HawkDataset, VideoError, clip_options, read_index
 from hawk import is_frame_level, require
@@ -411,7 +412,8 @@ def main(argv=None):
     if args.task in TASKS:
         return train.run(argv[1:], TASKS[args.task])
     try:
-        return features(argv[1:])
+        with named_death():
+            return features(argv[1:])
     except PROBLEMS as error:
         return print_error(error)
 
