@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import prepare
 import train
-from apps import evaluate
+from apps import evaluate, towers
 
 ROOT = Path(__file__).parents[2]
 # Starts programs as forks of one process that has imported torch, which takes seconds. It reads commands from
@@ -322,7 +322,7 @@ def test_when_one_process_of_a_training_is_stopped_or_dies_the_other_ends(world,
     assert jobs.run(*training(world, tmp_path / "run", done + 2))[0] == 0
 
 
-@pytest.mark.parametrize("name", ["train.py", "prepare.py", "apps.evaluate"])
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "apps.evaluate", "apps.towers"])
 @pytest.mark.parametrize(
     "error",
     [RuntimeError("DataLoader worker (pid 7) is killed by signal"), ConnectionResetError(104, "reset")],
@@ -335,9 +335,12 @@ def test_a_dead_loader_worker_is_one_line(name, error, world, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", dies)
     out = tmp_path / "out"
-    commands = (training(world, out, 1, cached=False), features(world, out), evaluation(world, out))
-    [options] = [options for program, *options in commands if program == name]
-    program = {"train.py": train.run, "prepare.py": prepare.main, "apps.evaluate": evaluate.main}[name]
+    program, (_, *options) = {
+        "train.py": (train.run, training(world, out, 1, cached=False)),
+        "prepare.py": (prepare.main, features(world, out)),
+        "apps.evaluate": (evaluate.main, evaluation(world, out)),
+        "apps.towers": (towers.main, features(world, out)),
+    }[name]
     try:
         assert program([*map(str, options)]) == 2
         said = capsys.readouterr().err
