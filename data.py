@@ -419,8 +419,7 @@ def blur_and_shrink(images, scale):
     sigma = (1 / scale - 1) / 2
     n = max(round(sigma * 5) // 2, 1)
     weights = gaussian(n, sigma) if sigma else [0.5, 0.25]
-    padded = F.pad(images, (n, n, n, n), mode="reflect")
-    blurred = correlate(correlate(padded, -1, weights), -2, weights)
+    blurred = correlate(correlate(F.pad(images, (n, n, n, n), mode="reflect"), -1, weights), -2, weights)
     size = [round(length * scale) for length in images.shape[-2:]]
     return F.interpolate(blurred, size, mode="bilinear") if sigma else blurred
 

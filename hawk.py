@@ -7,8 +7,7 @@
     model = Hawk.from_pretrained("weights/tiny")
     encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
     ids = model.generate(encoding, input_ids)  # lists of new token ids
-B clips, T frames, Q queries, S tokens, N soft ones (in the ViT: images), V words; h heads, each of width d;
-C: width of ViT or Q-Former, D: of LLaMA"""
+B clips, T frames, Q queries, S tokens, N soft ones, V words; h heads of width d; width C, but D in LLaMA"""
 
 import hashlib
 import json
@@ -175,7 +174,7 @@ class ViT(nn.Module):  # the released `forward_features`: no pixel normalisation
         self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.vit_depth)))
 
     def forward(self, images):
-        """images (N, 3, H, W) in [0, 1] -> (N, 1 + patches, C)"""
+        """N images (N, 3, H, W) in [0, 1] -> (N, 1 + patches, C)"""
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (N, patches, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         return self.blocks(x)
@@ -523,12 +522,11 @@ class Hawk(nn.Module):
         return False to stop. ValueError as in `embed`."""
         rows = [torch.as_tensor(row, device=self.device) for row in input_ids]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
-        padding = torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device)
         x = self.embed(ids, encoding.tokens)  # (B, S, D)
         answers = [[] for _ in rows]
         generator = torch.Generator(self.device).manual_seed(seed)
         step = self.decoding_step(x, max_new_tokens)
-        step.cache.clear(padding)
+        step.cache.clear(torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device))
         step.read(x)
         for n in range(max_new_tokens):
             if n and not x.is_cuda:

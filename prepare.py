@@ -243,10 +243,9 @@ def weights(args):
     rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
     held = {name: found for name, found in held.items() if not name.startswith(rejected)}
     made = made_here(config, motion, new=args.hawk is None)
-    ours = {}
+    ours = {}  # in which the motion branch may be a copy of the appearance branch
     for name in parameters(config):
         released = released_name(name)
-        # copied: the motion branch takes what there is for appearance
         copied = motion == "blip2" if is_frame_level(name) else args.video_llama and "video_" in released
         other = ours.get(name.replace("motion.", "appearance.")) if copied else made.get(name)
         ours[name] = held.pop(released, None) or other
@@ -351,9 +350,7 @@ def read_ahead(function, items, threads):
 
 
 class FeatureDataset(data.HawkDataset):
-    """Clips without their texts: the variants of each, and what the cache notes about it."""
-
-    crops = 1  # variants of a clip: the whole picture, then others
+    """Clips without their texts: `crops` variants of each, and what the cache notes about it."""
 
     def sample(self, i, generator):
         streams, clip = self.read(i, "uniform", None)

@@ -4,7 +4,6 @@
     python train.py --weights runs/stage1/last --stage 2 --data data/hawk --out runs/stage2 --steps 10000
     torchrun --standalone --nproc_per_node=4 train.py …    # the same options
     python train.py … --resume                             # continues from OUT/last
-
 Sample randomness is seeded by (seed, epoch, index), model randomness (dropout) by (seed, step, rank): loader
 workers change nothing, and a run that was killed and resumed repeats the undisturbed one."""
 

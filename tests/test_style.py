@@ -28,7 +28,7 @@ def parse(path):
 def test_sizes():
     counts = {name: len(lines(f"{name}.py")) for name in OURS}
     # the goal is 2,400 together; until it is reached they may only become shorter
-    assert sum(counts.values()) <= 2803, counts
+    assert sum(counts.values()) <= 2796, counts
     assert counts["hawk"] <= 650
     assert len(lines("README.md")) <= 200
     listed = re.findall(r"^(\w+)\.py +([\d,]+) ", (ROOT / "README.md").read_text(), re.M)  # the tree of files
