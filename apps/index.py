@@ -18,6 +18,9 @@ Clips cut from one recording stay on one side of the split. What a recording is,
 "group"), or --group REGEX, the part of each name that it matches, or else the name before its last number:
 cam3_0007.mp4 is of cam3_. If that makes all clips of a kind one recording, each clip of this kind counts as
 its own. Only clips that can be read count. The last lines of the output say which rule was used.
+
+A run with more clips keeps those of the run before on their sides (OUT/split.json), so that no clip to test
+with was trained on before. Another --seed, --test or --group draws all of them anew.
 """
 
 import csv
@@ -30,6 +33,7 @@ import statistics
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,8 +180,12 @@ def find_groups(clips, pattern):
     """([Clip] with groups, the rule in words). pattern: of --group, or None."""
     if pattern:
         names = [re.search(pattern, clip.name) for clip in clips]
+        without = names.count(None)
+        if without == len(names):
+            raise ValueError(f"--group {pattern}: is in no name, such as {clips[0].name}")
         groups = [found[0] if found else clip.name for found, clip in zip(names, clips, strict=True)]
-        return with_groups(clips, groups), f"a recording is what --group {pattern} finds in a name"
+        rest = f"; {without} clips without it are recordings of their own" if without else ""
+        return with_groups(clips, groups), f"a recording is what --group {pattern} finds in a name{rest}"
     if any(clip.group for clip in clips):
         groups = [clip.group or clip.name for clip in clips]
         return with_groups(clips, groups), 'a recording is what the column "group" says'
@@ -213,14 +221,20 @@ def groups_of_kinds(clips):
     return {kind: n for kind, n in pairs.items() if counts[kind] > 1}
 
 
-def held_out(clips, share, seed):
+def held_out(clips, share, seed, before=None):
     """The groups to test with. In random order each is taken that brings the shares of the kinds closer to
     the wanted one, and every kind keeps a group to train on. Of some orders the first counts that leaves the
-    fewest kinds without a clip to test with, and comes within 0.1 of the wanted shares if any does."""
+    fewest kinds without a clip to test with, and comes within 0.1 of the wanted shares if any does.
+    before: {name: "train" or "test"} of clips that stay there; of a group that has both, all are trained on.
+    """
     total = Counter(clip.kind for clip in clips)
     groups = {}
     for clip in clips:
         groups.setdefault(clip.group, Counter())[clip.kind] += 1
+    before = before or {}
+    trained = {clip.group for clip in clips if before.get(clip.name) == "train"}
+    tested_before = {clip.group for clip in clips if before.get(clip.name) == "test"} - trained
+    new = sorted(groups.keys() - trained - tested_before)
     rng = np.random.default_rng(seed)
 
     def distance(tested):
@@ -229,8 +243,11 @@ def held_out(clips, share, seed):
     def choose():
         left = Counter(kind for counts in groups.values() for kind in counts)  # groups to train on
         tested = Counter()
-        chosen = set()
-        for name in rng.permutation(sorted(groups)).tolist():
+        chosen = set(tested_before)
+        for name in tested_before:
+            tested += groups[name]
+            left.subtract(groups[name].keys())
+        for name in rng.permutation(new).tolist():
             counts = groups[name]
             if distance(tested + counts) < distance(tested) and all(left[kind] > 1 for kind in counts):
                 chosen.add(name)
@@ -239,6 +256,19 @@ def held_out(clips, share, seed):
         return len(total) - len(tested), int(10 * (distance(tested) / len(total)) ** 0.5), chosen
 
     return min((choose() for _ in range(TRIES)), key=lambda choice: choice[:2])[2]
+
+
+def read_split(file, drawn):
+    """{name of a clip: "train" or "test"} as an earlier run wrote it; {} if there is none, or it was drawn in
+    another way. Raises ValueError if the file holds something else."""
+    if not file.exists():
+        return {}
+    try:
+        split = json.loads(file.read_bytes())
+        clips = {name: {"train": "train", "test": "test"}[side] for name, side in split["clips"].items()}
+        return clips if {key: split[key] for key in drawn} == drawn else {}
+    except (ValueError, TypeError, AttributeError, LookupError):
+        raise ValueError(f"{file}: not what this program writes; remove it to draw a new split") from None
 
 
 # ---- Can it be read? ---------------------------------------------------------------------------------------
@@ -389,10 +419,16 @@ def make_index(args):
     if not args.csv:
         check_copies(good)
     good, rule = find_groups(good, args.group)  # a stray file is no recording
-    chosen = held_out(good, args.test, args.seed)
+    drawn = {"seed": args.seed, "test": args.test, "group": args.group}
+    before = read_split(args.out / "split.json", drawn)
+    chosen = held_out(good, args.test, args.seed, before)
+    side = {clip.name: "test" if clip.group in chosen else "train" for clip in good}
     splits = {"train": [], "test": []}
     for clip in good:
-        splits["test" if clip.group in chosen else "train"].append(rows[clip.video])
+        splits[side[clip.name]].append(rows[clip.video])
+    # kinds take turns: the held-out loss of training is that of the first clips
+    of_kinds = [[row for row in splits["test"] if row["kind"] == kind] for kind in kinds]
+    splits["test"] = [row for turn in zip_longest(*of_kinds) for row in turn if row]
 
     counts = {kind: {} for kind in kinds}
     for kind in kinds:
@@ -408,6 +444,7 @@ def make_index(args):
     report["notes"] = [f"{clip.video}: {text}" for clip in good for text in checked[str(clip.video)]["notes"]]
     lengths = [checked[str(clip.video)]["seconds"] for clip in good]
     about = {"seconds": statistics.median(lengths), "sentences": sentences}  # for apps.timeline
+    replace_file(args.out / "split.json", as_json(drawn | {"clips": before | side}))
     write(args.out, splits, phrases, about, report)
     tell(args, sentences, file, report)
 
@@ -443,6 +480,10 @@ def tell(args, sentences, file, report):
     if bad or report["notes"]:
         told = f"{bad} clips cannot be read and are left out, {len(report['notes'])} notes on damage"
         note(f"note: {told}: {args.out}/report.json")
+    folders = [entry["video"] for entry in report["unreadable"] if os.path.isdir(entry["video"])]
+    if folders:
+        told = f"{len(folders)} folders inside class folders, such as {folders[0]}, are no clips"
+        note(f"note: {told}; videos in them are not looked for: move them up")
     alone = [kind for kind, counts in report["kinds"].items() if args.test and not counts["test"]]
     if alone:
         note(f"note: no clip of {', '.join(alone)} is held out: too few clips or recordings")

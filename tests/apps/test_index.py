@@ -74,7 +74,7 @@ def test_folders_become_an_index(clips, tmp_path, capsys):
     assert table_of(out) == dict.fromkeys(KINDS, [6, 2, 0])
     assert "the part of the file names before the last number" in err
     rows = rows_of(tmp_path)
-    assert [row["kind"] for row in rows["test"]] == sorted(KINDS * 2)
+    assert [row["kind"] for row in rows["test"]] == sorted(KINDS) * 2  # in turn, for --eval-samples
     every = rows["train"] + rows["test"]
     assert {row["video"] for row in every} == {str(path) for path in clips.rglob("*.mp4")}
     kinds = read(tmp_path / "kinds.json")
@@ -145,6 +145,59 @@ def test_a_stray_file_is_no_recording(tmp_path, videos_only, capsys):
         ["4", "1", "1"],
     ]
     assert read(tmp_path / "one/report.json")["rule"] == read(tmp_path / "two/report.json")["rule"]
+
+
+def sides_of(out):
+    rows = [(Path(row["video"]).name, split) for split, some in rows_of(out).items() for row in some]
+    return dict(rows)
+
+
+def test_more_clips_move_none_to_the_other_side(tmp_path, videos_only, monkeypatch, capsys):
+    """A clip to test with must not be one that was trained on before."""
+    names = {kind: [f"{kind}{number}_0.mp4" for number in range(9)] for kind in ("fall", "normal")}
+    clips = folders(tmp_path / "clips", names)
+    out = tmp_path / "out"
+    assert run(clips, "--out", out) == 0
+    first = sides_of(out)
+    assert Counter(first.values()) == {"train": 14, "test": 4}
+    folders(clips, {"fire": [f"fire{number}_0.mp4" for number in range(5)]})
+    for number in range(9, 20):
+        (clips / "normal" / f"normal{number}_0.mp4").write_text(f"{number}")
+    (clips / "fall" / "fall0_1.mp4").write_text("of the recording of fall0_0.mp4")
+    clips.rename(tmp_path / "moved")
+    assert run(tmp_path / "moved", "--out", out) == 0
+    second = sides_of(out)
+    assert first.items() <= second.items() and second["fall0_1.mp4"] == first["fall0_0.mp4"]
+    count = Counter((name[:4], side) for name, side in second.items())
+    assert count["norm", "test"] == 4 and count["fire", "test"] == 1  # a fifth, as before
+    assert run(tmp_path / "moved", "--out", tmp_path / "anew") == 0
+    assert not first.items() <= sides_of(tmp_path / "anew").items()
+    assert run(tmp_path / "moved", "--out", out, "--seed", 3) == 0
+    assert not first.items() <= sides_of(out).items()  # asked for
+    assert not capsys.readouterr().err.count("error")
+    for content in ("[]", "{", '{"clips": {"a": "b"}}'):
+        (out / "split.json").write_text(content)
+        assert run(tmp_path / "moved", "--out", out) == 2
+        assert "split.json: not what this program writes; remove it" in capsys.readouterr().err
+
+
+def test_a_group_that_no_name_has(tmp_path, videos_only, capsys):
+    names = {kind: [f"{kind}_cam{number}.mp4" for number in range(3)] for kind in ("fall", "normal")}
+    clips = folders(tmp_path / "clips", names)
+    assert run(clips, "--out", tmp_path / "out", "--group", "camera") == 2
+    assert "--group camera: is in no name, such as fall/fall_cam0.mp4" in capsys.readouterr().err
+    assert run(clips, "--out", tmp_path / "out", "--group", "cam[01]") == 0
+    assert "in a name; 2 clips without it are recordings of their own" in capsys.readouterr().err
+
+
+def test_clips_in_deeper_folders_are_pointed_out(tmp_path, videos_only, capsys):
+    names = {kind: [f"{kind}{number}.mp4" for number in range(3)] for kind in ("fall", "normal")}
+    clips = folders(tmp_path / "clips", names)
+    (clips / "normal" / "monday").mkdir()
+    shutil.copy(clips / "normal" / "normal0.mp4", clips / "normal" / "monday")
+    assert run(clips, "--out", tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert f"1 folders inside class folders, such as {clips}/normal/monday, are no clips" in err
 
 
 def test_what_is_no_clip_may_be_in_two_folders(tmp_path, videos_only):
