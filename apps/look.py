@@ -594,7 +594,8 @@ def look_into_picture(args):
 def main(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument
-    add("--video", required=True, metavar="PATH", help="the video file")
+    add("path", nargs="?", metavar="VIDEO", help="a video file, or a folder of numbered pictures")
+    add("--video", metavar="VIDEO", help="the same")
     add("--out", required=True, help="folder to write to, or FILE.png for frames, streams and flow only")
     add("--question", default=data.DESCRIBE_QUESTIONS[0], help=f"default: {data.DESCRIBE_QUESTIONS[0]}")
     add("--words", type=number(int, 1, 100), default=16, help="words of the answer to look at (default: 16)")
@@ -602,10 +603,18 @@ def main(argv=None):
     add("--layer", type=number(int, 1), default=1, help=told)
     sample.add_model_options(p)
     args = p.parse_args(argv)
+    if bool(args.path) == bool(args.video):
+        p.error("give the path of one video")
+    args.video = args.video or args.path
+    out = Path(args.out)
     try:
-        if Path(args.out).resolve() == Path(args.video).resolve():
-            raise ValueError(f"--out {args.out} is the video itself")
-        if Path(args.out).suffix == ".png":
+        if out.resolve() == Path(args.video).resolve():
+            raise ValueError(f"--out {out} is the video itself")
+        if re.fullmatch(r"\.(jpe?g|gif|webp|bmp|tiff?|svg|pdf)", out.suffix, re.IGNORECASE):
+            raise ValueError(f"--out {out}: a picture is written as PNG; give a name that ends in .png")
+        if out.suffix.lower() == ".png" and not out.parent.is_dir():
+            raise ValueError(f"--out {out}: there is no folder {out.parent}")
+        if out.suffix.lower() == ".png":
             look_into_picture(args)
         else:
             look_into_folder(args)

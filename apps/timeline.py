@@ -1,7 +1,7 @@
 """When does it happen? A video of any length in overlapping windows, each with an anomaly score from 0 to 1.
 
-    python -m apps.timeline --video long.mp4                   # a curve, and in words what stands out
-    python -m apps.timeline --video long.mp4 --json            # one object a window, as soon as it closes
+    python -m apps.timeline long.mp4                           # a curve, and in words what stands out
+    python -m apps.timeline --video long.mp4 --json            # one object a window, while it reads on
     python -m apps.timeline --video long.mp4 --plot curve.png --out-video with_curve.mp4
     tail -c +1 -f growing.ts | python -m apps.timeline --video - --json    # a stream, or a growing file
     python -m apps.timeline --annotations data/long/long.jsonl # how well it finds what was annotated
@@ -19,7 +19,8 @@ says how likely the model is to say something abnormal, in one of three ways:
     yes       P(yes) / (P(yes) + P(no)) for the first word of the answer to a fixed question.
 
 Windows that share frames are seldom wrong together, so each score is averaged with those of the earlier
-windows that it overlaps. Times are those of the frames themselves, also where the frame rate varies.
+windows that it overlaps, and with that of the next one, for which it waits. Times are those of the frames
+themselves, also where the frame rate varies.
 
 With --annotations it prints how often the highest window is on an event, the AUC of the windows, and the
 field's frame-level AUC and average precision. --scores DIR writes the scores of each video's frames to
@@ -148,28 +149,39 @@ def read_windows(path, config, length, stride, fps=25):
 
 
 def watch(model, tokenizer, path, score, length=4.0, stride=1.0, threshold=0.5, fps=25):
-    """Yields a Window as each closes. score(model, tokenizer, clip, encoding) -> 0 to 1; from `threshold` on
-    the window is described. fps: pictures a second of a folder. Raises VideoError."""
-    open_windows = []
-    for start, end, clip in read_windows(path, model.config, length, stride, fps):
-        encoding = encode_clips(model, [clip])
-        open_windows = [window for window in open_windows if window[1] > start]
-        open_windows.append((start, end, score(model, tokenizer, clip, encoding)))
-        shared = shared_score(open_windows)
-        description = None
-        if shared >= threshold:
-            _, description = describe(model, tokenizer, clip, encoding)
-        yield Window(path, start, end, round(shared, 4), description)
+    """Yields a Window for each, when the next one has closed. score(model, tokenizer, clip, encoding) -> 0 to
+    1; from `threshold` on the window is described. fps: pictures a second of a folder. Raises VideoError."""
+    owns = []  # (start, end, own score) of windows that overlap the newest one but one, `seen`
+    seen = None
+
+    def told(start, end, clip, encoding):
+        shared = round(shared_score(start, end, owns), 4)
+        description = describe(model, tokenizer, clip, encoding)[1] if shared >= threshold else None
+        return Window(path, start, end, shared, description)
+
+    try:
+        for start, end, clip in read_windows(path, model.config, length, stride, fps):
+            encoding = encode_clips(model, [clip])
+            owns.append((start, end, score(model, tokenizer, clip, encoding)))
+            if seen:
+                yield told(*seen)
+                owns = [own for own in owns if own[1] > start]
+            seen = (start, end, clip, encoding)
+    except VideoError:  # a recording that is cut short
+        if seen:
+            yield told(*seen)
+        raise
+    if seen:
+        yield told(*seen)
 
 
-def shared_score(overlapping):
-    """[(start, end, own score)] of windows that overlap the last of them -> the last one's score: the mean,
-    weighted by how much of the last one each covers. Later windows are not waited for."""
-    newest = overlapping[-1][0]
+def shared_score(start, end, owns):
+    """Score of a window from the own scores [(start, end, own score)] of those around it: the mean, weighted
+    by how much of it each of them covers."""
     total = 0.0
     weights = 0.0
-    for start, end, own in overlapping:
-        weight = end - max(newest, start)
+    for other_start, other_end, own in owns:
+        weight = max(0.0, min(end, other_end) - max(start, other_start))
         total += weight * own
         weights += weight
     return total / weights
@@ -364,7 +376,8 @@ def score_names(paths):
 def decisive_options(args, config):
     """What decides the scores of a video, but for the video."""
     phrases = phrases_of(choose_score(args.score, find_kinds(args)))
-    return weights_options(args) | {"phrases": phrases, "window": args.window, "stride": args.stride}
+    size = {"window": args.window, "stride": args.stride, "next": 1}  # next: windows that a score waits for
+    return weights_options(args) | {"phrases": phrases} | size
 
 
 def read_record(video):
@@ -501,7 +514,10 @@ def clip_seconds(weights):
     """How long the clips were that the weights were trained on, as apps.index measured and training noted."""
     file = Path(weights) / "clips.json"
     try:
-        return float(json.loads(file.read_bytes())["seconds"]) if file.exists() else 4.0
+        seconds = float(json.loads(file.read_bytes())["seconds"]) if file.exists() else 4.0
+        if not 0.05 <= seconds <= sys.maxsize:
+            raise ValueError(f"clips of {seconds} s")
+        return seconds
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what apps.index writes ({error}); give --window S") from None
 
@@ -509,7 +525,8 @@ def clip_seconds(weights):
 def parse_args(argv=None):
     p = make_parser(__doc__)
     add = p.add_argument
-    add("--video", nargs="+", action="extend", default=[], metavar="PATH", help='"-" is a stream on stdin')
+    add("video", nargs="*", action="extend", metavar="VIDEO", help='files, folders of pictures, or "-"')
+    add("--video", nargs="+", action="extend", metavar="PATH", help='the same; "-" is a stream on stdin')
     add(
         "--annotations",
         metavar="INDEX",
@@ -520,7 +537,12 @@ def parse_args(argv=None):
     told = "seconds from one window to the next (default: a quarter of a window, at most 2)"
     add("--stride", type=number(float, 0.05), metavar="S", help=told)
     add_score_options(add, "--score")
-    add("--threshold", type=number(float, 0, 1), default=0.5, help="scores that stand out (default: 0.5)")
+    add(
+        "--threshold",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="what stands out, from this on (default: 0.5)",
+    )
     add(
         "--scores",
         metavar="DIR",
@@ -531,14 +553,18 @@ def parse_args(argv=None):
     add("--plot", metavar="FILE.png", help="also draw the curve (needs matplotlib)")
     add("--out-video", metavar="FILE.mp4", help="also write the video with the curve below the picture")
     add_model_options(p)
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
+    args.video = args.video or []
     if bool(args.video) == bool(args.annotations):
-        p.error("give either --video or --annotations")
+        p.error("give either a video or --annotations")
     if args.scores and not args.annotations:
         p.error("--scores is for --annotations")
     if args.kinds and args.score == "yes":
         p.error("--kinds is for --score contrast")
-    args.window = args.window or clip_seconds(args.weights)
+    try:
+        args.window = args.window or clip_seconds(args.weights)
+    except ValueError as error:
+        p.error(str(error))
     args.stride = args.stride or min(2.0, args.window / 4)
     if args.stride > args.window:
         p.error("--stride is longer than --window: what lies between two windows would not be seen")
@@ -552,6 +578,10 @@ def parse_args(argv=None):
             p.error(f"{file.parent}: no such folder")
         if file.resolve() == Path(args.video[0]).resolve():
             p.error(f"{file}: is the video itself")
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        p.error(f"--plot {args.plot}: it is written as PNG; give a name that ends in .png")
+    if args.out_video and Path(args.out_video).suffix.lower() != ".mp4":
+        p.error(f"--out-video {args.out_video}: it is written as MP4; give a name that ends in .mp4")
     if args.plot:
         try:
             import matplotlib  # noqa: F401

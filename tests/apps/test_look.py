@@ -84,15 +84,24 @@ def test_one_stream_and_one_frame(tmp_path):
 
 @pytest.mark.parametrize(
     "video, out",
-    [("a b.mp4", "nowhere/x.png"), ("a b.mp4", "a b.mp4"), ("broken.mp4", "x.png"), ("none", "x.png")],
-)
+    [("a b.mp4", "nowhere/x.png"), ("a b.mp4", "a b.mp4"), ("broken.mp4", "x.png"), ("none", "x.png"),
+     ("a b.mp4", "x.jpg"), ("a b.mp4", "x.PDF")],
+)  # fmt: skip
 def test_errors_are_one_line(world, capsys, video, out):
     before = (world / "a b.mp4").read_bytes()
     command = ["--video", world / video, "--out", world / out, "--weights", world / "weights"]
     assert look.main(list(map(str, command))) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert "tmp" not in err.replace(str(world), "") and not (world / "x.jpg").exists()
     assert (world / "a b.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize("videos", [[], ["x", "--video", "y"]])
+def test_one_video_is_looked_at(videos, capsys):
+    with pytest.raises(SystemExit):
+        look.main([*videos, "--out", "x.png"])
+    assert "give the path of one video" in capsys.readouterr().err
 
 
 # ---- The folder --------------------------------------------------------------------------------------------

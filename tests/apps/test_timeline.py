@@ -273,30 +273,59 @@ def test_a_stream_is_answered_while_it_runs(loaded, monkeypatch):
         assert [start for start, _, _ in reader] == list(range(16, 28, 2))
 
 
-def test_a_score_is_shared_with_the_windows_before_that_it_overlaps(loaded, monkeypatch):
-    def scores(raw, stride, length=4.0):
-        spans = [(k * stride, k * stride + length, None) for k in range(len(raw))]
-        monkeypatch.setattr(timeline, "read_windows", lambda *_: spans)
-        monkeypatch.setattr(timeline, "encode_clips", lambda *_: None)
-        own = iter(raw)
-        return [
-            w.score for w in timeline.watch(*loaded, "v", lambda *_: next(own), length, stride, threshold=2)
-        ]
+def watched(loaded, monkeypatch, raw, stride, length=4.0, threshold=2):
+    """Windows of these own scores; a number of windows, then a VideoError, if the last score is None."""
 
-    assert scores([0, 0.9, 0, 0, 0.3], 2) == [0, 0.6, 0.3, 0, 0.2]
+    def closing():
+        for k, own in enumerate(raw):
+            if own is None:
+                raise VideoError("v", "is cut short")
+            yield k * stride, k * stride + length, own
+
+    monkeypatch.setattr(timeline, "read_windows", lambda *_: closing())
+    monkeypatch.setattr(timeline, "encode_clips", lambda _, clips: clips[0])
+    monkeypatch.setattr(timeline, "describe", lambda *given: (None, given[3]))
+    return timeline.watch(*loaded, "v", lambda *given: given[2], length, stride, threshold)
+
+
+def test_a_score_is_shared_with_the_windows_around_it(loaded, monkeypatch):
+    def scores(*given):
+        return [window.score for window in watched(loaded, monkeypatch, *given)]
+
+    # stride 2: weights 1, and 1/2 for the window before and the one behind
+    assert scores([0, 0.9, 0, 0, 0.3], 2) == [0.3, 0.45, 0.225, 0.075, 0.2]
     assert scores([0.1, 0.9, 0.2], 4) == [0.1, 0.9, 0.2]
-    assert scores([1, 0, 0, 0, 0], 1) == [1, 0.4286, 0.2222, 0.1, 0]  # weights 1, 3/4, 1/2, 1/4
-    assert scores([0.7] * 9, 0.5) == [0.7] * 9
+    # stride 1: 1, and 3/4, 1/2, 1/4 for the windows before, 3/4 for the one behind
+    assert scores([1, 0, 0, 0, 0], 1) == [0.5714, 0.3, 0.1667, 0.0769, 0]
+    assert scores([0.7] * 9, 0.5) == [0.7] * 9 and scores([0.4], 1) == [0.4] and scores([], 1) == []
     lengths = []
     shared_score = timeline.shared_score
 
-    def counted(overlapping):
-        lengths.append(len(overlapping))
-        return shared_score(overlapping)
+    def counted(start, end, owns):
+        lengths.append(len(owns))
+        return shared_score(start, end, owns)
 
     monkeypatch.setattr(timeline, "shared_score", counted)
     scores([0.5] * 100, 1)
-    assert max(lengths) == 4  # no more is held
+    assert max(lengths) == 5  # no more is held
+
+
+def test_a_window_is_told_when_the_next_one_closes(loaded, monkeypatch):
+    raw = []
+
+    def growing():
+        for own in (0.1, 0.2, 0.3):
+            raw.append(own)
+            yield own
+
+    seen = watched(loaded, monkeypatch, growing(), 4, threshold=0.2)
+    assert next(seen) == Window("v", 0.0, 4.0, 0.1, None) and raw == [0.1, 0.2]
+    assert next(seen) == Window("v", 4.0, 8.0, 0.2, 0.2) and raw == [0.1, 0.2, 0.3]  # its own clip's words
+    assert [*seen] == [Window("v", 8.0, 12.0, 0.3, 0.3)]
+    cut = watched(loaded, monkeypatch, [0.1, 0.2, None], 4)
+    assert [next(cut).score, next(cut).score] == [0.1, 0.2]  # also the last whole one, before the error
+    with pytest.raises(VideoError, match="is cut short"):
+        next(cut)
 
 
 # ---- What is shown -----------------------------------------------------------------------------------------
@@ -722,12 +751,27 @@ def test_bad_streams(world, cli, monkeypatch):
     ["", "--video x --annotations y", "--video x --stride 5", "--video x --window 0",
      "--video x y --plot p.png", "--video - --out-video v.mp4", "--video x --plot nowhere/p.png",
      "--video x --threshold 2", "--annotations nowhere", "--video x --out-video ./x", "--video x --scores d",
-     "--video x --window inf",
+     "--video x --window inf", "x --video y --plot p.png", "x --plot p.pdf", "x --out-video v.webm",
      "--video x --kinds nowhere", "--video x --kinds {world}/text.mp4", "--video x --weights nowhere"],
 )  # fmt: skip
 def test_wrong_options_are_one_line(world, cli, options):
     status, out, err = cli(*options.format(world=world).split())
     assert status == 2 and out == "" and err[-1].startswith("error: ") and len(err) <= 2
+
+
+@pytest.mark.parametrize("content", ["x", '{"seconds": 0.0}', "[]"])
+def test_a_wrong_length_of_the_clips_is_one_line(world, cli, tmp_path, content):
+    weights = shutil.copytree(world / "weights", tmp_path / "weights")
+    (weights / "clips.json").write_text(content)
+    status, out, err = cli("--video", world / "a b.mkv", "--weights", weights)
+    assert status == 2 and out == "" and len(err) == 1 and "clips.json: not what apps.index writes" in err[0]
+    assert cli("--video", world / "a b.mkv", "--weights", weights, "--window", 60)[0] == 0
+
+
+def test_a_video_needs_no_option(world, cli):
+    options = ["--window", 60, "--json", "--threshold", 1]
+    expected = cli("--video", world / "a b.mkv", *options)[1]
+    assert cli(*options, world / "a b.mkv")[1] == expected != ""
 
 
 def test_phrases_without_contrast_are_refused(world, cli):
