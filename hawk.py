@@ -517,9 +517,8 @@ class Hawk(nn.Module):
     @torch.no_grad()
     def generate(self, encoding, input_ids, max_new_tokens=300, temperature=0.0, top_p=1.0,
                  repetition_penalty=1.0, seed=0, eos_id=2, on_token=None):  # fmt: skip
-        """Continues each row of input_ids ((B, S), or unequal lists) until `eos_id`, included, or
-        max_new_tokens -> lists of new ids. `choose` explains the options. `on_token`(list of B ids) may
-        return False to stop. ValueError as in `embed`."""
+        """Continues rows of input_ids ((B, S), or unequal lists) to `eos_id` or max_new_tokens -> lists of
+        new ids. Options as in `choose`; on_token(ids) may return False to stop. ValueError as in `embed`."""
         rows = [torch.as_tensor(row, device=self.device) for row in input_ids]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         x = self.embed(ids, encoding.tokens)  # (B, S, D)
@@ -616,7 +615,7 @@ def read_chain(folder, above=(), base=None):
         there = base and base.is_dir()
         config = HawkConfig.from_dict({key: value for key, value in values.items() if key != "base"})
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as e:
-        raise ValueError(f"{file}: cannot be read ({e}); python prepare.py weights makes one") from e
+        raise ValueError(f"{file}: cannot be read ({e}); try RUN/last; prepare.py weights makes one") from e
     if base is None or base in folders:
         return config, folders
     require(there, f"{file}: its base {base} is not there; link or name it: prepare.py merge --base DIR")

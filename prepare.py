@@ -337,6 +337,7 @@ def features(args, dataset=None):
                 found = {name: x[0].to("cpu", getattr(torch, args.dtype)) for name, x in found.items()}
                 data.replace_file(file, safetensors.torch.save(found, sample["about"]))
         data.replace_file(folder / "bad_videos.jsonl", "".join(bad))
+        require(len(bad) < len(rows), f"{folder}: none of the {len(rows)} videos can be read")
 
 
 def read_ahead(function, items, threads):

@@ -117,6 +117,7 @@ def settle(args, begun):
         same = name in FREE.split() or now == begun.get(name, now)
         require(same, f"--{name.replace('_', '-')} {now}: this run began with {begun.get(name)}")
     counts = (args.steps, args.batch_size, args.accumulate, args.save_every, args.eval_every)
+    require(min(args.clip, args.min_lr, args.warmup) >= 0, "--clip, --min-lr and --warmup are not negative")
     require(min(counts) > 0, "--steps, --batch-size, --accumulate, --save-every and --eval-every are above 0")
     return args
 
@@ -335,6 +336,7 @@ def main(argv=None, task=None):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # keeps no activations
     optimizer = make_optimizer(objective, args)
     start, best = restore(last / "state.pt", objective, optimizer) if args.resume else (0, math.inf)
+    require(start <= args.steps, f"--steps {args.steps}: this run is at step {start} already")
     module = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
     order = micro_batches(len(train_set), args, start, rank, world)
     batches = load(train_set, order, args, device, most=max(1, 0.05 * len(train_set)))
@@ -386,8 +388,7 @@ def main(argv=None, task=None):
     if world > 1:
         torch.distributed.destroy_process_group()
     listed = last.with_name("bad_videos.jsonl")
-    bad = {json.loads(line)["video"] for line in listed.open()}
-    if rank == 0 and bad:
+    if rank == 0 and (bad := {json.loads(line)["video"] for line in listed.open()}):
         data.note(f"note: {len(bad)} videos could not be read (of {len(train_set)} rows): {listed}")
     return 130 if signal.SIGINT in stop else 0  # SIGTERM, from a scheduler, is no failure
 

@@ -20,8 +20,9 @@ row of the index must say: "label": 0 or 1, "abnormal": [] or intervals, or "kin
 
 In the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source in the layout of the paper's
 Table 1, ROUGE-L and the length of the answers; for detect ROC AUC, average precision, accuracy and F1; what
-was left out, and for a toy world (a kinds.json beside the index) how often the right kind of event is named,
-what is confused, and how often the colour, object and place of the main actor are in the description.
+was left out, and where the rows have a kind (phrases from a kinds.json beside the index or the weights, else
+the toy world's) how often the right one is named and what is confused. For a toy world also how often the
+colour, object and place of the main actor are in the description.
 
 In this file: the questions, the files that survive a kill, the predictions, the command line.
 """

@@ -3,7 +3,7 @@
     python -m apps.towers towers --preset tiny --data data/toy --out runs/stage0 --steps 3000 --lr 1.5e-3
     python -m apps.towers features --weights runs/stage0/last --data data/toy --out runs/features
     python -m apps.towers facts --weights runs/stage0/last --features runs/features --data data/toy \\
-        --out runs/facts --train all --stage 1 --facts-only
+        --out runs/facts --train all --stage 1 --facts-only --steps 5000 --lr 3e-3
     torchrun --standalone --nproc_per_node=2 -m apps.towers towers …    # takes the options of train.py, too
 
 Hawk starts from EVA-CLIP, BLIP-2 and LLaMA-2. The task *towers* (stage 0) stands in for them: it teaches the

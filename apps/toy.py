@@ -26,6 +26,7 @@ import os
 import signal
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -983,14 +984,19 @@ def toy_tokenizer():
     return model.getvalue()
 
 
+def set_signals():
+    """Of a worker: ctrl-C is for the main process, which then ends it; it ends at once when it is told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def write_world(folder, seed, counts, workers, clutter, drawn=False):
     """Writes the splits (counts: {split: videos}), kinds.json and tokenizer.model, replacing older ones."""
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     phrases = {name: kind.phrase for name, kind in KINDS.items()}
     replace_file(folder / "kinds.json", json.dumps(phrases, indent=2))
     replace_file(folder / "tokenizer.model", toy_tokenizer())
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for this process, which then ends the workers
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
+    with ProcessPoolExecutor(workers, initializer=set_signals) as pool:
         try:
             for split, count in counts.items():
                 if count:
@@ -1022,7 +1028,12 @@ def parse_args(argv):
         help="parked vehicles and standing walkers in each video (default: 0-6)")  # fmt: skip
     add("--no-videos", action="store_true",
         help="train.jsonl without its videos: apps.towers draws their frames when it needs them")  # fmt: skip
-    add("--seed", type=number(int, 0), default=0, help="splits never share random numbers (default: 0)")
+    add(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        help="of all that is drawn; two splits share nothing (default: 0)",
+    )
     add("--workers", type=number(int, 1), default=os.cpu_count(), metavar="N",
         help="processes; they do not change the result (default: one per core)")  # fmt: skip
     return parser.parse_args(argv)
@@ -1035,6 +1046,8 @@ def main(argv=None):
         if not any(counts.values()):
             raise ValueError("nothing to make: give --n-train, --n-test or --n-long a number above 0")
         write_world(args.out, args.seed, counts, args.workers, args.clutter, args.no_videos)
+    except BrokenProcessPool:
+        return print_error("a worker was killed, perhaps for want of memory; try fewer --workers")
     except (OSError, ValueError) as error:
         return print_error(error)
     return 0

@@ -97,6 +97,14 @@ def test_another_cache_is_refused(world, folder):
         features(world, folder / "cache")
 
 
+def test_videos_none_of_which_can_be_read(world, folder):
+    for name in ("a b", "c"):
+        shutil.copy(folder / "broken.mp4", folder / f"{name}.mp4")
+    with pytest.raises(SystemExit, match="error: .*train: none of the 3 videos can be read"):
+        features(world, folder)
+    assert len((folder / "cache/train/bad_videos.jsonl").read_text().splitlines()) == 3
+
+
 class Elsewhere(str):
     """The CPU, by the name of a GPU."""
 

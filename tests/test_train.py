@@ -191,8 +191,10 @@ def test_a_killed_run_of_two_processes_ends_in_the_same_weights(world, tmp_path)
 
 def test_resume_refuses_other_options(world, tmp_path, capsys):
     """A run of stage 2 must not continue as one of stage 1 and overwrite its weights."""
-    run_here(*options(world, tmp_path, 1, "--stage", 2))
+    run_here(*options(world, tmp_path, 2, "--stage", 2))
     before = weights_of(tmp_path)
+    assert train.run([*map(str, options(world, tmp_path, 1, "--stage", 2, "--resume"))]) == 2
+    assert "error: --steps 1: this run is at step 2 already" in capsys.readouterr().err
     others = [("--stage", 1), ("--batch-size", 2), ("--seed", 5), ("--max-tokens", 99), ("--augment", True)]
     for option, value in others:
         change = [option] if value is True else [option, value]
@@ -312,6 +314,8 @@ def test_settings_reach_what_starts_from_weights():
         (["--preset", "tiny", "--data", "nowhere"], "nowhere"),
         (["--preset", "tiny", "--data", "x", "--batch-size", "3", "--accumulate", "2"], "--batch-size"),
         (["--preset", "tiny", "--data", "x", "--save-every", "0"], "--save-every"),
+        (["--preset", "tiny", "--data", "x", "--clip=-1"], "--clip, --min-lr and --warmup are not negative"),
+        (["--preset", "tiny", "--data", "x", "--min-lr=-1"], "--clip, --min-lr and --warmup"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, flags, word):

@@ -1,7 +1,9 @@
 """The toy world keeps its promises: seeded, disjoint, truthful texts, one phrase per kind, one tokenizer."""
 
 import json
+import os
 import subprocess
+import time
 from collections import Counter
 
 import imageio_ffmpeg
@@ -285,3 +287,15 @@ def test_clutter_is_drawn_and_counted(tmp_path):
     for wrong in ("7", "3-2", "-1", "many"):
         with pytest.raises(SystemExit):
             toy.main(["--out", str(tmp_path), "--n-test", "1", "--clutter", wrong])
+
+
+def test_a_worker_that_is_killed_is_one_line(tmp_path, capsys, monkeypatch):
+    def killed(pool, *given):
+        pool.submit(os.kill, os.getpid(), 0).result()  # there is a worker
+        next(iter(pool._processes.values())).kill()
+        pool.submit(time.sleep, 60).result()
+
+    monkeypatch.setattr(toy, "write_split", killed)
+    assert toy.main(["--out", str(tmp_path), "--n-test", "1", "--workers", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: a worker was killed, perhaps for want of memory; try fewer --workers\n"
