@@ -51,7 +51,7 @@ from apps import run_program
 from apps.evaluate import sha256, write_json
 from apps.scores import FACTS, appendable, as_line, read_lines, total
 from apps.toy import KINDS
-from data import replaced_folder
+from data import replace_file, replaced_folder
 from hawk import Hawk, require
 from sample import PROBLEMS, make_parser, note, number, print_error
 
@@ -450,7 +450,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         results = ablate(args)
-        (args.out / "table.md").write_text(tables(results))
+        replace_file(args.out / "table.md", tables(results))
         plot(results, args.out / "ablation.png")
     except PROBLEMS as error:
         return print_error(error)

@@ -8,11 +8,13 @@ It may be called at any time, also while a run is going on.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
 
 from apps import run_program
+from data import replace_file
 
 NO_LOSSES = {"step", "lr", "grad_norm", "skipped", "samples_per_s", "memory_mb", "bias_cosine"}
 COSINES = {  # curves of the consistency loss and of what it acts on (apps.towers logs the second)
@@ -56,7 +58,14 @@ def draw(runs, out):
     losses.set(yscale="log", xlabel="step", title="losses")
     losses.legend(fontsize=8)
     rate.set(xlabel="step", title="learning rate")
-    figure.savefig(out, dpi=110)
+    save(figure, out)
+
+
+def save(figure, out):
+    """Writes a picture, of the kind that the ending of `out` says."""
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(out).suffix[1:] or "png", dpi=110)
+    replace_file(out, content.getvalue())
 
 
 def draw_cosines(runs, out):
@@ -79,7 +88,7 @@ def draw_cosines(runs, out):
         axis.plot(steps, values, label=label, lw=1)
     axis.set(xlabel="step", title="cosine between the appearance and the motion branch", ylim=(-1.05, 1.05))
     axis.legend(fontsize=8)
-    figure.savefig(out, dpi=110)
+    save(figure, out)
 
 
 def write_tensorboard(runs, folder):
