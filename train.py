@@ -87,7 +87,7 @@ def parse_args(argv, task):
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")
     add("--steps", type=int, help="optimizer steps, of one batch each")
-    add("--recipe", choices=["released"], help="released: 400,000 steps; the other defaults are as released")
+    add("--recipe", choices=["released"], help="400,000 steps; also as released: --augment, --train released")
     add("--batch-size", type=int, default=4, help="clips a step, of all processes together (default 4)")
     add("--lr", type=float, default=1e-5, help="learning rate after the --warmup from 1e-6 (default 1e-5)")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default 1e-6)")

@@ -12,8 +12,9 @@ The street crosses the picture in four bands:
     near pavement   walkers, either way      which the texts name; the others last for the whole clip.
 
 Half of the kinds differ from normal traffic in their motion alone: any single frame of them could come from a
-normal clip. That is what the motion branch is for. --clutter adds parked vehicles and standing walkers, which
-look like the actors but never move, and which no text mentions: who moves is then hard to see in one frame.
+normal clip (but for swerving, where it crosses the centre line). That is what the motion branch is for.
+--clutter adds parked vehicles and standing walkers, which look like the actors but never move, and which no
+text mentions: who moves is then hard to see in one frame.
 
 In this file: the tables of the world; plan() decides who is where in each frame; describe() puts the plan
 into words; draw() makes sprites from simple shapes; render() makes the frames; files and command line.
