@@ -296,7 +296,7 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
 
 def decode(video, size, numbers):
     """Yields (number, frame) of these frames (ascending), bit for bit those of `ffmpeg -i PATH -vf
-    scale=S:S:flags=bilinear -fps_mode passthrough`, and no others. EOFError if packets promised more."""
+    scale=S:S:flags=bilinear -fps_mode passthrough`, and only these. EOFError if packets promised others."""
     # Seeks are exact from clean keyframes, and with many of them faster than decoding all.
     seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
     if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):

@@ -517,8 +517,8 @@ class Hawk(nn.Module):
     @torch.no_grad()
     def generate(self, encoding, input_ids, max_new_tokens=300, temperature=0.0, top_p=1.0,
                  repetition_penalty=1.0, seed=0, eos_id=2, on_token=None):  # fmt: skip
-        """Continues rows of input_ids ((B, S), or unequal lists) to `eos_id` or max_new_tokens -> lists of
-        new ids. Options as in `choose`; on_token(ids) may return False to stop. ValueError as in `embed`."""
+        """Continues rows of input_ids ((B, S), or unequal lists) to `eos_id`, included, or max_new_tokens ->
+        lists of new ids. See `choose`. on_token(B ids) may return False to stop. ValueError as in `embed`."""
         rows = [torch.as_tensor(row, device=self.device) for row in input_ids]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         x = self.embed(ids, encoding.tokens)  # (B, S, D)

@@ -116,8 +116,8 @@ def settle(args, begun):
     for name, now in vars(args).items():
         same = name in FREE.split() or now == begun.get(name, now)
         require(same, f"--{name.replace('_', '-')} {now}: this run began with {begun.get(name)}")
-    counts = (args.steps, args.batch_size, args.accumulate, args.save_every, args.eval_every)
     require(min(args.clip, args.min_lr, args.warmup) >= 0, "--clip, --min-lr and --warmup are not negative")
+    counts = (args.steps, args.batch_size, args.accumulate, args.save_every, args.eval_every)
     require(min(counts) > 0, "--steps, --batch-size, --accumulate, --save-every and --eval-every are above 0")
     return args
 

@@ -151,8 +151,8 @@ def read_windows(path, config, length, stride, fps=25):
 def watch(model, tokenizer, path, score, length=4.0, stride=1.0, threshold=0.5, fps=25):
     """Yields a Window for each, when the next one has closed. score(model, tokenizer, clip, encoding) -> 0 to
     1; from `threshold` on the window is described. fps: pictures a second of a folder. Raises VideoError."""
-    owns = []  # (start, end, own score) of windows that overlap the newest one but one, `seen`
-    seen = None
+    owns = []  # (start, end, own score) of windows that overlap `seen`
+    seen = None  # the window that waits for the next one
 
     def told(start, end, clip, encoding):
         shared = round(shared_score(start, end, owns), 4)
