@@ -108,7 +108,7 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
                 value = value.split(",")
             fits = type(value) is types[key] or (type(value), types[key]) in ((int, float), (list, tuple))
             require(fits, f"{source}: {key} must be {types[key].__name__}, not {value!r}")
-            checked[key] = types[key](value)
+            checked[key] = tuple(map(str, value)) if types[key] is tuple else types[key](value)
         return cls(**checked)
 
 

@@ -557,6 +557,8 @@ def test_losses_that_are_not_finite_change_nothing_and_end_the_run(world, tmp_pa
         ("motion_mask=1", "motion_mask must be str"),
         ("motion_mask=none", "motion_mask"),
         ("branches=vit", "branches"),
+        ("branches=[[1]]", "branches"),
+        ("lora_targets=[true]", "True"),
         ("llama_heads=64", "llama"),
     ],
 )
