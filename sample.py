@@ -78,7 +78,7 @@ class RowLinear(torch.nn.Module):
             y = x.new_empty(*x.shape[:-1], N)
             row_product[((N + 7) // 8,)](x, self.weight, self.scale, y, N, K, ROWS=8, BLOCK=1024)
             return y
-        if self.scale is not None and x.device.type == "cpu" and x.numel() <= 8 * K:  # reads bytes
+        if self.scale is not None and x.is_cpu and x.numel() <= 8 * K and K % 16 == 0:  # else it may be wrong
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], N)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype))
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product

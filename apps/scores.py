@@ -268,10 +268,15 @@ def kind_scores(predictions, kinds):
         if named == [kind]:
             counts[kind][0] += 1
         else:
-            confusions[kind, " and ".join(named) or "none"] += 1
+            confusions[kind, " and ".join(named) or none_named(kinds)] += 1
     right, n = total(counts.values())
     ranked = [[*pair, count] for pair, count in confusions.most_common()]
     return {"overall": right / n if n else None, "kinds": counts, "confusions": ranked}
+
+
+def none_named(kinds):
+    """What stands for no kind at all among the kinds that were named: "none", unless a kind is called so."""
+    return "no kind" if "none" in kinds else "none"
 
 
 def total(pairs):
@@ -344,7 +349,8 @@ def print_row(name, numbers, lengths, n):
 
 
 def print_kinds(kinds, facts):
-    print("kind named, and no other")
+    if any(n for _, n in kinds["kinds"].values()):
+        print("kind named, and no other")
     shares = kinds["kinds"] | {"all": total(kinds["kinds"].values())}
     shares |= {f"{fact} named": counts for fact, counts in facts.items()}
     for name, (right, n) in shares.items():
@@ -355,19 +361,21 @@ def print_kinds(kinds, facts):
 
 
 def confusion_table(kinds):
-    """Lines of a table of what `kind_scores` counted: a row for each kind that a clip had, a column for each
-    that was named, numbered like the rows; of several kinds at once; of none."""
-    names = [kind for kind, (_, n) in kinds["kinds"].items() if n]
-    known = {(kind, named): count for kind, named, count in kinds["confusions"]}
-    known |= {(kind, kind): right for kind, (right, _) in kinds["kinds"].items()}
-    others = sorted({named for _, named in known} - {*names, "none"})
-    single = [named for named in others if " and " not in named]  # named, but no clip had it
-    width = max(map(len, [*names, *single, "kind"])) + 5
-    columns = [*names, *single]
+    """Lines of a table of what `kind_scores` counted: a row for each kind that a clip had or an answer named
+    alone, a column for each of them, numbered like the rows; of several kinds at once; of none. No line if no
+    clip had a kind."""
+    counts = {(kind, named): count for kind, named, count in kinds["confusions"]}
+    counts |= {(kind, kind): right for kind, (right, _) in kinds["kinds"].items() if right}
+    had = [kind for kind, (_, n) in kinds["kinds"].items() if n]
+    others = [kind for kind in kinds["kinds"] if kind not in had and any(named == kind for _, named in counts)]
+    columns = [*had, *others]
+    if not columns:
+        return
+    none = none_named(kinds["kinds"])
+    width = max(map(len, [*columns, "kind"])) + 5
     yield "kind".ljust(width) + "".join(f"{i:>5}" for i in range(1, len(columns) + 1)) + " several none"
     for i, kind in enumerate(columns, 1):
-        counts = [known.get((kind, named), 0) for named in columns]
-        several = sum(count for (true, named), count in known.items() if true == kind and " and " in named)
-        cells = "".join(f"{count or '.':>5}" for count in counts)
-        label = f"{i:>3}  {kind}".ljust(width)
-        yield f"{label}{cells}{several or '.':>8}{known.get((kind, 'none'), 0) or '.':>5}"
+        row = {named: count for (true, named), count in counts.items() if true == kind}
+        several = sum(count for named, count in row.items() if named not in columns and named != none)
+        cells = "".join(f"{row.get(named, '.'):>5}" for named in columns)
+        yield f"{i:>3}  {kind}".ljust(width) + f"{cells}{several or '.':>8}{row.get(none, '.'):>5}"

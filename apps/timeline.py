@@ -99,15 +99,25 @@ def windows(frames, length, stride, max_frames=math.inf):
 
     Windows of `length` seconds begin at multiples of `stride`. Nothing is left out if stride <= length.
     A last one reaches back from the end, unless one closed there. Where frames are so far apart that windows
-    would hold the same ones, one of these windows is yielded. Raises OverflowError beyond max_frames."""
+    would hold the same ones, one of these windows is yielded. A gap of more than `length`, in which nothing
+    was recorded, ends a recording: no window spans it. Raises OverflowError beyond max_frames."""
     held = deque()
     start = 0.0  # of the next window to close
     duration = 0.04  # of the newest frame: taken to be the time since the one before it
+    interval = math.inf  # between the last two frames
     closed = True
     for seconds, frame in frames:
         if held:
-            duration = seconds - held[-1][0]
-        start = min(start, seconds)  # after a long gap the next window was put too late
+            before = interval
+            interval = seconds - held[-1][0]
+            if interval <= max(length, 2 * before):
+                duration = interval
+            else:  # a gap: of a lower rate, the next interval would be as long
+                if not closed:
+                    yield end, [pair for pair in held if pair[0] >= end - length - EPSILON]
+                held.clear()
+                start = seconds
+        start = min(start, seconds)  # after a long interval the next window was put too late
         held.append((seconds, frame))
         end = seconds + duration
         while held[0][0] < min(start, end - length) - EPSILON:

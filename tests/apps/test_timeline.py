@@ -127,6 +127,21 @@ def test_windows_of_sparse_frames():
     assert hour[-1][0] == 3600 and len(hour) >= 59
 
 
+def test_no_window_spans_a_gap_in_the_recording():
+    """A camera that records only while something moves."""
+    times = [*np.arange(0, 5, 0.04).tolist(), *np.arange(65, 69.02, 0.04).tolist(), 200.0]
+    found = list(timeline.windows(zip(times, times, strict=True), 4, 2))
+    spans = [(pairs[0][0], end) for end, pairs in found]
+    expected = [(0, 4), (1, 5), (65, 69), (65.04, 69.04), (200, 200.04)]
+    assert spans == [pytest.approx(span, abs=0.05) for span in expected]
+
+
+def test_windows_of_a_rate_that_drops():
+    times = [*np.arange(0, 4, 0.04).tolist(), 64.0, 124.0, 184.0]
+    found = [(pairs[0][0], end) for end, pairs in timeline.windows(((t, t) for t in times), 4, 2)]
+    assert found == [(0, 4), (64, 184), (184, 244)]
+
+
 def test_windows_close_at_once_and_hold_no_more_than_one():
     class Frame:
         alive = 0
