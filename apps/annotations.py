@@ -32,13 +32,17 @@ SOURCES = {  # folders of the published videos: what annotations and other copie
     "DoTA": "DoTA",
 }  # fmt: skip
 REFUSALS = (  # a language model that should describe a video says that it is one, or that it sees no video
-    r"^\W*(unfortunately, )?((i['’]m|i am) (sorry|afraid|unable|not able)|sorry,|my apolog|i apolog)",
+    r"^\W*(unfortunately, )?(i['’]m|i am) (just |only )?(sorry|afraid|unable|not able|not capable)\b",
+    r"^\W*(unfortunately, )?(sorry,|sorry\b[^.]{0,30}[,;] but\b|(my )?apolog(y|ies)\b|i apolog)",
+    r"\b(no video (was |is |has been )?|video (was|is) not )(provided|given|attached)\b",
     r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
     r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
-    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|unable|not able|(do not|don.t) have|have no)\b"
+    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|could(n['’]t| not)|unable|not (able|capable)|"
+    r"lack|would need|(do not|don.t) have|have no)\b"
     r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
-    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|(view|see|watch)ing the actual)\b"
-    r"[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|screen|store))",
+    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ ){0,4}?access|"
+    r"(view|see|watch)ing the( actual)?)\b[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b"
+    r"(?! (camera|control|game|recorder|room|screen|store))",
 )
 
 
@@ -114,7 +118,8 @@ def make_index(args):
     rows = {"train": [], "test": [], "missing": [], "broken": []}
     counts = Counter()
     for file in annotation_files(args):
-        split = "test" if re.search(r"(?<![a-z])test$|Test$", file.stem) else "train"  # "latest" is none
+        split = split_of(file, args.annotations)
+        print(f"{file}: for {split}", file=sys.stderr)
         entries = read_json(file)
         require(isinstance(entries, list), f"{file}: must be a list of {{video, QA, description}}")
         for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
@@ -122,6 +127,9 @@ def make_index(args):
             rows[split if state == "found" else state].append(row | {"file": str(file), "number": number})
             counts.update((row["source"], column) for column in (state, *row.get("flags", ())))
     report = {state: rows.pop(state) for state in ("missing", "broken")}
+    both = {row["video"] for row in rows["train"]} & {row["video"] for row in rows["test"]}
+    if both:
+        print(f"note: {len(both)} videos are in train and in test, first {min(both)}", file=sys.stderr)
     first = json.dumps(next(iter(report["missing"] + report["broken"]), "no annotations"))
     require(any(rows.values()), f"{args.videos}: holds no video of {args.annotations}; first: {first}")
     write_splits(args.out, rows)
@@ -135,19 +143,31 @@ def make_index(args):
         print(f"{lost} of {len(turns)} descriptions lose their end at the released 512 tokens (--max-tokens)")
 
 
+def split_of(file, top):
+    """The split: "test" if the name of the file has the word test or testing and not train or training; if it
+    has neither, the folders below `top` decide in the same way, the innermost first; else "train"."""
+    for name in (file.stem, *reversed(file.relative_to(top).parts[:-1])):
+        words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+        tests = bool(words & {"test", "testing"})  # "latest" is none
+        if tests != bool(words & {"train", "training"}):
+            return "test" if tests else "train"
+    return "train"
+
+
 def annotation_files(args):
     """The published split if it is there, else all JSON files; the one of all clips, which repeats the
     others, only if it is alone. ValueError if a published file is there twice."""
     published = ("all_videos_train.json", "all_videos_test.json", "all_videos_all.json")
     report = os.path.realpath(args.out / "report.json")
     files = [file for file in sorted(args.annotations.rglob("*.json")) if os.path.realpath(file) != report]
-    split = [file for file in files if file.name in published[:2]]
-    parts = [file for file in files if file.name != published[2]]
+    files = [file for file in files if not file.name.startswith("._")]  # which macOS puts into archives
+    split = [file for file in files if file.name.lower() in published[:2]]
+    parts = [file for file in files if file.name.lower() != published[2]]
     chosen = split or parts or files
     whole = {}
     for file in chosen:
-        if file.name in published:
-            other = whole.setdefault(file.name, file)
+        if file.name.lower() in published:
+            other = whole.setdefault(file.name.lower(), file)
             require(other is file, f"{other} and {file}: which one? give --annotations the folder of one")
     return chosen or [args.annotations]
 

@@ -54,7 +54,7 @@ def draw(runs, out):
         for name in sorted(curves.keys() - NO_LOSSES):
             width = 1.5 if name.startswith("held_out") else 0.8
             losses.plot(*zip(*curves[name], strict=True), label=prefix + name.replace("_", " "), lw=width)
-        rate.plot(*zip(*curves["lr"], strict=True), label=run)
+        rate.plot([step for step, _ in curves.get("lr", [])], [lr for _, lr in curves.get("lr", [])])
     losses.set(yscale="log", xlabel="step", title="losses")
     losses.legend(fontsize=8)
     rate.set(xlabel="step", title="learning rate")
@@ -83,7 +83,7 @@ def draw_cosines(runs, out):
                 raise ValueError(f"{run}: logs no {name}; stages 1 and 2 of apps.towers facts do")
             steps += [before + step for step, _ in curves[name]]
             values += [value if name == "bias_cosine" else 1 - value for _, value in curves[name]]
-            before += curves["lr"][-1][0]
+            before += curves[name][-1][0]
             axis.axvline(before, color="0.8", lw=0.8)
         axis.plot(steps, values, label=label, lw=1)
     axis.set(xlabel="step", title="cosine between the appearance and the motion branch", ylim=(-1.05, 1.05))
@@ -116,7 +116,10 @@ def main(argv=None):
     try:
         runs = {run: read_curves(run) for run in args.runs}
         if args.out:
-            (draw_cosines if args.cosines else draw)(runs, args.out)
+            import matplotlib
+
+            with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign is a dollar sign
+                (draw_cosines if args.cosines else draw)(runs, args.out)
         if args.tensorboard:
             write_tensorboard(runs, args.tensorboard)
     except ImportError as error:

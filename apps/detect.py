@@ -103,7 +103,7 @@ def read_labels(path):
     found = {}
     folder = os.path.dirname(os.path.abspath(path))
     for row in read_rows(path, lambda row: row | {"label": label_of(row)}):
-        video = os.path.join(folder, row["video"])
+        video = os.path.normpath(os.path.join(folder, row["video"]))
         before = found.setdefault(video, row | {"video": video})
         if before["label"] != row["label"]:
             raise ValueError(f"{path}: one row says that {row['video']} is normal, another that it is not")
@@ -222,10 +222,15 @@ def choice_score(model, tokenizer, clip, encoding, sentences):
 def read_sentences(kinds):
     """{kind: sentence} of clips.json, which apps.index writes beside kinds.json, or None."""
     file = Path(kinds).with_name("clips.json") if kinds else None
+    if not file or not file.exists():
+        return None
     try:
-        return json.loads(file.read_bytes())["sentences"] if file and file.exists() else None
-    except (LookupError, TypeError, ValueError) as error:
+        sentences = json.loads(file.read_bytes())["sentences"]
+        if not all(sentence.strip() for sentence in sentences.values()):
+            raise ValueError("an empty sentence")
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not what apps.index writes ({error})") from None
+    return sentences
 
 
 def choose_score(how, kinds):
@@ -233,9 +238,13 @@ def choose_score(how, kinds):
 
     how: "choice", "contrast", "yes", or None: the first for which there are sentences, phrases, or nothing.
     kinds: the file of phrases, with the sentences beside it. ValueError if what is needed is missing."""
-    sentences = read_sentences(kinds)
-    if how == "choice" and sentences is None:
-        raise ValueError("choice needs the sentences that apps.index writes into clips.json")
+    sentences = read_sentences(kinds) or {}
+    if len(set(map(is_normal, sentences))) < 2:  # among abnormal kinds alone, the choice is always abnormal
+        sentences = {}
+    if how == "choice" and not sentences:
+        raise ValueError(
+            "choice needs the sentences, of normal and others, that apps.index writes (clips.json)"
+        )
     if how == "contrast" and kinds is None:
         raise ValueError(
             "contrast needs phrases: --kinds FILE, or a kinds.json beside the index or the weights"

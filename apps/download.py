@@ -101,6 +101,8 @@ def hub_files(name, out):
     index = "model.safetensors.index.json"
     if name == "blip2" and index in wanted:
         wanted = [index, *vision_shards(repo, index)]
+        if absent := [file for file in wanted if file not in listed]:
+            raise ValueError(f"{repo}: its {index} names {absent[0]}, which is not there; try again later")
     folder = out / repo.split("/")[1]
     headers = build_hf_headers()  # with the user's token, if there is one
     downloads = []

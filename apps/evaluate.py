@@ -36,6 +36,7 @@ from collections import defaultdict, deque
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -97,6 +98,8 @@ from sample import (
     number,
     print_error,
 )
+
+MEETING = timedelta(minutes=10)  # in which all processes start: those of a torchrun that was killed then end
 
 # ------------------------------------------------------------------------------------------------------------
 # What is asked
@@ -273,18 +276,23 @@ def parts(out):
     return sorted(glob.glob(f"{glob.escape(str(out))}.rank[0-9]*"))
 
 
+def row_identity(prediction):
+    """What makes two predictions answers to the same question of the same row, or of a copy of it."""
+    return *identity(prediction), prediction.get("source"), prediction.get("kind")
+
+
 def read_done(out, asked):
     """For each clip the list of its predictions so far, with None for each one that is missing."""
     done = [[None] * len(predictions) for predictions in asked]
     places = defaultdict(deque)  # where a prediction belongs; several places if an index asks the same twice
     for i, predictions in enumerate(asked):
         for j, prediction in enumerate(predictions):
-            places[identity(prediction)].append((i, j))
+            places[row_identity(prediction)].append((i, j))
     for prediction in read_lines(out):
-        if not places[identity(prediction)]:
+        if not places[row_identity(prediction)]:
             message = f"{out}: holds a prediction about {prediction['video']} that the index does not ask for"
             raise ValueError(message)
-        i, j = places[identity(prediction)].popleft()
+        i, j = places[row_identity(prediction)].popleft()
         done[i][j] = prediction
     for part in parts(out):
         for line in read_lines(part, lambda line: done[line["clip"]]):
@@ -423,13 +431,23 @@ def write_answers(file, i, made, done, world):
 
 def start_processes(args):
     """(rank, processes): torchrun sets RANK; without it this is one process. Only short messages pass between
-    them."""
+    them. Raises ValueError if they do not find each other."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
+    try:
+        dist.init_process_group("gloo", timeout=MEETING)
+    except RuntimeError as error:
+        raise ValueError(f"the processes did not find each other ({str(error).splitlines()[0]})") from None
+    patient_group()
     if args.device in (None, "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     return dist.get_rank(), dist.get_world_size()
+
+
+@cache
+def patient_group():
+    """All processes. The first to finish waits for the last."""
+    return dist.new_group(timeout=timedelta(days=7))
 
 
 def prepare_run(args):
@@ -454,7 +472,7 @@ def first_alone(prepare, rank, world):
         except PROBLEMS as error:
             message = [None, error]
     if world > 1:
-        dist.broadcast_object_list(message)
+        dist.broadcast_object_list(message, group=patient_group())
     result, error = message
     if error:
         raise error if rank == 0 else SystemExit(2)
@@ -467,7 +485,7 @@ def gather(numbered, world):
         return sorted(numbered, key=lambda pair: pair[0])
     gathered = [None] * world
     try:
-        dist.all_gather_object(gathered, numbered)
+        dist.all_gather_object(gathered, numbered, group=patient_group())
     except RuntimeError as error:
         message = "another process ended early; what is done is kept: start the same command again"
         raise ValueError(message) from error

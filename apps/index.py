@@ -43,7 +43,7 @@ from tqdm import tqdm
 from apps import run_program
 from apps.detect import SUBJECT_WORDS, YES_QUESTION
 from apps.scores import appendable, as_line, read_lines
-from data import VideoError, read_clip, replace_file
+from data import VideoError, check_row, read_clip, replace_file
 from sample import PROBLEMS, make_parser, note, number, print_error
 
 NORMAL = "normal"  # the kind in which nothing is abnormal
@@ -373,6 +373,10 @@ def make_row(clip, sentence, fps, yes_no):
         text = f"{sentence}{end} {clip.text}".strip()
     row = {"video": os.path.abspath(clip.video), "source": "own", "kind": clip.kind, "description": text}
     row["qa"] = [{"q": KIND_QUESTION, "a": sentence}]
+    try:
+        check_row(row)
+    except ValueError as error:
+        raise ValueError(f"{clip.video}: {error}") from None
     if yes_no:
         row["qa"].append({"q": YES_QUESTION, "a": "No" if clip.kind == NORMAL else "Yes"})
     return row | ({"fps": fps} if clip.video.is_dir() else {})

@@ -43,7 +43,7 @@ OPENAI = "https://api.openai.com/v1"
 TRIES = 6  # of one request
 FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
 LONGEST_WAIT = 600.0
-TIMEOUT = 60.0  # seconds that one request may take
+TIMEOUT = 60.0  # seconds to wait for a server that sends nothing
 REPLIES = 3  # requests until one reply has a mark
 THREADS = 8  # requests in flight at once
 TAGS = ("question", "reference", "answer")
@@ -198,6 +198,7 @@ class Endpoint:
             raise ValueError("OPENAI_API_KEY holds a character that no key has, such as a line break")
         if not key and self.url == OPENAI:
             raise ValueError(f"{OPENAI} needs a key: put it into OPENAI_API_KEY, or give another --judge-url")
+        self.key = key
         self.headers = {"Content-Type": "application/json"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
@@ -218,8 +219,12 @@ class Endpoint:
         except (ValueError, LookupError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise ValueError(f"not a chat completion: {received[:100]!r}")
+            raise ValueError(f"not a chat completion: {self.without_key(repr(received))[:100]}")
         return text
+
+    def without_key(self, text):
+        """What a server says, which may repeat the key: errors are recorded."""
+        return text.replace(self.key, "[key]") if len(self.key) > 7 else text  # a shorter one is no secret
 
     def ask(self, messages):
         """`post`, retried while the failure may pass. ValueError if it does not, Hopeless if no request could
@@ -231,7 +236,7 @@ class Endpoint:
             try:
                 return self.post(body)
             except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {excerpt(error)}"
+                reason = f"HTTP {error.code}: {self.without_key(excerpt(error))[:300]}"
                 if error.code in (401, 403, 404):
                     raise Hopeless(f"{self.url}: {reason}") from None
                 if error.code == 400 and "temperature" in reason and "temperature" in body:
@@ -254,7 +259,7 @@ class Endpoint:
 def excerpt(error):
     """The beginning of what a server says with an error."""
     try:
-        return " ".join(error.read(300).decode(errors="replace").split()) or error.reason
+        return " ".join(error.read(2000).decode(errors="replace").split()) or error.reason
     except (OSError, http.client.HTTPException):
         return error.reason
 

@@ -37,11 +37,11 @@ def identity(prediction):
 
 def check_prediction(line):
     """Raises one of the errors that read_lines catches if `line` is not a prediction."""
-    hash(identity(line))
-    line["answer"].lower()
+    texts = [*identity(line), line["answer"], line.get("source") or "", line.get("kind") or ""]
+    if not all(isinstance(text, str) for text in texts) or type(line.get("tokens", 0)) is not int:
+        raise ValueError("not the texts and the number of tokens")
     if line["task"] == "detect" and not (0 <= line["score"] <= 1 and line["label"] in (0, 1)):
         raise ValueError("not a score and a label")
-    hash(line.get("source", ""))
 
 
 def read_lines(path, check=check_prediction):
@@ -57,7 +57,7 @@ def read_lines(path, check=check_prediction):
         try:
             line = json.loads(text)
             check(line)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             message = f"{path}, line {number}: not what this program writes; is it another file?"
             raise ValueError(message) from None
         objects.append(line)
@@ -367,7 +367,9 @@ def confusion_table(kinds):
     counts = {(kind, named): count for kind, named, count in kinds["confusions"]}
     counts |= {(kind, kind): right for kind, (right, _) in kinds["kinds"].items() if right}
     had = [kind for kind, (_, n) in kinds["kinds"].items() if n]
-    others = [kind for kind in kinds["kinds"] if kind not in had and any(named == kind for _, named in counts)]
+    others = [
+        kind for kind in kinds["kinds"] if kind not in had and any(named == kind for _, named in counts)
+    ]
     columns = [*had, *others]
     if not columns:
         return

@@ -105,7 +105,8 @@ def windows(frames, length, stride, max_frames=math.inf):
     start = 0.0  # of the next window to close
     duration = 0.04  # of the newest frame: taken to be the time since the one before it
     interval = math.inf  # between the last two frames
-    closed = True
+    end = 0.0  # of the newest frame
+    closed = True  # whether a window has closed there
     for seconds, frame in frames:
         if held:
             before = interval
@@ -219,7 +220,7 @@ def read_annotations(path):
     found = {}
     folder = os.path.dirname(path)
     for row in read_rows(path, annotated_row):
-        name = os.path.join(folder, row["video"])
+        name = os.path.normpath(os.path.join(folder, row["video"]))
         video = found.setdefault(name, Annotated(name, [], fps=row.get("fps")))
         video.intervals = united(video.intervals + row["abnormal"])
     return list(found.values())

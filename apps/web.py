@@ -68,7 +68,7 @@ class User:
     seen: Seen | None = None  # the video, read and encoded
     rounds: list = field(default_factory=list)  # [question, answer]
     shown: list = field(default_factory=list)  # messages {"role", "content"}
-    stop: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)  # of the answer that is being made
 
 
 def message(role, content):
@@ -127,18 +127,19 @@ class Page:
         if user is None:
             yield [asked, message("assistant", "error: there is no video; upload one or take an example")]
             return
-        user.stop = False
+        stop = threading.Event()  # another question gets one of its own
+        user.stop = stop
         yield [*user.shown, asked, message("assistant", "…" if self.work.done() else "(waiting for others)")]
         texts = SimpleQueue()  # the answer, longer and longer
         said = ""
         notes = []
-        work = self.submit(self.answer, user, question, beams, temperature, texts.put, notes.append)
+        work = self.submit(self.answer, user, stop, question, beams, temperature, texts.put, notes.append)
         work.add_done_callback(lambda _: texts.put(None))
         try:
             for said in iter(texts.get, None):
                 yield [*user.shown, asked, message("assistant", said)]
         finally:  # also if the browser is gone
-            user.stop = True
+            stop.set()
             wait([work])
         try:
             work.result()
@@ -151,7 +152,7 @@ class Page:
             user.shown += [asked, message("assistant", answer)]
             yield user.shown
 
-    def answer(self, user, question, beams, temperature, write, tell):
+    def answer(self, user, stop, question, beams, temperature, write, tell):
         """One round, in the model's thread. Gives write() the text so far, and tell() the remarks."""
         if beams > 1 and temperature > 0:
             raise ValueError("several beams need temperature 0")
@@ -162,7 +163,7 @@ class Page:
         made = []
 
         def show(tokens):
-            if user.stop:
+            if stop.is_set():
                 raise Stopped
             made.extend(tokens)
             turn[1] = self.tokenizer.decode(made).rstrip("\ufffd")  # a character of which bytes are missing
@@ -170,7 +171,7 @@ class Page:
 
         if user.seen is None:
             raise ValueError("the video could not be read")
-        if user.stop:  # while others were answered
+        if stop.is_set():  # while others were answered
             raise Stopped
         options = {"beams": beams, "temperature": temperature, "max_new_tokens": self.max_new_tokens}
         try:
@@ -185,13 +186,13 @@ class Page:
 
     def stop(self, key):
         if key in self.users:
-            self.users[key].stop = True
+            self.users[key].stop.set()
 
     def restart(self, key):
         """Forgets the rounds, keeps the video -> messages to show"""
         user = self.users.get(key)
         if user is not None and user.seen is not None:
-            user.stop = True  # what is still being said goes to the old rounds
+            user.stop.set()  # what is still being said goes to the old rounds
             self.users[key] = User(user.path, user.folder, user.seen)
         return []
 
@@ -200,7 +201,7 @@ class Page:
         user = self.users.pop(key, None)
         if user is None:
             return
-        user.stop = True
+        user.stop.set()
         shutil.rmtree(user.folder, ignore_errors=True)
         in_use = {other.path for other in list(self.users.values())} | {kept}
         if user.path not in in_use and self.uploads in Path(user.path).parents:
@@ -209,7 +210,7 @@ class Page:
     def close(self):
         """At the end of the program. An answer that is being made stops at its next word."""
         for user in list(self.users.values()):
-            user.stop = True
+            user.stop.set()
         self.thread.shutdown(cancel_futures=True)
 
 

@@ -30,7 +30,7 @@ def csv_files(path):
     """The file itself, or the CSV files of a folder, sorted."""
     if not path.is_dir():
         return [path]
-    files = sorted(path.glob("*.csv"))
+    files = sorted(file for file in path.glob("*.csv") if not file.name.startswith("._"))  # of macOS
     if not files:
         raise ValueError(f"{path}: holds no .csv file")
     return files

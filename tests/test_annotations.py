@@ -257,6 +257,31 @@ def test_the_latest_annotations_are_no_test_and_a_report_no_annotations(world):
         assert [len(read_index(folder / f"{split}.jsonl")) for split in ("train", "test")] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("train/DoTA.json", "test/DoTA.json"),
+        ("DoTA_TRAIN.json", "DoTA_TEST.json"),
+        ("train_DoTA.json", "test_DoTA.json"),
+        ("DoTA_train.json", "DoTA_testing.json"),
+        ("train_test_split/train/a.json", "train_test_split/test/a.json"),
+        ("test/DoTA_training.json", "train/v2/DoTATest.json"),
+        ("All_Videos_Train.json", "All_Videos_TEST.json"),
+        ("latest/fastest.json", "TestSet/contest.json"),
+    ],
+)
+def test_which_file_is_for_testing(world, capsys, train, test):
+    folder = world.annotations.parent / "mine"
+    put(folder / train, json.dumps([entry("DoTA/-a b'c.mp4")]))
+    put(folder / test, json.dumps([entry("DoTA/-a b'c.mp4")] * 2))
+    put(folder / "._a.json", "\0")  # as in archives of macOS
+    assert run("hawk", annotations=folder, videos=world.videos, out=world.out) is None
+    assert [len(read_index(world.out / f"{split}.jsonl")) for split in ("train", "test")] == [1, 2]
+    told = capsys.readouterr().err
+    assert f"{test}: for test\n" in told and f"{train}: for train\n" in told
+    assert "1 videos are in train and in test" in told
+
+
 def test_windows_paths(tmp_path):
     wanted = ["D:\\Data\\DoTA\\x\\1.mp4", "C:\\UCF-Crime\\2.mp4", "E:/ped1/ped1\\3.mp4"]
     assert found(tmp_path, ["DoTA/x/1.mp4", "UCF_Crime/2.mp4", "Ped1/3.mp4"], wanted)[0] == [
@@ -317,6 +342,15 @@ REFUSED = [
     "I am currently unable to process recordings.",
     "I’m unable to",
     "Sorry, as an AI model I",
+    "I am not capable of watching clips.",
+    "I lack the means to view footage.",
+    "I could not see the recording, so this is made up.",
+    "Without seeing the video, I can only guess.",
+    "Without more details or access to the clip, a guess must do.",
+    "Apologies, but pictures are beyond me.",
+    "Sorry for the trouble, but I can only read.",
+    "As no video is attached, I will invent one.",
+    "I would need to watch the video first.",
 ]
 DESCRIBED = [
     "Without watching the video screens, the guard misses the thief.",
@@ -346,6 +380,9 @@ DESCRIBED = [
     "I see a man who runs across the street.",
     "He says that he is sorry.",
     "A man",
+    "A guard without access to the video room calls the police.",
+    "Without more help or access to a ladder, the boy falls.",
+    "A man who could not see the dog falls over it.",
 ]
 
 

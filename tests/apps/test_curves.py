@@ -32,6 +32,14 @@ def test_drawing(run):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_name_is_no_formula_and_a_log_may_lack_the_learning_rate(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / r"r$\foo$"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1, "total": 2.0}\n')
+    assert curves.main([str(folder), str(folder), "--out", str(tmp_path / "curves.png")]) == 0
+
+
 def test_cosines_of_runs_one_after_the_other(run, tmp_path, capsys, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     seen = {}

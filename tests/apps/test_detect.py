@@ -53,7 +53,7 @@ def test_a_row_that_says_nothing_is_refused_by_name(tmp_path, said, reason):
 def test_rows_about_the_same_video_count_as_one(tmp_path):
     index = tmp_path / "index.jsonl"
     rows = [{"video": "a.mp4", "abnormal": [1, 2], "source": "s"}, {"video": "b.mp4", "label": 0}]
-    rows.append({"video": "a.mp4", "abnormal": [3, 4]})
+    rows.append({"video": "./a.mp4", "abnormal": [3, 4]})
     index.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = [(row["video"], row["label"]) for row in detect.read_labels(index)]
     assert found == [(str(tmp_path / "a.mp4"), 1), (str(tmp_path / "b.mp4"), 0)]
@@ -227,3 +227,13 @@ def test_a_choice_among_sentences(monkeypatch, tmp_path):
     (tmp_path / "clips.json").write_text(json.dumps({"seconds": 4, "sentences": sentences}))
     assert detect.phrases_of(detect.choose_score(None, kinds)) == sentences
     assert detect.choose_score("contrast", kinds).func is detect.contrast_score
+    (tmp_path / "clips.json").write_text('{"sentences": {"fire": "A fire.", "fall": "A fall."}}')
+    assert (
+        detect.choose_score(None, kinds).func is detect.contrast_score
+    )  # the choice would always be abnormal
+    with pytest.raises(ValueError, match="needs the sentences, of normal and others"):
+        detect.choose_score("choice", kinds)
+    for wrong in ([1, 2], {"a": 5}, {"a": " "}, 3):
+        (tmp_path / "clips.json").write_text(json.dumps({"sentences": wrong}))
+        with pytest.raises(ValueError, match=r"clips\.json: not what apps\.index writes"):
+            detect.choose_score(None, kinds)

@@ -16,6 +16,7 @@ import threading
 import time
 import tracemalloc
 import urllib.error
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -508,6 +509,35 @@ def test_ranks_that_were_killed_leave_their_answers(world, tmp_path, run, monkey
     assert not evaluate.parts(out)
 
 
+def test_rows_that_differ_in_their_source_keep_it(tmp_path):
+    """One clip in three sources: what two killed runs left is put where it belongs."""
+    asked = [
+        [
+            {
+                "video": "a",
+                "task": "answer",
+                "question": "q",
+                "reference": "r",
+                "source": source,
+                "answer": source,
+            }
+        ]
+        for source in "abc"
+    ]
+    written(tmp_path / "out", [asked[1][0]])
+    written(tmp_path / "out.rank0", [{"clip": 2, "predictions": asked[2]}])
+    assert evaluate.read_done(tmp_path / "out", asked) == [[None], asked[1], asked[2]]
+
+
+def test_processes_that_do_not_find_each_other_end(monkeypatch):
+    monkeypatch.setattr(evaluate, "MEETING", timedelta(seconds=1))
+    address = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="did not find each other"):
+        evaluate.start_processes(None)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 
@@ -617,6 +647,8 @@ def test_kinds_and_facts():
         "  2  fire      1    .    .       .    1",
         "  3  normal    .    .    1       .    .",
     ]
+    assert evaluate.kind_scores(predictions, {"other": "x"})["overall"] is None
+    assert not list(scores.confusion_table(evaluate.kind_scores(predictions, {"other": "x"})))
     facts = evaluate.fact_scores(predictions, rows, [row["video"] for row in rows])
     assert facts == {"colour": [1, 5], "object": [0, 0], "place": [1, 5]}  # "ca(tches fi)red" is no colour
     others = [{"colour": 3, "object": ["car"], "place": {"in": "the near lane"}}] + rows[1:]
@@ -624,10 +656,28 @@ def test_kinds_and_facts():
     assert facts == {"colour": [0, 4], "object": [0, 0], "place": [1, 4]}
 
 
+def test_kinds_with_awkward_names():
+    kinds = {"hit and run": "drives off", "none": "is empty", "fall": "falls", "calm": "is calm"}
+    said = {"hit and run": ["drives off", "falls", "falls, is calm"], "none": ["is empty", "hm"], "fall": []}
+    predictions = [
+        {"task": "describe", "kind": kind, "answer": answer}
+        for kind, texts in said.items()
+        for answer in texts
+    ]
+    assert list(scores.confusion_table(evaluate.kind_scores(predictions, kinds))) == [
+        "kind                1    2    3 several none",
+        "  1  hit and run    1    .    1       1    .",
+        "  2  none           .    1    .       .    1",
+        "  3  fall           .    .    .       .    .",
+    ]
+
+
 def test_predictions_of_another_make(tmp_path, capfd):
     path = tmp_path / "p"
     line = {"video": "a", "task": "answer", "question": "", "reference": "r", "answer": None}
-    for text in (json.dumps(line) + "\n", "[]\n", ""):
+    wrong = [line, *(line | {"answer": "", key: 5} for key in ("reference", "source", "task", "kind"))]
+    wrong += [line | {"answer": "", "tokens": "x"}]
+    for text in (*(json.dumps(line) + "\n" for line in wrong), "[" * 100_000 + "\n", "[]\n", ""):
         path.write_text(text)
         assert evaluate.main(["--out", str(path)]) == 2 and capfd.readouterr().err.count("\n") == 1
     written(path, [line | {"answer": ""}])
@@ -812,6 +862,23 @@ def test_judge_outlives_a_bad_server(tmp_path, server):
     assert body["model"] == "m" and body["temperature"] == 0 and "Fire 0." in body["messages"][1]["content"]
     record = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
     assert sorted(line["criterion"] for line in record) == ["consistency", "detail", "reasonability"]
+
+
+def test_judge_does_not_record_the_key(tmp_path, server, monkeypatch):
+    plan, _ = server
+    key = "sk-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    said = f"bad request with Bearer {key}".encode()
+
+    def post(endpoint, body):
+        raise urllib.error.HTTPError(endpoint.url, 422, "", {}, io.BytesIO(said))
+
+    plan += [said] * judge.TRIES * 3
+    assert marked(tmp_path)["failed"] == 3
+    monkeypatch.setattr(judge.Endpoint, "post", post)
+    assert marked(tmp_path)["failed"] == 3
+    record = (tmp_path / "r").read_text()
+    assert key not in record and record.count("Bearer [key]") == 6
 
 
 def test_judge_asks_again_after_nonsense_and_counts_failures(tmp_path, server, monkeypatch):

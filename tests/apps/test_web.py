@@ -215,7 +215,7 @@ def test_an_answer_can_be_stopped(world, page):
     answered = page.users["me"].rounds
     assert len(answered) == 1
     begin("Why?").close()  # as when the browser is gone: the model is free again
-    assert page.work.done() and page.users["me"].stop
+    assert page.work.done() and page.users["me"].stop.is_set()
     rounds = begin("Why?")
     assert page.restart("me") == [] and len(list(rounds)) < 100  # what was being said is not shown as a round
     assert page.users["me"].shown == [] and len(answered) == 3
