@@ -149,25 +149,27 @@ def check_run(path, code, log, count):
 
 def damage(video):
     """Notes on the frames that were decoded. VideoError if most of them are damaged."""
-    text = "".join(video.log)
+    # What other decoders say is left out, and HEVC's before the first frame: there was no keyframe yet.
+    others = r"^\[(?:aac|ac3|eac3|mp[23]|opus|vorbis|dca).*\n|^\[hevc.*\n(?=(?s:.*)input from stream)"
+    text = "".join(re.sub(others, "", run, flags=re.M) for run in video.log)
     runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
-    concealed = re.findall(r"corrupt decoded frame\n(?: +Last message repeated (\d+) times)?", text)
+    concealed = re.findall(r"(?:corrupt decoded frame|overread.*)\n(?: +Last message repeated (\d+))?", text)
     bad = failed + sum(int(again or 0) + 1 for again in concealed)
     total = max(video.promised or 0, decoded + failed)
     bad += (total - decoded - failed) * (bad > 0)  # lost in silence; with no others, the packets were wrong
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # of intact ones
-    errors = re.findall(rf"\[error\] (?!{cut})(.+)|(Packet corrupt)", text)
+    errors = re.findall(rf"\[error\] (?!{cut})(.+)|(corrupt input packet)", text)
     notes = list(video.notes or ())
     if bad:
         notes.append(f"{bad} of {total} frames did not decode without errors: the video is damaged")
     elif errors:
         notes.append(f"the video may be damaged: {len(errors)} errors, first: {''.join(errors[0])}")
-    sizes = dict.fromkeys(re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
+    sizes = dict.fromkeys(f"{w}x{h}" for w, h in re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
     if video.files and (len(sizes) > 1 or "display matrix changed" in text):
-        notes.append(f"pictures of several sizes or orientations: {', '.join(f'{w}x{h}' for w, h in sizes)}")
+        notes.append(f"pictures of several sizes or orientations (no EXIF: as before): {', '.join(sizes)}")
     return notes
 
 
@@ -176,7 +178,7 @@ def open_folder(path, fps):
     numbered = {}
     try:
         for entry in os.scandir(path):
-            found = re.fullmatch(r"(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.IGNORECASE)
+            found = re.fullmatch(r"(?!\._)(?:.*\D)?(\d+)\D*\.(?:jpe?g|png|tiff?|bmp)", entry.name, re.I)
             if found and entry.is_file(follow_symlinks=False):  # a link may lead out of the folder
                 twin = numbered.setdefault(int(found[1]), entry)
                 require(twin is entry, f"{twin.name} and {entry.name} have the same number; keep one series")
@@ -209,7 +211,7 @@ def read_files(video, size, numbers):
                 count += 1
                 yield number, frame
     if count < len(numbers):
-        raise VideoError(video.files[numbers[count]], "cannot be decoded; remove it or replace it")
+        raise VideoError(video.files[numbers[count]], "cannot be decoded, or not as the first one; remove it")
 
 
 def open_video(path, size, fps=25):
@@ -254,20 +256,15 @@ def decode_all(path, size):
     return Video(path, np.array(seconds), log if held else [], frames=frames if held else None)
 
 
-def stream_frames(path, size, stdin=None, patient=True, fps=25, log=None):
-    """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) of all frames in order, as they are
-    decoded. fps: pictures a second of a folder. The rest, and VideoError, as `ffmpeg`."""
-    if os.path.isdir(path):
-        video = open_folder(path, fps)._replace(log=log)
-        for number, frame in read_files(video, size, range(len(video.files))):
-            yield video.seconds[number].item(), frame
-        return
+def stream_frames(path, size, stdin=None, patient=True, log=None):
+    """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) of all frames of a file in order, as
+    they are decoded. The rest, and VideoError, as `ffmpeg`."""
     previous = float("inf")
     step = Fraction(1, 25)
     shown = -step
     for stamp, frame in ffmpeg(path, log, size, stdin=stdin, patient=patient):
-        step = stamp - previous if stamp > previous else step  # a clock that does not advance keeps its step
-        shown += step
+        step = stamp - previous if stamp > previous else step  # a clock that goes back keeps its step
+        shown += step if stamp != previous else 0  # frames of a burst share their time
         previous = stamp
         yield float(shown), frame
 
@@ -526,13 +523,8 @@ def clip_options(config):
     return {name: getattr(config, name) for name in ("n_frames", "image_size", "branches", "motion_mask")}
 
 
-def make_clip(frames, seconds, indices, branches=("appearance", "motion"), motion_mask="hard"):
-    """Clip of the numbered ones of all frames of a video (or of a part of it), given with their times."""
-    return clip_of(Video("", np.array(seconds), [], frames=frames), None, indices, branches, motion_mask)
-
-
 def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
-    """Threads compute the flow of a block of pairs as soon as its last frame is decoded."""
+    """Clip of these frames of a Video. Threads compute the flow of a block as soon as it is decoded."""
     for name in branches:
         require(name in MASKS, f"no stream is called {name!r}, only {', '.join(MASKS)} (data.MASKS)")
     masks = {name: MASKS[name] for name in branches if MASKS[name]}
@@ -878,7 +870,7 @@ class CachedFeatures:
 
 # ---- 5. Machine --------------------------------------------------------------------------------------------
 def note(text):
-    print(text, file=sys.stderr, flush=True)
+    print(re.sub(r"[\0-\x08\x0b-\x1f\x7f]", "?", text), file=sys.stderr, flush=True)  # no codes of terminals
 
 
 def print_error(error):  # in one line; returns the exit status
@@ -920,14 +912,14 @@ def peak_memory_mb(device):
 @contextmanager
 def replaced_folder(folder):
     """Yields an empty folder beside `folder` to write into, which atomically replaces it on success."""
-    old = recover_folder(folder)
-    new = Path(f"{Path(folder)}.being-written")
+    folder, old = recover_folder(folder)
+    new = Path(f"{folder}.being-written")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
-        if Path(folder).exists():
-            os.rename(folder, old)
+        if folder.exists():
+            folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     except (SafetensorError, RuntimeError) as error:  # what safetensors and torch raise when the disk is full
@@ -937,13 +929,14 @@ def replaced_folder(folder):
 
 
 def recover_folder(folder):
-    """Undoes a replacement that was killed between its two renames. Returns where the old folder waits."""
-    old = Path(f"{Path(folder)}.being-replaced")  # Path: without a slash at its end
-    if Path(folder).exists():
+    """Undoes a replacement that was killed between its two renames -> (folder, where its old one waits)."""
+    folder = Path(folder).resolve()  # the folder itself, where its name is a link
+    old = Path(f"{folder}.being-replaced")
+    if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():
         old.rename(folder)
-    return old
+    return folder, old
 
 
 def replace_file(path, content):

@@ -618,7 +618,7 @@ def read_chain(folder, above=(), base=None):
         raise ValueError(f"{file}: cannot be read ({e}); try RUN/last; prepare.py weights makes one") from e
     if base is None or base in folders:
         return config, folders
-    require(there, f"{file}: its base {base} is not there; link or name it: prepare.py merge --base DIR")
+    require(there, f"{file}: its base {base} is not there; correct it here, or prepare.py merge --base DIR")
     same = mark is None or mark == fingerprint(base)
     require(same, f"{base}: is not what {folder} was trained on, or has changed")
     return config, read_chain(base, folders)[1]

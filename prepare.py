@@ -131,7 +131,7 @@ def infer_config(file, llama, held, overrides):
     published = HawkConfig.from_dict(c, file)
     only = {"num_key_value_heads": published.llama_heads, "hidden_act": "silu", "attention_bias": False}
     only |= {"head_dim": published.llama_dim // published.llama_heads, "mlp_bias": False}
-    for key, value in only.items():  # what would change the arithmetic is refused by name
+    for key, value in (only | {"model_type": "llama"}).items():  # refused: what would change the arithmetic
         require(llama.get(key) in (None, value), f"{file}: {key} must be {value!r}, not {llama.get(key)!r}")
     scaled = {key: value for key, value in rope.items() if value not in ("default", None, 1.0)}
     require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")

@@ -8,6 +8,7 @@ Sample randomness is seeded by (seed, epoch, index), model randomness (dropout) 
 workers change nothing, and a run that was killed and resumed repeats the undisturbed one."""
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -78,7 +79,7 @@ def parse_args(argv, task):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_mutually_exclusive_group(required=True).add_argument
     add("--preset", choices=["tiny", "7b"], help="start from random weights of this size")
-    add("--weights", help="start from this folder of weights")
+    add("--weights", type=os.path.normpath, help="start from this folder of weights")
     add = p.add_argument
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="fields of the config")
     add("--data", required=True, type=os.path.abspath, help="folder of train.jsonl and, held out, test.jsonl")
@@ -173,19 +174,25 @@ def begin(args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     device = data.usable_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    last = Path(args.out) / "last"
+    last, best = (Path(args.out) / name for name in ("last", "best"))
     if rank == 0:
         last.parent.mkdir(parents=True, exist_ok=True)
+        begin.lock = last.with_name("lock").open("w")  # which is held until this process ends
+        try:
+            fcntl.lockf(begin.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some file systems know no locks
+            require(not isinstance(error, BlockingIOError), f"{args.out}: another process is training there")
         data.recover_folder(last)
-        data.recover_folder(last.with_name("best"))
+        data.recover_folder(best)
         last.with_name("bad_videos.jsonl").open("a" if last.exists() else "w").close()
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # others wait for rank 0
         torch.distributed.barrier()
-    require(args.resume or not last.exists(), f"{last}: there is a run; continue it with --resume")
-    overwritten = Path(args.weights or "/").resolve() == last.with_name("best").resolve()
+    overwritten = Path(args.weights or "/").resolve() == best.resolve()
     require(not overwritten, f"{args.weights}: this run would overwrite it; choose another --out")
+    taken = not args.resume and (last.exists() or best.exists())
+    require(not taken, f"{last}: there is a run; continue it with --resume")
     if args.resume and not last.exists() and rank == 0:
         data.note(f"note: {last} is not there yet: this run begins")
     args.resume = last.exists()

@@ -18,6 +18,7 @@ In this file: flow, the picture of the streams, the trace, attention, words, fig
 import inspect
 import io
 import math
+import os
 import re
 import subprocess
 import sys
@@ -37,13 +38,33 @@ import hawk
 import sample
 from apps import run_program
 from apps.toy import OBJECTS
-from data import MASKS, clip_options, farneback, read_clip, replace_file, rgb_to_gray, stream_frames
+from data import (
+    MASKS,
+    clip_options,
+    farneback,
+    open_folder,
+    read_clip,
+    read_files,
+    replace_file,
+    rgb_to_gray,
+    stream_frames,
+)
 from sample import PROBLEMS, make_parser, note, number, print_error
 
 QUERIES_PER_PAGE = 10
 FRAMES_PER_PAGE = 4
 
 # ---- Flow --------------------------------------------------------------------------------------------------
+
+
+def all_frames(path, image_size, stdin=None, fps=25, log=None):
+    """As data.stream_frames, also of a folder of pictures, of which `fps` are a second."""
+    if not os.path.isdir(path):
+        yield from stream_frames(path, image_size, stdin=stdin, log=log)
+        return
+    video = open_folder(path, fps)._replace(log=log)
+    for i, frame in read_files(video, image_size, range(len(video.files))):
+        yield video.seconds[i].item(), frame
 
 
 def read_flow(path, indices, image_size=224):
@@ -53,7 +74,7 @@ def read_flow(path, indices, image_size=224):
     current = np.maximum(indices, 1)  # frame 0 has no frame before it, so frame 1 stands in, as in read_clip
     wanted = {*current.tolist(), *(current - 1).tolist()}
     frames = {}
-    with closing(stream_frames(path, image_size)) as stream:
+    with closing(all_frames(path, image_size)) as stream:
         for i, (_, frame) in enumerate(stream):
             if i in wanted:
                 frames[i] = frame

@@ -61,16 +61,16 @@ from apps.detect import (
     read_rows,
 )
 from apps.evaluate import differences, first_alone, gather, start_processes, weights_options
+from apps.look import all_frames
 from data import (
     CONTAINERS,
     Video,
     VideoError,
+    clip_of,
     damage,
-    make_clip,
     open_video,
     replace_file,
     sample_frames,
-    stream_frames,
 )
 from hawk import read_chain
 from sample import PROBLEMS, add_model_options, encode_clips, load, make_parser, note, number, print_error
@@ -140,14 +140,15 @@ def read_windows(path, config, length, stride, fps=25):
     size = config.image_size
     stdin = sys.stdin if path == "-" else None
     log = []
-    with closing(stream_frames(path, size, stdin=stdin, fps=fps, log=log)) as frames:
+    with closing(all_frames(path, size, stdin=stdin, fps=fps, log=log)) as frames:
         try:
             for end, pairs in windows(frames, length, stride, MAX_BYTES // (3 * size * size)):
                 start = pairs[0][0]
                 times = [seconds - start for seconds, _ in pairs]
                 held = [frame for _, frame in pairs]
                 chosen = sample_frames(len(pairs), config.n_frames)
-                clip = make_clip(held, times, chosen, config.branches, config.motion_mask)
+                video = Video("", np.array(times), [], frames=held)
+                clip = clip_of(video, None, chosen, config.branches, config.motion_mask)
                 yield round(start, 3), round(end, 3), clip
         except OverflowError as error:
             raise VideoError(path, f"has too many frames to hold, {error}; use a shorter --window") from None

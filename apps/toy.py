@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from apps import run_program
-from data import DESCRIBE_QUESTIONS, make_clip, replace_file, sample_frames
+from data import DESCRIBE_QUESTIONS, Video, clip_of, replace_file, sample_frames
 from sample import make_parser, number, print_error
 
 FPS = 8
@@ -897,7 +897,8 @@ def draw_clip(drawn, n_frames, image_size, branches, motion_mask, **sampling):
     frames = [None] * FRAMES
     for i, picture in zip(numbers, pictures, strict=True):
         frames[i] = picture
-    return make_clip(frames, np.arange(FRAMES) / FPS, indices, branches, motion_mask)
+    video = Video("", np.arange(FRAMES) / FPS, [], frames=frames)
+    return clip_of(video, None, indices, branches, motion_mask)
 
 
 def make_toy_clip(folder, seed, split, index, clutter=(0, 0), drawn=False):

@@ -718,6 +718,19 @@ def test_bad_folders_are_refused_by_name(tmp_path, name):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
 
+def test_a_folder_on_another_disk_is_replaced_where_it_is(tmp_path):
+    (tmp_path / "disk").mkdir()
+    build(1).save_pretrained(tmp_path / "disk/model")
+    (tmp_path / "model").symlink_to("disk/model")
+    for _ in range(2):
+        with replaced_folder(tmp_path / "model") as new:
+            build(2).save_pretrained(new)
+    assert (tmp_path / "model").is_symlink() and same(build(2), Hawk.from_pretrained(tmp_path / "model"))
+    (tmp_path / "disk/model").rename(tmp_path / "disk/model.being-replaced")  # killed between the renames
+    recover_folder(tmp_path / "model")
+    assert (tmp_path / "model").is_symlink() and same(build(2), Hawk.from_pretrained(tmp_path / "model"))
+
+
 def test_a_save_that_was_killed_can_be_undone(tmp_path):
     folder = tmp_path / "model"
     recover_folder(folder)  # nothing to do

@@ -373,6 +373,20 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path, main, monkeypat
     assert len(runs) == 2 + 4  # video-language only: there are no motion targets
 
 
+def test_two_processes_do_not_train_into_one_folder(world, tmp_path, main):
+    index(tmp_path, world / "a b.mp4")
+    (tmp_path / "run").mkdir()
+    held = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); "
+    held += "sys.stdout.flush(); sys.stdin.read()"
+    command = [sys.executable, "-c", held, tmp_path / "run/lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="run: another process is training there"):
+            main(*options(world, tmp_path, 1, "--resume"))
+        other.stdin.close()
+    main(*options(world, tmp_path, 1, "--resume"))  # free again, as after a kill
+
+
 def test_a_run_is_not_lost_by_starting_it_again(world, tmp_path, main, capsys):
     index(tmp_path, world / "a b.mp4")
     main(*options(world, tmp_path, 1, "--resume"))  # there is none yet
@@ -382,6 +396,10 @@ def test_a_run_is_not_lost_by_starting_it_again(world, tmp_path, main, capsys):
         main(*options(world, tmp_path, 2))
     with pytest.raises(ValueError, match="there is a run"):
         main(*options(world, tmp_path, 2, "--weights", tmp_path / "run/last"))
+    (tmp_path / "run/last").rename(tmp_path / "last")
+    with pytest.raises(ValueError, match="there is a run"):  # its best/ is there
+        main(*options(world, tmp_path, 2))
+    (tmp_path / "last").rename(tmp_path / "run/last")
     other = Hawk.from_pretrained(world / "weights")
     shutil.copytree(world / "weights", tmp_path / "moved")
     other.llama.norm.weight.data += 1

@@ -196,6 +196,20 @@ def test_times_without_a_constant_rate_are_the_frames_own(tmp_path, monkeypatch)
         assert film.seconds == [round(int(i) * 1001 / 24000, 1) for i in film.indices]
 
 
+def test_frames_that_arrive_in_a_burst_share_their_time(tmp_path):
+    """A network that stalls for three seconds: then five frames at a time have the same stamp."""
+    late = "if(lt(N,20),N*0.1,if(lt(N,40),5+floor((N-20)/5)*0.001,5+(N-39)*0.1))/TB"
+    even = make(tmp_path / "even.mp4", *X264, "-bf", "0", seconds=6)
+    path = str(tmp_path / "burst.mkv")
+    subprocess.run([*FFMPEG, "-i", even, "-c", "copy", "-bsf:v", f"setts=ts='{late}'", path], check=True)
+    seconds = [second for second, _ in data.stream_frames(path, SIZE)]
+    expected = [
+        i / 10 if i < 20 else 5 + (i - 20) // 5 / 1000 if i < 40 else 5 + (i - 39) / 10 for i in range(60)
+    ]
+    np.testing.assert_allclose(seconds, expected, atol=1e-6)
+    assert read_clip(path, 6, SIZE).seconds == [0.0, 1.0, 5.0, 5.0, 5.1, 6.1]
+
+
 def test_two_recordings_in_one_file_run_on(tmp_path):
     """The second one's clock starts anew."""
     part = make(tmp_path / "part.ts", *X264, seconds=3)
@@ -225,7 +239,8 @@ def test_a_stream_of_all_frames(tmp_path):
                 seconds, shown = zip(*stream, strict=True)
             np.testing.assert_array_equal(np.stack(shown), frames)
             np.testing.assert_allclose(seconds, np.arange(20) / 10)
-    clip = data.make_clip(shown, seconds, np.array([0, 5, 19]))
+    video = data.Video("", np.array(seconds), [], frames=shown)
+    clip = data.clip_of(video, None, np.array([0, 5, 19]), ("appearance", "motion"), "hard")
     np.testing.assert_array_equal(clip.appearance, frames[[0, 5, 19]])
     np.testing.assert_array_equal(clip.motion, motion_of(frames[[0, 4, 18]], frames[[1, 5, 19]]))
     assert clip.seconds == [0.0, 0.5, 1.9]

@@ -508,6 +508,7 @@ BAD = {  # how to spoil the files, and what the message says
     "another activation": (configure(hidden_act="gelu"), ["config.json", "hidden_act", "'gelu'"]),
     "biases": (configure(attention_bias=True), ["config.json", "attention_bias"]),
     "a head width of its own": (configure(head_dim=64), ["config.json", "head_dim"]),
+    "another family with LLaMA's names": (configure(model_type="mistral"), ["config.json", "model_type"]),
     "another vocabulary": (
         lambda folder: (folder / "llama/tokenizer.model").write_bytes(pieces(50)),
         ["tokenizer.model", "has 50 pieces", "60"],

@@ -543,7 +543,7 @@ def test_errors_of_folders(few, tmp_path, capsys, spoil, words):
     ("video,description,kind\nx.mp4,\xe9,fire\n", "is not UTF-8"),
     ("video,kind,description\nx.mp4,fire,Red, hot\n", "line 2: has more fields than the first line; "),
     ("video;description;kind\nx.mp4;a;b;fire\n", "put a text with semicolons in quotes"),
-    (f"video,description,kind\nx.mp4,{'a ' * 60_000},fire\ny.mp4,,normal\n", "x.mp4: more than 100,000 characters"),
+    (f"video,description,kind\nx.mp4,{'a ' * 60_000},fire\ny.mp4,,normal\n", "x.mp4: more than 100,000"),
     ("video,description,kind\nx.mp4,a,fire,, \n", "has only one kind (fire)"),  # as spreadsheets end rows
     ("video,description,kind\nx.mp4,,fire\ny.mp4,,normal\n", "not one clip of fire can be read"),
 ])  # fmt: skip

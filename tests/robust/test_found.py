@@ -1,6 +1,7 @@
 """Videos as people have them: folders of numbered pictures, recorders' formats, and damaged files, which are
 said to be damaged."""
 
+import os
 import struct
 import subprocess
 import threading
@@ -11,6 +12,7 @@ import pytest
 from test_video import FFMPEG, SIZE, X264, decode, make, motion_of
 
 import data
+from apps.look import all_frames
 from data import VideoError, read_clip
 from hawk import HawkConfig
 
@@ -37,7 +39,7 @@ def test_a_folder_of_numbered_pictures_is_a_video(tmp_path, ending):
     current = np.maximum(clip.indices, 1)
     np.testing.assert_array_equal(clip.motion, motion_of(frames[current - 1], frames[current]))
     assert read_clip(folder, 5, SIZE, fps=2).seconds == [0.0, 1.0, 2.0, 3.5, 4.5]
-    seconds, shown = zip(*data.stream_frames(folder, SIZE, fps=2), strict=True)
+    seconds, shown = zip(*all_frames(folder, SIZE, fps=2), strict=True)
     assert list(seconds) == [i / 2 for i in range(12)]
     np.testing.assert_array_equal(np.stack(shown), frames)
 
@@ -77,7 +79,9 @@ def test_pictures_that_are_turned_are_named(tmp_path):
     turned = upright[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + upright[2:]
     (folder / "frame_001.jpg").write_bytes(turned)
     (note,) = read_clip(folder, 3, SIZE).notes
-    assert "orientations" in note
+    assert "orientations (no EXIF: as before)" in note
+    frames = read_clip(folder, 3, SIZE).appearance.astype(int)
+    assert np.abs(frames[2] - frames[0]).mean() > 20  # frame_002 is turned as frame_001 is: so it is said
 
 
 def test_folders_that_are_no_video(tmp_path):
@@ -303,6 +307,52 @@ def test_a_recording_that_begins_between_keyframes_is_no_damage(tmp_path):
     content = Path(whole).read_bytes()
     (tmp_path / "part.ts").write_bytes(content[len(content) // 3 // 188 * 188 :])
     assert read_clip(tmp_path / "part.ts", 8, SIZE).notes == []
+
+
+def test_hevc_that_begins_between_keyframes_is_no_damage(tmp_path):
+    hevc = ["-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=none:keyint=10"]
+    content = Path(make(tmp_path / "whole.ts", *hevc, seconds=4)).read_bytes()
+    (tmp_path / "part.ts").write_bytes(content[len(content) // 3 // 188 * 188 :])
+    assert read_clip(tmp_path / "part.ts", 8, SIZE).notes == []
+    lost = content[: len(content) // 2 // 188 * 188] + content[len(content) * 2 // 3 // 188 * 188 :]
+    (tmp_path / "lost.ts").write_bytes(lost)
+    assert read_clip(tmp_path / "lost.ts", 8, SIZE).notes
+
+
+def test_damaged_sound_is_no_damage(tmp_path):
+    whole = str(tmp_path / "whole.ts")
+    sources = ["-f", "lavfi", "-i", "testsrc2=s=96x72:r=10:d=4", "-f", "lavfi", "-i", "sine=d=4"]
+    subprocess.run([*FFMPEG, *sources, *X264, "-c:a", "mp2", whole], check=True)
+    noisy = str(tmp_path / "noisy.ts")
+    subprocess.run([*FFMPEG, "-i", whole, "-c", "copy", "-bsf:a", "noise=amount=3", noisy], check=True)
+    packets = [Path(whole).read_bytes()[i : i + 188] for i in range(0, os.path.getsize(whole), 188)]
+    of_sound = [i for i, packet in enumerate(packets) if (packet[1] & 31) << 8 | packet[2] == 257]
+    for i in (of_sound[len(of_sound) // 2], of_sound[len(of_sound) // 3]):
+        packets[i] = b""
+    (tmp_path / "cut.ts").write_bytes(b"".join(packets))
+    for path in (noisy, tmp_path / "cut.ts"):
+        assert read_clip(path, 8, SIZE).notes == []
+
+
+def test_pictures_that_lack_their_second_half_are_damaged(tmp_path):
+    folder = pictures(tmp_path / "frames", "jpg", 4)
+    first, *others = sorted(folder.iterdir())
+    first.write_bytes(first.read_bytes()[: os.path.getsize(first) // 2])
+    assert read_clip(folder, 4, SIZE).notes[0].startswith("1 of 4 frames did not decode without errors")
+    for file in others:
+        file.write_bytes(file.read_bytes()[: os.path.getsize(file) // 2])
+    with pytest.raises(VideoError, match="4 of 4 frames are damaged"):
+        read_clip(folder, 4, SIZE)
+
+
+def test_what_macos_puts_beside_pictures_and_kinds_that_differ(tmp_path):
+    folder = pictures(tmp_path / "frames", "jpg", 3)
+    (folder / "._frame_001.jpg").write_bytes(b"\0\5\x16\7")
+    assert len(read_clip(folder, 3, SIZE).indices) == 3
+    pictures(tmp_path / "other", "png", 5)
+    (tmp_path / "other/frame_004.png").rename(folder / "frame_004.png")
+    with pytest.raises(VideoError, match="frame_004.png: cannot be decoded, or not as the first one"):
+        read_clip(folder, 4, SIZE)
 
 
 @pytest.mark.parametrize("small", [1 << 18, 0])
