@@ -578,14 +578,13 @@ class Hawk(nn.Module):
             model = cls(config or stored)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         hint = f"for other branches: python prepare.py merge --weights {folder} --set branches=… --out …"
-        for file, name, tensor in read_tensors(folders):
-            fits = shapes.get(name) == tensor.shape
-            require(fits, f"{file}: {name} has shape {tuple(tensor.shape)}, not {shapes.get(name)} ({hint})")
-            wide = tensor.itemsize > 1 and tensor.is_floating_point()  # torch finds no minimum of float8
-            fits = wide and all(map(math.isfinite, tensor.aminmax()))
-            require(fits, f"{file}: {name} ({tensor.dtype}) must be finite floats")
+        for file, name, x in read_tensors(folders):
+            fits = shapes.get(name) == x.shape
+            require(fits, f"{file}: {name} has shape {tuple(x.shape)}, not {shapes.get(name)} ({hint})")
+            fits = x.is_floating_point() and x.itemsize > 1 and all(map(math.isfinite, x.aminmax()))
+            require(fits, f"{file}: {name} ({x.dtype}) must be finite floats")  # aminmax knows no float8
             module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+            setattr(model.get_submodule(module), leaf, nn.Parameter(x.to(device, dtype)))
         missing = [name for name, p in model.named_parameters() if p.is_meta]
         require(not missing, f"{folder}: {len(missing)} tensors are missing, first {missing[:1]} ({hint})")
         return model.eval()

@@ -326,8 +326,9 @@ def features(args, dataset=None):
             samples = read_ahead(clips.__getitem__, todo, max(1, args.workers))
         bad = []
         for sample in tqdm(samples, desc=split, total=len(todo)):
+            for remark in sample.get("notes", [sample.get("error")]):
+                tqdm.write(f"note: {remark}", file=sys.stderr)
             if "error" in sample:
-                tqdm.write(f"note: {sample['error']}", file=sys.stderr)
                 bad.append(json.dumps({"row": sample["index"]} | sample) + "\n")
                 continue
             for file, streams in zip(files[sample["index"]], sample["variants"], strict=True):
@@ -356,11 +357,11 @@ class FeatureDataset(data.HawkDataset):
     def sample(self, i, generator):
         streams, clip = self.read(i, "uniform", None)
         generators = [data.clip_generator(CROP_SEED, crop, i) for crop in range(1, self.crops)]
-        variants = [streams, *(data.random_crop(streams, generator) for generator in generators)]
+        crops = [streams, *(data.random_crop(streams, generator) for generator in generators)]
         about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
         video = Path(self.rows[i]["video"])  # a subclass may need no file
         about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # tells if it was replaced
-        return {"index": i, "variants": variants, "about": about}
+        return {"index": i, "variants": crops, "about": about, "notes": [f"{video}: {x}" for x in clip.notes]}
 
 
 # ---- 3. merge: trained weights, what they are based on and their LoRA -> one folder ------------------------

@@ -402,6 +402,8 @@ def predict(rows, asked, args, options, rank=0, world=1):
                     tqdm.write(f"error: {clip}", file=sys.stderr)
                     unreadable.append((i, asked[i][0]["video"]))
                 else:
+                    for remark in clip.notes:
+                        tqdm.write(f"note: {rows[i]['video']}: {remark}", file=sys.stderr)
                     readable.append((i, clip))
             if any(None in done[i] for i, _ in readable):  # else only what cannot be read was missing
                 read = [clip for _, clip in readable]

@@ -78,6 +78,13 @@ def test_a_folder_of_pictures_may_be_moved(world, folder):
     assert cache(world, folder)[1].load(0, 0).message
 
 
+def test_damage_is_said(world, folder, monkeypatch, capsys):
+    monkeypatch.setattr(data, "damage", lambda video: ["is damaged"] * video.path.endswith("c.mp4"))
+    features(world, folder)
+    said = capsys.readouterr().err
+    assert said.count(f"note: {folder}/c.mp4: is damaged\n") == 1 and said.count("is damaged") == 1
+
+
 def test_another_cache_is_refused(world, folder):
     features(world, folder)
     with pytest.raises(SystemExit, match="error: .*train: has dtype 'float16', not 'float32'; use another"):
