@@ -23,7 +23,7 @@ from transformers import (
 
 from data import recover_folder, replaced_folder
 from hawk import COMPARED, Encoding, Hawk, HawkConfig, LoRALinear, QFormer, choose
-from sample import generate
+from sample import beam_search, generate
 
 SMALL = dict(
     n_frames=4, image_size=28, patch_size=14, vit_dim=32, vit_depth=2, vit_heads=2, vit_mlp=48,
@@ -362,6 +362,32 @@ def test_beam_search_as_wide_as_the_vocabulary_finds_the_best(seed):
     assert generate(model, encoding, [ids], max_new_tokens=2, beams=8) == [best]
 
 
+@few
+@given(seed=st.integers(0, 99), beams=st.integers(1, 4))
+def test_beam_search_with_ends_equals_a_naive_one(seed, beams):
+    """Answers end at 2. Each candidate's probability is computed anew, and the best mean per word counts."""
+    model, ids = build(seed, vocab_size=8), torch.tensor([1, 8, 8, 8, 8, 5])
+    encoding = model.encode(clips())
+    # the logits vary more than those of a random model, so that some answers end early
+    model.llama.lm_head.weight.data *= 20
+    open_ones = [[]]
+    finished = []
+    for length in range(1, 6):
+        scored = [
+            (log_probability(model, encoding, ids, [*words, i]), [*words, i])
+            for words in open_ones
+            for i in range(8)
+        ]
+        scored = sorted(scored, reverse=True)[: 2 * beams]
+        finished += [(p / length, words) for p, words in scored[:beams] if words[-1] == 2]
+        alive = [(p, words) for p, words in scored if words[-1] != 2][:beams]
+        open_ones = [words for _, words in alive]
+        if len(finished) >= beams and sorted(finished)[-beams][0] >= alive[0][0] / length:
+            break
+    best = max([*finished, (alive[0][0] / length, alive[0][1])])[1]
+    assert beam_search(model, encoding.tokens, ids, beams, max_new_tokens=5) == best
+
+
 def test_beam_search_is_no_worse_than_greedy_and_takes_batches():
     model, frames, rows = build(), clips(2), [prompt(2), prompt(5, seed=2)]
     encoding = model.encode(frames)
@@ -435,21 +461,25 @@ def test_sampling():
     assert model.generate(temperature=2.0, top_p=1e-6, **make) == greedy
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
     nothing = torch.empty(4000, 0, dtype=torch.long)
-    drawn = (
-        choose(logits, nothing, 1.0, 0.6, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
-    )
-    assert (
-        drawn - torch.tensor([0.625, 0.375, 0, 0])
-    ).abs().max() < 0.03  # 0.5 and 0.3, and nothing more, reach 0.6
+    halved = torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365  # at half the temperature p becomes p²
+    for temperature, top_p, p in (
+        (1.0, 0.6, torch.tensor([0.625, 0.375, 0, 0])),  # 0.5 and 0.3, and nothing more, reach 0.6
+        (0.5, 1.0, halved),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        drawn = choose(logits, nothing, temperature, top_p, 1.0, generator).bincount(minlength=4) / 4000
+        assert (drawn - p).abs().max() < 0.03
 
 
 @few
 @given(
-    st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=3), st.floats(0.5, 3)
+    st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=3),
+    st.floats(0.5, 3),
+    st.sampled_from([2, 6]),
 )
-def test_repetition_penalty_equals_transformers(new, penalty):
+def test_repetition_penalty_equals_transformers(new, penalty, lower):
     new = torch.tensor(new)
-    logits = random(len(new), 10) * 4 - 2
+    logits = random(len(new), 10) * 4 - lower  # of both signs, or all negative
     wanted = RepetitionPenaltyLogitsProcessor(penalty)(new, logits.clone())
     assert torch.equal(choose(logits, new, 0.0, 1.0, penalty, None), wanted.argmax(-1))
 

@@ -339,14 +339,32 @@ def test_chat_remembers_and_forgets(world, loaded, chat, capsys, monkeypatch):
         return generate(encoding, ids, *args, **options)
 
     monkeypatch.setattr(loaded[0], "generate", noted)
-    status, pieces = chat(*["What is it?"] * 20, "/new", "What is it?")
+    questions = [f"What is it? {n}" for n in range(20)]
+    status, pieces = chat(*questions, "/new", questions[0])
     message = sample.encode_video(loaded[0], world / "a b.mp4").clip.message
     encode = loaded[1].encode_prompt
-    first = "".join(pieces).split("\n")[0]
-    assert status == 0 and prompts[0] == prompts[-1] == encode("What is it?", message)
-    assert prompts[1] == encode("What is it?", message, history=[("What is it?", first)])
+    rounds = list(zip(questions, "".join(pieces).split("\n"), strict=False))
+    assert status == 0 and prompts[0] == prompts[-1] == encode(questions[0], message)
+    assert prompts[1] == encode(questions[1], message, history=rounds[:1])
     assert len(prompts) == 21 and all(len(prompt) + 20 <= 512 for prompt in prompts)
     assert "left out the 1 oldest round(s)" in capsys.readouterr().err
+    latest = [encode(questions[19], message, history=rounds[k:19]) for k in range(20)]
+    assert latest.index(prompts[19]) > 0  # the oldest ones were left out
+
+
+def test_a_round_without_an_answer_is_forgotten(loaded, chat, capsys, monkeypatch):
+    generate = loaded[0].generate
+    prompts = []
+
+    def failing(encoding, ids, *args, **options):
+        prompts.append(ids[0])
+        if len(prompts) == 1:
+            raise ValueError("no luck")
+        return generate(encoding, ids, *args, **options)
+
+    monkeypatch.setattr(loaded[0], "generate", failing)
+    status, _ = chat("What?", "What?")
+    assert status == 2 and prompts[0] == prompts[1] and "error: no luck" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_the_answer_only(loaded, chat, capsys, monkeypatch):

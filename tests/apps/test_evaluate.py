@@ -992,7 +992,7 @@ def test_wrong_prompts_are_one_line(world, tmp_path, run):
     assert run(tmp_path / "p", "--judge-prompts", str(file))[0] == 2  # without --judge
 
 
-def test_judge_keeps_its_rate_and_waits_as_told(tmp_path, server):
+def test_judge_keeps_its_rate_and_waits_as_told(tmp_path, server, monkeypatch):
     plan, got = server
     marked(tmp_path, 2, rate=1200)
     times = [t for t, *_ in got]
@@ -1001,6 +1001,17 @@ def test_judge_keeps_its_rate_and_waits_as_told(tmp_path, server):
     plan += [(429, {"Retry-After": "0.3"})]
     marked(tmp_path, 1, rate=3000)
     assert got[-1][0] - got[6][0] > 0.3
+    pace = judge.Pace(1e9)
+    pace.hold(0.2)  # as one request is told to wait, all others do
+    start = time.monotonic()
+    pace.wait()
+    assert time.monotonic() - start > 0.15
+    held = []
+    monkeypatch.setattr(judge.Pace, "hold", lambda _, seconds: held.append(seconds))
+    (tmp_path / "r").unlink()
+    plan += [(429, {"Retry-After": "0.02"})]
+    marked(tmp_path, 1)
+    assert held == [0.02]
     assert judge.seconds_until("Wed, 21 Oct 2015 07:28:00 GMT", 5) == 0
     assert judge.seconds_until("soon", 5) == 5
 

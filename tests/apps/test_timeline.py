@@ -523,7 +523,7 @@ def test_forms_of_annotations(tmp_path):
     index = tmp_path / "index.jsonl"
     rows = [
         {"video": "a.mp4", "abnormal": [1, 2]},
-        {"video": "b.mp4", "abnormal": [[4, 5.5], [1, 2], [1.5, 3]]},
+        {"video": "b.mp4", "abnormal": [[4, 5.5], [4.5, 5], [1, 2], [1.5, 3]]},
         {"video": "c.mp4", "abnormal": [], "description": "A line\u2028separator."},
         {"video": "d.mp4", "kind": "normal"},
         {"video": "e.mp4", "kind": " Normal"},
