@@ -518,8 +518,7 @@ def read_clip(path, n_frames=32, image_size=224, branches=("appearance", "motion
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
-def clip_options(config):
-    """Options of `read_clip` for a model."""
+def clip_options(config):  # of read_clip, for a model
     return {name: getattr(config, name) for name in ("n_frames", "image_size", "branches", "motion_mask")}
 
 

@@ -313,7 +313,8 @@ def main(argv=None):
             if args.json:
                 print(json.dumps(answer._asdict()), flush=True)
             else:
-                print(answer.answer if len(args.video) == 1 else f"{path}: {answer.answer}", flush=True)
+                one_line = f"{path}: {' '.join(answer.answer.split())}"  # whatever breaks the answer has
+                print(answer.answer if len(args.video) == 1 else one_line, flush=True)
                 note(remarks(answer, f"{path}: "))
         except PROBLEMS as error:
             status = print_error(error)

@@ -352,6 +352,17 @@ def test_chat_remembers_and_forgets(world, loaded, chat, capsys, monkeypatch):
     assert latest.index(prompts[19]) > 0  # the oldest ones were left out
 
 
+def test_an_answer_of_several_lines_is_one_line_a_video(world, loaded, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda *_: loaded)
+    monkeypatch.setattr(type(loaded[1]), "decode", lambda *_: "It falls.\n\nx.mp4: a \x1b[2J car")
+    video = str(world / "c.mp4")
+    assert sample.main([video]) == 0
+    assert capsys.readouterr().out == "It falls.\n\nx.mp4: a \x1b[2J car\n"
+    assert sample.main([video, video, str(world / "no\x1b[2J.mp4")]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{video}: It falls. x.mp4: a \x1b[2J car\n" * 2 and "\x1b" not in err
+
+
 def test_a_round_without_an_answer_is_forgotten(loaded, chat, capsys, monkeypatch):
     generate = loaded[0].generate
     prompts = []

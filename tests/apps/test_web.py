@@ -200,6 +200,16 @@ def test_who_leaves_while_waiting_costs_nobody_time(world, page, loaded, monkeyp
     assert [shown[-1]["content"] for shown in found["you"]] == ["(waiting for others)"] and len(calls) == 1
 
 
+def test_a_question_in_between_is_answered_too(world, page):
+    page.open("me", upload(page, world / "c.mp4"))
+    first = page.ask("me", "What?")
+    next(first)
+    second = page.ask("me", "Why?")
+    next(second)
+    for answers in (list(first), list(second)):
+        assert "generate" in answers[-1][-1]["content"] and "stopped" not in answers[-1][-1]["content"]
+
+
 def test_an_answer_can_be_stopped(world, page):
     def begin(question):
         rounds = page.ask("me", question)
