@@ -102,7 +102,7 @@ def open_tensors(file):
                 tensors |= {name.replace("qkv.", "q_"): (key, q), name.replace("qkv.", "v_"): (key, v)}
     except Exception as e:  # these readers raise almost anything at a damaged file
         reason = re.split(r"\n|\. ", str(e))[0]
-        raise ValueError(f"{file}: is missing, cut short, or holds other than tensors ({reason})") from e
+        raise ValueError(f"{file}: is missing, cut short, or holds more than tensors ({reason})") from e
     return tensors
 
 
@@ -453,6 +453,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):  # ends in order: what is half-written is removed
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: what is half-written is removed
+    signal.signal(signal.SIGINT, lambda *_: torch.utils.data.get_worker_info() or sys.exit(130))
     main()

@@ -88,7 +88,7 @@ def parse_args(argv, task):
     add("--device", help="default: cuda, else mps, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")
     add("--steps", type=int, help="optimizer steps, of one batch each")
-    add("--recipe", choices=["released"], help="400,000 steps; also as released: --augment, --train released")
+    add("--recipe", choices=["released"], help="400,000 steps; the release had --augment --train released")
     add("--batch-size", type=int, default=4, help="clips a step, of all processes together (default 4)")
     add("--lr", type=float, default=1e-5, help="learning rate after the --warmup from 1e-6 (default 1e-5)")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default 1e-6)")
@@ -198,7 +198,7 @@ def begin(args):
     args.resume = last.exists()
     settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
     even = args.batch_size % (world * args.accumulate) == 0
-    require(even, f"--batch-size is no multiple of {world} processes × --accumulate {args.accumulate}")
+    require(even, f"--batch-size must be a multiple of {world} processes × --accumulate {args.accumulate}")
     if args.warmup >= args.steps > 1 and rank == 0:
         data.note(f"note: learning rate never reaches --lr: --warmup is {args.warmup} of {args.steps} steps")
     return rank, world, device, last

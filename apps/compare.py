@@ -8,7 +8,7 @@ Compares what both files answer: the same question about the same clip. For each
 prints both scores, the difference B − A, and the interval that holds it in 95% of 1000 bootstrap resamples of
 the clips (a clip is drawn with all its questions, and in both files alike). A star marks an interval without
 0. Metrics: BLEU-1…4, ROUGE-L and the words of an answer; the marks of each judge that marked both files with
-the same prompts (FILE.judge.jsonl); with --kinds, toy descriptions that name the right kind; for detect, ROC
+the same prompts (FILE.judge.jsonl); with --kinds, descriptions that name the right kind; for detect, ROC
 AUC, average precision, accuracy and F1.
 """
 
@@ -211,7 +211,7 @@ def print_table(lines):
 def parse_args(argv=None):
     p = make_parser(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE", help="A, or A and B, written by apps.evaluate")
-    p.add_argument("--kinds", metavar="FILE", help="kinds.json of the toy world, to compare the kinds named")
+    p.add_argument("--kinds", metavar="FILE", help="kinds.json of the index, to compare the kinds named")
     p.add_argument("--resamples", type=number(int, 1), default=1000, help="of the bootstrap (default: 1000)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: 0)")
     p.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -14,7 +14,7 @@ import torch
 
 from apps.scores import per_source
 from data import DESCRIBE_QUESTIONS, check_row
-from hawk import Encoding, KVCache
+from hawk import Encoding, KVCache, require
 from sample import TINY, encode_clips
 
 NO_PHRASES = (
@@ -146,6 +146,7 @@ def describe(model, tokenizer, clip, encoding, max_new_tokens=300):
     """-> (prompt that asks for a description, the answer's beginning)"""
     prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
     room = min(max_new_tokens, model.config.context_length - len(prompt))
+    require(room > 0, f"a prompt of {len(prompt)} tokens; these weights take {model.config.context_length}")
     (new,) = model.generate(encoding, [prompt], room, eos_id=tokenizer.eos)
     return prompt, tokenizer.decode(new)
 

@@ -274,7 +274,7 @@ def parse_args(argv):
     add("--what", nargs="+", choices=[*HUB, *URLS], default=["llama", "vit", "qformer", "hawk"],
         help="default: llama vit qformer hawk. blip2 holds vit and qformer in one; video-llama and "
         "hawk-pretrained are other weights to start training from")  # fmt: skip
-    add("--dry-run", action="store_true", help="only list files and sizes, without a connection roughly")
+    add("--dry-run", action="store_true", help="only list files and sizes (approximate if offline)")
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,7 @@
     python -m apps.compare hawk.jsonl other.jsonl                            # which of two models is better?
 
 Each line of the output is one prediction: video, task (describe, answer or detect), question, answer,
-reference, source, the kind for toy clips, and the answer's tokens. Decoding is greedy, or a search with
+reference, source, the kind if the row has one, and the answer's tokens. Decoding is greedy, or a search with
 --beams; never random. What decides the answers (SHA-256 of the weights and of the index, options) is written
 to OUT.options.json before the first clip. Start a run that was killed again and it resumes, to the same file;
 with other weights or options it refuses. Under torchrun each process takes every n-th batch into OUT.rank0,

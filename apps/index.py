@@ -84,6 +84,10 @@ def find_in_folders(folder, out):
     if not folder.is_dir():
         raise ValueError(f"{folder}: is no folder; give the one that holds normal/, fall/ and so on")
     kinds = sorted(path for path in visible(folder) if path.is_dir() and path.resolve() != out.resolve())
+    kinds = [path for path in kinds if not (path / "checked.jsonl").exists()]  # another --out of this program
+    beside = [path for path in visible(folder) if not path.is_dir()]
+    if beside:
+        note(f"note: {len(beside)} files beside the folders of kinds are left out, such as {beside[0]}")
     if not kinds:
         raise ValueError(f"{folder}: has no class folders; sort the clips into {folder}/{NORMAL} and so on")
     clips = []
@@ -482,7 +486,7 @@ def tell(args, sentences, file, report):
     note(f"note: {report['rule']}; seed {args.seed}")
     bad = len(report["unreadable"])
     if bad or report["notes"]:
-        told = f"{bad} clips cannot be read and are left out, {len(report['notes'])} notes on damage"
+        told = f"{bad} clips cannot be read and are left out, {len(report['notes'])} are damaged"
         note(f"note: {told}: {args.out}/report.json")
     folders = [entry["video"] for entry in report["unreadable"] if os.path.isdir(entry["video"])]
     if folders:

@@ -561,7 +561,11 @@ def parse_args(argv=None):
         help="with --annotations: scores per frame, DIR/NAME.npy; resumed if it exists",
     )
     add("--fps", type=number(float, 0.001), default=25.0, help="pictures a second of a folder (default: 25)")
-    add("--json", action="store_true", help="one JSON object a window; that of --annotations on stderr")
+    add(
+        "--json",
+        action="store_true",
+        help="one JSON object a window; the figures of --annotations go to stderr",
+    )
     add("--plot", metavar="FILE.png", help="also draw the curve (needs matplotlib)")
     add("--out-video", metavar="FILE.mp4", help="also write the video with the curve below the picture")
     add_model_options(p)

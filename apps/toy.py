@@ -21,13 +21,16 @@ into words; draw() makes sprites from simple shapes; render() makes the frames; 
 (seed, split, index) alone decides a clip, regardless of how many are made and by how many processes.
 """
 
+import argparse
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -964,6 +967,20 @@ def write_split(pool, folder, seed, split, count, clutter, drawn):
         replace_file(folder / f"all_videos_{split}.json", json.dumps(published, indent=1))
 
 
+@contextmanager
+def ctrl_c_waits():
+    """For what a ctrl-C must not meet: workers that have not called set_signals yet, and calls from C++ or
+    around a fork, in which the exception would get lost."""
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
 def toy_tokenizer():
     """A tokenizer of the toy language, always the same. Ids 0, 1, 2 are <unk>, <s>, </s>, as in LLaMA."""
     texts = ["[INST] <<SYS>>\n \n<</SYS>>\n\n<Video>", "</Video> ", " [/INST] ", *DESCRIBE_QUESTIONS] * 20
@@ -997,9 +1014,12 @@ def write_world(folder, seed, counts, workers, clutter, drawn=False):
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     phrases = {name: kind.phrase for name, kind in KINDS.items()}
     replace_file(folder / "kinds.json", json.dumps(phrases, indent=2))
-    replace_file(folder / "tokenizer.model", toy_tokenizer())
+    with ctrl_c_waits():
+        replace_file(folder / "tokenizer.model", toy_tokenizer())
     with ProcessPoolExecutor(workers, initializer=set_signals) as pool:
         try:
+            with ctrl_c_waits():
+                pool.submit(os.getpid)  # starts all workers
             for split, count in counts.items():
                 if count:
                     write_split(pool, folder, seed, split, count, clutter, drawn)
@@ -1010,11 +1030,10 @@ def write_world(folder, seed, counts, workers, clutter, drawn=False):
 
 def span(text):
     """An argparse type: "3" -> (3, 3), "0-6" -> (0, 6)."""
-    low, _, high = text.partition("-")
-    found = (int(low), int(high or low))
-    if not 0 <= found[0] <= found[1] <= 6:
-        raise ValueError
-    return found
+    found = re.fullmatch("([0-6])(?:-([0-6]))?", text)
+    if not found or found[1] > (found[2] or found[1]):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 6, or a range such as 0-3")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def parse_args(argv):

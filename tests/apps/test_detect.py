@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from apps import detect
-from data import read_clip
+from data import clip_options, read_clip
 from hawk import Encoding
 from sample import TINY, encode_clips, load
 
@@ -237,3 +237,11 @@ def test_a_choice_among_sentences(monkeypatch, tmp_path):
         (tmp_path / "clips.json").write_text(json.dumps({"sentences": wrong}))
         with pytest.raises(ValueError, match=r"clips\.json: not what apps\.index writes"):
             detect.choose_score(None, kinds)
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(world):
+    model, tokenizer = load(world / "weights", "cpu")
+    clip = read_clip(world / "c.mp4", **clip_options(model.config))
+    model.config.context_length = 40
+    with pytest.raises(ValueError, match="a prompt of .* tokens; these weights take 40"):
+        detect.describe(model, tokenizer, clip, encode_clips(model, [clip]))

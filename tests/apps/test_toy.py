@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -287,6 +288,15 @@ def test_clutter_is_drawn_and_counted(tmp_path):
     for wrong in ("7", "3-2", "-1", "many"):
         with pytest.raises(SystemExit):
             toy.main(["--out", str(tmp_path), "--n-test", "1", "--clutter", wrong])
+
+
+def test_a_ctrl_c_waits_for_its_turn():
+    done = []
+    with pytest.raises(KeyboardInterrupt), toy.ctrl_c_waits():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path, capsys, monkeypatch):
