@@ -27,6 +27,8 @@ COSINES = {  # curves of the consistency loss and of what it acts on (apps.tower
 def read_curves(run):
     """{name: [(step, number), …]} of a run's folder. Raises ValueError or OSError that names the file."""
     file = Path(run) / "log.jsonl"
+    if not file.exists():
+        raise ValueError(f"{file}: there is no log; give the folder that train.py wrote, its --out")
     lines = file.read_text().split("\n")[:-1]  # the last line of a run that is going on may be cut short
     curves = {}
     for number, text in enumerate(lines, 1):

@@ -568,6 +568,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not args.annotations and not os.path.exists(args.out):
         p.error("--annotations is missing, and --out does not exist, so there is nothing to score")
+    if args.annotations and os.path.isdir(args.annotations):
+        p.error(f"--annotations {args.annotations} is a folder; give an index, such as its test.jsonl")
     if (args.dry_run or args.judge_prompts) and not args.judge:
         p.error("--dry-run and --judge-prompts need --judge MODEL")
     if args.task == "detect" and args.judge:
