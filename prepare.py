@@ -102,7 +102,7 @@ def open_tensors(file):
                 tensors |= {name.replace("qkv.", "q_"): (key, q), name.replace("qkv.", "v_"): (key, v)}
     except Exception as e:  # these readers raise almost anything at a damaged file
         reason = re.split(r"\n|\. ", str(e))[0]
-        raise ValueError(f"{file}: is missing, cut short, or holds more than tensors ({reason})") from e
+        raise ValueError(f"{file}: is missing, cut short, or holds other than tensors ({reason})") from e
     return tensors
 
 

@@ -292,11 +292,15 @@ def test_clutter_is_drawn_and_counted(tmp_path):
 
 def test_a_ctrl_c_waits_for_its_turn():
     done = []
-    with pytest.raises(KeyboardInterrupt), toy.ctrl_c_waits():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        done.append(True)
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), toy.ctrl_c_waits():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append(True)
+        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path, capsys, monkeypatch):
