@@ -149,8 +149,7 @@ def check_run(path, code, log, count):
 
 def damage(video):
     """Notes on the frames that were decoded. VideoError if most of them are damaged."""
-    # What other decoders say is left out, and HEVC's before the first frame: there was no keyframe yet.
-    others = r"^\[(?:aac|ac3|eac3|mp[23]|opus|vorbis|dca).*\n|^\[hevc.*\n(?=(?s:.*)input from stream)"
+    others = r"^\[(?:aac|ac3|eac3|mp[23]|opus|vorbis|dca).*\n(?: +Last message.*\n)?"  # of sound
     text = "".join(re.sub(others, "", run, flags=re.M) for run in video.log)
     runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
@@ -161,6 +160,7 @@ def damage(video):
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # of intact ones
+    cut += "|PPS id|SPS |Error constr|Skipping|Error pars" * bool(re.search("PPS id o|SPS . does", text))
     errors = re.findall(rf"\[error\] (?!{cut})(.+)|(corrupt input packet)", text)
     notes = list(video.notes or ())
     if bad:
@@ -869,7 +869,7 @@ class CachedFeatures:
 
 # ---- 5. Machine --------------------------------------------------------------------------------------------
 def note(text):
-    print(re.sub(r"[\0-\x08\x0b-\x1f\x7f]", "?", text), file=sys.stderr, flush=True)  # no codes of terminals
+    print(re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stderr, flush=True)  # no codes
 
 
 def print_error(error):  # in one line; returns the exit status

@@ -79,7 +79,7 @@ def parse_args(argv, task):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_mutually_exclusive_group(required=True).add_argument
     add("--preset", choices=["tiny", "7b"], help="start from random weights of this size")
-    add("--weights", type=os.path.normpath, help="start from this folder of weights")
+    add("--weights", type=lambda path: str(Path(path)), help="start from this folder of weights")
     add = p.add_argument
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="fields of the config")
     add("--data", required=True, type=os.path.abspath, help="folder of train.jsonl and, held out, test.jsonl")

@@ -33,16 +33,17 @@ SOURCES = {  # folders of the published videos: what annotations and other copie
 }  # fmt: skip
 REFUSALS = (  # a language model that should describe a video says that it is one, or that it sees no video
     r"^\W*(unfortunately, )?(i['’]m|i am) (just |only )?(sorry|afraid|unable|not able|not capable)\b",
-    r"^\W*(unfortunately, )?(sorry,|sorry\b[^.]{0,30}[,;] but\b|(my )?apolog(y|ies)\b|i apolog)",
+    r"^\W*(unfortunately, )?(sorry,|sorry for [^.]{0,30}[,;] but\b|apologies[,.;]|my apolog|i apolog)",
+    r"\bwithout (view|see|watch)ing the (\w+ )?(videos?|footage|clips?)\b(?! (camera|control|room|screen))",
     r"\b(no video (was |is |has been )?|video (was|is) not )(provided|given|attached)\b",
     r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
     r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
     r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|could(n['’]t| not)|unable|not (able|capable)|"
     r"lack|would need|(do not|don.t) have|have no)\b"
     r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
-    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ ){0,4}?access|"
-    r"(view|see|watch)ing the( actual)?)\b[^.,]{0,40}\b(videos?|footage|clips?|media|visuals?)\b"
-    r"(?! (camera|control|game|recorder|room|screen|store))",
+    r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|"
+    r"(view|see|watch)ing the actual|more \w+ or access)\b[^.,]{0,40}\b"
+    r"(videos?|footage|clips?|media|visuals?)\b(?! (camera|control|game|recorder|room|screen|store))",
 )
 
 
@@ -147,7 +148,7 @@ def split_of(file, top):
     """The split: "test" if the name of the file has the word test or testing and not train or training; if it
     has neither, the folders below `top` decide in the same way, the innermost first; else "train"."""
     for name in (file.stem, *reversed(file.relative_to(top).parts[:-1])):
-        words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+        words = {word.lower() for word in re.findall("[A-Z]+(?=test|train|[^a-z]|$)|[A-Z]?[a-z]+", name)}
         tests = bool(words & {"test", "testing"})  # "latest" is none
         if tests != bool(words & {"train", "training"}):
             return "test" if tests else "train"

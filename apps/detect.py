@@ -103,8 +103,8 @@ def read_labels(path):
     found = {}
     folder = os.path.dirname(os.path.abspath(path))
     for row in read_rows(path, lambda row: row | {"label": label_of(row)}):
-        video = os.path.normpath(os.path.join(folder, row["video"]))
-        before = found.setdefault(video, row | {"video": video})
+        video = os.path.join(folder, row["video"])
+        before = found.setdefault(os.path.realpath(video), row | {"video": video})
         if before["label"] != row["label"]:
             raise ValueError(f"{path}: one row says that {row['video']} is normal, another that it is not")
     return list(found.values())

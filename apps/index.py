@@ -486,7 +486,7 @@ def tell(args, sentences, file, report):
     note(f"note: {report['rule']}; seed {args.seed}")
     bad = len(report["unreadable"])
     if bad or report["notes"]:
-        told = f"{bad} clips cannot be read and are left out, {len(report['notes'])} are damaged"
+        told = f"{bad} clips cannot be read and are left out, {len(report['notes'])} notes on others"
         note(f"note: {told}: {args.out}/report.json")
     folders = [entry["video"] for entry in report["unreadable"] if os.path.isdir(entry["video"])]
     if folders:

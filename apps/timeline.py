@@ -97,7 +97,7 @@ class Window:
 def windows(frames, length, stride, max_frames=math.inf):
     """(seconds, frame) pairs -> yields (end, pairs of one window) as windows close.
 
-    Windows of `length` seconds begin at multiples of `stride`. Nothing is left out if stride <= length.
+    Windows of `length` seconds begin at multiples of `stride`, or after a gap. Nothing is left out if stride <= length.
     A last one reaches back from the end, unless one closed there. Where frames are so far apart that windows
     would hold the same ones, one of these windows is yielded. A gap of more than `length`, in which nothing
     was recorded, ends a recording: no window spans it. Raises OverflowError beyond max_frames."""
@@ -221,8 +221,8 @@ def read_annotations(path):
     found = {}
     folder = os.path.dirname(path)
     for row in read_rows(path, annotated_row):
-        name = os.path.normpath(os.path.join(folder, row["video"]))
-        video = found.setdefault(name, Annotated(name, [], fps=row.get("fps")))
+        name = os.path.join(folder, row["video"])
+        video = found.setdefault(os.path.realpath(name), Annotated(name, [], fps=row.get("fps")))
         video.intervals = united(video.intervals + row["abnormal"])
     return list(found.values())
 
