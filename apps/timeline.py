@@ -97,10 +97,11 @@ class Window:
 def windows(frames, length, stride, max_frames=math.inf):
     """(seconds, frame) pairs -> yields (end, pairs of one window) as windows close.
 
-    Windows of `length` seconds begin at multiples of `stride`, or after a gap. Nothing is left out if stride
-    <= length. A last one reaches back from the end, unless one closed there. Where frames are so far apart
-    that windows would hold the same ones, one of these windows is yielded. A gap of more than `length`, in which nothing
-    was recorded, ends a recording: no window spans it. Raises OverflowError beyond max_frames."""
+    Windows of `length` seconds begin at multiples of `stride`, or after a gap. Nothing is left out if
+    stride <= length. A last one reaches back from the end, unless one closed there. Where frames are so
+    far apart that windows would hold the same ones, one of these windows is yielded. A gap of more than
+    `length`, in which nothing was recorded, ends a recording: no window spans it. Raises OverflowError
+    beyond max_frames."""
     held = deque()
     start = 0.0  # of the next window to close
     duration = 0.04  # of the newest frame: taken to be the time since the one before it
