@@ -160,7 +160,7 @@ def damage(video):
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
     cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # of intact ones
-    cut += "|PPS id|SPS |Error constr|Skipping|Error pars" * bool(re.search("PPS id o|SPS . does", text))
+    cut += "|[PS]PS|Error (?:con|par)|Skipping" * bool(re.search("PPS id o|SPS . does", text))  # late HEVC
     errors = re.findall(rf"\[error\] (?!{cut})(.+)|(corrupt input packet)", text)
     notes = list(video.notes or ())
     if bad:
@@ -169,7 +169,7 @@ def damage(video):
         notes.append(f"the video may be damaged: {len(errors)} errors, first: {''.join(errors[0])}")
     sizes = dict.fromkeys(f"{w}x{h}" for w, h in re.findall(r"input from stream .*? w:(\d+) h:(\d+)", text))
     if video.files and (len(sizes) > 1 or "display matrix changed" in text):
-        notes.append(f"pictures of several sizes or orientations (no EXIF: as before): {', '.join(sizes)}")
+        notes.append(f"several sizes or orientations (without EXIF: as the one before): {', '.join(sizes)}")
     return notes
 
 

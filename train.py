@@ -192,7 +192,7 @@ def begin(args):
     overwritten = Path(args.weights or "/").resolve() == best.resolve()
     require(not overwritten, f"{args.weights}: this run would overwrite it; choose another --out")
     taken = not args.resume and (last.exists() or best.exists())
-    require(not taken, f"{last}: there is a run; continue it with --resume")
+    require(not taken, f"{args.out}: there is a run; continue it with --resume, or choose another --out")
     if args.resume and not last.exists() and rank == 0:
         data.note(f"note: {last} is not there yet: this run begins")
     args.resume = last.exists()

@@ -56,7 +56,8 @@ def draw(runs, out):
         for name in sorted(curves.keys() - NO_LOSSES):
             width = 1.5 if name.startswith("held_out") else 0.8
             losses.plot(*zip(*curves[name], strict=True), label=prefix + name.replace("_", " "), lw=width)
-        rate.plot([step for step, _ in curves.get("lr", [])], [lr for _, lr in curves.get("lr", [])])
+        if "lr" in curves:
+            rate.plot(*zip(*curves["lr"], strict=True))
     losses.set(yscale="log", xlabel="step", title="losses")
     losses.legend(fontsize=8)
     rate.set(xlabel="step", title="learning rate")

@@ -37,8 +37,9 @@ def identity(prediction):
 
 def check_prediction(line):
     """Raises one of the errors that read_lines catches if `line` is not a prediction."""
-    texts = [*identity(line), line["answer"], line.get("source") or "", line.get("kind") or ""]
-    if not all(isinstance(text, str) for text in texts) or type(line.get("tokens", 0)) is not int:
+    texts = all(isinstance(text, str) for text in (*identity(line), line["answer"]))
+    texts = texts and all(isinstance(line.get(key), str | None) for key in ("source", "kind"))
+    if not texts or type(line.get("tokens", 0)) is not int:
         raise ValueError("not the texts and the number of tokens")
     if line["task"] == "detect" and not (0 <= line["score"] <= 1 and line["label"] in (0, 1)):
         raise ValueError("not a score and a label")

@@ -1019,7 +1019,7 @@ def write_world(folder, seed, counts, workers, clutter, drawn=False):
     with ProcessPoolExecutor(workers, initializer=set_signals) as pool:
         try:
             with ctrl_c_waits():
-                pool.submit(os.getpid)  # starts all workers
+                pool.submit(os.getpid)  # with fork, starts all workers
             for split, count in counts.items():
                 if count:
                     write_split(pool, folder, seed, split, count, clutter, drawn)

@@ -68,7 +68,11 @@ class User:
     seen: Seen | None = None  # the video, read and encoded
     rounds: list = field(default_factory=list)  # [question, answer]
     shown: list = field(default_factory=list)  # messages {"role", "content"}
-    stop: threading.Event = field(default_factory=threading.Event)  # of the answer that is being made
+    stops: set = field(default_factory=set)  # an Event for each question that is waiting or being answered
+
+    def stop(self):
+        for stop in list(self.stops):
+            stop.set()
 
 
 def message(role, content):
@@ -127,8 +131,8 @@ class Page:
         if user is None:
             yield [asked, message("assistant", "error: there is no video; upload one or take an example")]
             return
-        stop = threading.Event()  # another question gets one of its own
-        user.stop = stop
+        stop = threading.Event()
+        user.stops.add(stop)
         yield [*user.shown, asked, message("assistant", "…" if self.work.done() else "(waiting for others)")]
         texts = SimpleQueue()  # the answer, longer and longer
         said = ""
@@ -140,6 +144,7 @@ class Page:
                 yield [*user.shown, asked, message("assistant", said)]
         finally:  # also if the browser is gone
             stop.set()
+            user.stops.discard(stop)
             wait([work])
         try:
             work.result()
@@ -186,13 +191,13 @@ class Page:
 
     def stop(self, key):
         if key in self.users:
-            self.users[key].stop.set()
+            self.users[key].stop()
 
     def restart(self, key):
         """Forgets the rounds, keeps the video -> messages to show"""
         user = self.users.get(key)
         if user is not None and user.seen is not None:
-            user.stop.set()  # what is still being said goes to the old rounds
+            user.stop()  # what is still being said goes to the old rounds
             self.users[key] = User(user.path, user.folder, user.seen)
         return []
 
@@ -201,7 +206,7 @@ class Page:
         user = self.users.pop(key, None)
         if user is None:
             return
-        user.stop.set()
+        user.stop()
         shutil.rmtree(user.folder, ignore_errors=True)
         in_use = {other.path for other in list(self.users.values())} | {kept}
         if user.path not in in_use and self.uploads in Path(user.path).parents:
@@ -210,7 +215,7 @@ class Page:
     def close(self):
         """At the end of the program. An answer that is being made stops at its next word."""
         for user in list(self.users.values()):
-            user.stop.set()
+            user.stop()
         self.thread.shutdown(cancel_futures=True)
 
 

@@ -676,7 +676,7 @@ def test_predictions_of_another_make(tmp_path, capfd):
     path = tmp_path / "p"
     line = {"video": "a", "task": "answer", "question": "", "reference": "r", "answer": None}
     wrong = [line, *(line | {"answer": "", key: 5} for key in ("reference", "source", "task", "kind"))]
-    wrong += [line | {"answer": "", "tokens": "x"}]
+    wrong += [line | {"answer": "", "tokens": "x"}, line | {"answer": "", "kind": []}]
     for text in (*(json.dumps(line) + "\n" for line in wrong), "[" * 100_000 + "\n", "[]\n", ""):
         path.write_text(text)
         assert evaluate.main(["--out", str(path)]) == 2 and capfd.readouterr().err.count("\n") == 1

@@ -208,6 +208,11 @@ def test_a_question_in_between_is_answered_too(world, page):
     next(second)
     for answers in (list(first), list(second)):
         assert "generate" in answers[-1][-1]["content"] and "stopped" not in answers[-1][-1]["content"]
+    rounds = [page.ask("me", "Who?"), page.ask("me", "Where?")]
+    for answers in rounds:
+        next(answers)
+    page.stop("me")  # both of them
+    assert [list(answers)[-1][-1]["content"] for answers in rounds] == ["stopped"] * 2
 
 
 def test_an_answer_can_be_stopped(world, page):
@@ -225,7 +230,7 @@ def test_an_answer_can_be_stopped(world, page):
     answered = page.users["me"].rounds
     assert len(answered) == 1
     begin("Why?").close()  # as when the browser is gone: the model is free again
-    assert page.work.done() and page.users["me"].stop.is_set()
+    assert page.work.done() and not page.users["me"].stops
     rounds = begin("Why?")
     assert page.restart("me") == [] and len(list(rounds)) < 100  # what was being said is not shown as a round
     assert page.users["me"].shown == [] and len(answered) == 3

@@ -79,7 +79,7 @@ def test_pictures_that_are_turned_are_named(tmp_path):
     turned = upright[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + upright[2:]
     (folder / "frame_001.jpg").write_bytes(turned)
     (note,) = read_clip(folder, 3, SIZE).notes
-    assert "orientations (no EXIF: as before)" in note
+    assert "orientations (without EXIF: as the one before)" in note
     frames = read_clip(folder, 3, SIZE).appearance.astype(int)
     assert np.abs(frames[2] - frames[0]).mean() > 20  # frame_002 is turned as frame_001 is: so it is said
 
