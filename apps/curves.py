@@ -46,21 +46,37 @@ def read_curves(run):
 
 
 def draw(runs, out):
-    """One picture: the losses on a logarithmic scale on the left, the learning rate on the right."""
+    """One picture: the losses on a logarithmic scale on the left, the learning rate on the right.
+
+    A loss has the same colour in every run, and a run the same style of line; held-out losses are thick."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="tight")
-    losses, rate = figure.subplots(1, 2)
-    for run, curves in runs.items():
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    losses, rate = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = {name.removeprefix("held_out_") for curves in runs.values() for name in curves.keys() - NO_LOSSES}
+    colours = {name: f"C{k % 10}" for k, name in enumerate(sorted(names))}
+    for k, (run, curves) in enumerate(runs.items()):
         prefix = f"{run}: " if len(runs) > 1 else ""
+        style = ("-", "--", ":", "-.")[k % 4]
         for name in sorted(curves.keys() - NO_LOSSES):
-            width = 1.5 if name.startswith("held_out") else 0.8
-            losses.plot(*zip(*curves[name], strict=True), label=prefix + name.replace("_", " "), lw=width)
+            held_out = name.startswith("held_out_")
+            look = {
+                "color": colours[name.removeprefix("held_out_")],
+                "ls": style,
+                "lw": 2.5 if held_out else 1,
+            }
+            label = prefix + name.replace("_", " ").replace("held out", "held-out")
+            losses.plot(*zip(*curves[name], strict=True), label=label, **look)
         if "lr" in curves:
-            rate.plot(*zip(*curves["lr"], strict=True))
-    losses.set(yscale="log", xlabel="step", title="losses")
-    losses.legend(fontsize=8)
-    rate.set(xlabel="step", title="learning rate")
+            rate.plot(*zip(*curves["lr"], strict=True), label=run, color="0.2", ls=style)
+    losses.set(yscale="log", xlabel="step", ylabel="loss", title="Losses")
+    rate.set(xlabel="step", title="Learning rate")
+    columns = min(len(runs), 3)  # one for each run
+    named = [figure.legend(*losses.get_legend_handles_labels(), ncols=columns, loc="outside lower left")]
+    if len(runs) > 1 and rate.lines:
+        named.append(rate.legend())
+    for text in [text for legend in named for text in legend.get_texts()]:
+        text.set_parse_math(False)  # a dollar sign in the name of a run is a dollar sign
     save(figure, out)
 
 
@@ -75,8 +91,9 @@ def draw_cosines(runs, out):
     """The cosines between the two compared branches, over the runs one after the other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3), layout="tight")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
+    styles = {"consistency": {"ls": "--", "zorder": 3}}  # it lies upon the curve of the biases
     for name, label in COSINES.items():
         steps = []
         values = []
@@ -87,10 +104,11 @@ def draw_cosines(runs, out):
             steps += [before + step for step, _ in curves[name]]
             values += [value if name == "bias_cosine" else 1 - value for _, value in curves[name]]
             before += curves[name][-1][0]
-            axis.axvline(before, color="0.8", lw=0.8)
-        axis.plot(steps, values, label=label, lw=1)
-    axis.set(xlabel="step", title="cosine between the appearance and the motion branch", ylim=(-1.05, 1.05))
-    axis.legend(fontsize=8)
+            axis.axvline(before, color="0.7", lw=0.8)  # the end of a run
+        axis.plot(steps, values, label=label, lw=1.5, **styles.get(name, {}))
+    axis.set(xlabel="step (a grey line: the end of a run)", ylabel="cosine", ylim=(-1.05, 1.05))
+    axis.set_title("Cosine between the appearance and the motion branch")
+    axis.legend(fontsize=10)
     save(figure, out)
 
 
@@ -119,10 +137,7 @@ def main(argv=None):
     try:
         runs = {run: read_curves(run) for run in args.runs}
         if args.out:
-            import matplotlib
-
-            with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign is a dollar sign
-                (draw_cosines if args.cosines else draw)(runs, args.out)
+            (draw_cosines if args.cosines else draw)(runs, args.out)
         if args.tensorboard:
             write_tensorboard(runs, args.tensorboard)
     except ImportError as error:

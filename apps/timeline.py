@@ -468,13 +468,16 @@ def write_plot(seen, threshold, path):
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
-    axes.fill_between(np.linspace(0, seen[-1].end, 1000), curve(seen, 1000), alpha=0.3)
-    axes.plot([(w.start + w.end) / 2 for w in seen], [w.score for w in seen], ".-", label="windows")
-    axes.axhline(threshold, color="grey", linestyle=":")
-    for start, end, _ in events(seen, threshold):
-        axes.axvspan(start, end, color="red", alpha=0.1)
+    axes.fill_between(np.linspace(0, seen[-1].end, 1000), curve(seen, 1000), alpha=0.3, label="frames")
+    axes.plot(
+        [(w.start + w.end) / 2 for w in seen], [w.score for w in seen], ".-", label="windows, at their middle"
+    )
+    axes.axhline(threshold, color="grey", linestyle=":", label="threshold")
+    for k, (start, end, _) in enumerate(events(seen, threshold)):
+        axes.axvspan(start, end, color="red", alpha=0.1, label="reported" if k == 0 else None)
     axes.set(xlim=(0, seen[-1].end), ylim=(0, 1.02), xlabel="seconds", ylabel="anomaly score")
-    axes.set_title(seen[0].video, parse_math=False)  # a file name may contain a $
+    axes.set_title(os.path.basename(seen[0].video.rstrip("/")), parse_math=False)  # a $ in it is a $
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     temporary = f"{path}.tmp"
     figure.savefig(temporary, format="png", dpi=120)
     os.replace(temporary, path)

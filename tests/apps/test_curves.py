@@ -32,6 +32,25 @@ def test_drawing(run):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_picture_says(run, tmp_path, monkeypatch):
+    """Powers of ten are set as such, names are not; a loss has one colour in all runs, a run one style."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, _: drawn.append(figure))
+    other = tmp_path / r"r$\foo$"
+    other.mkdir()
+    (other / "log.jsonl").write_bytes((run / "log.jsonl").read_bytes())
+    assert curves.main([str(run), str(other), "--out", "x.png"]) == 0
+    losses, rate = drawn[0].axes
+    assert all(label.get_parse_math() for label in losses.get_yticklabels())
+    legends = [*drawn[0].legends[0].get_texts(), *rate.get_legend().get_texts()]
+    assert not any(text.get_parse_math() for text in legends)
+    assert [text.get_text() for text in rate.get_legend().get_texts()] == [str(run), str(other)]
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in losses.lines}
+    assert len(looks) == 4 and len({colour for colour, _ in looks.values()}) == 1
+    assert {style for label, (_, style) in looks.items() if label.startswith(str(other))} == {"--"}
+
+
 def test_a_name_is_no_formula_and_a_log_may_lack_the_learning_rate(tmp_path):
     pytest.importorskip("matplotlib")
     folder = tmp_path / r"r$\foo$"
@@ -43,7 +62,9 @@ def test_a_name_is_no_formula_and_a_log_may_lack_the_learning_rate(tmp_path):
 def test_cosines_of_runs_one_after_the_other(run, tmp_path, capsys, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     seen = {}
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda _, x, y, label, lw: seen.update({label: (x, y)}))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot", lambda _, x, y, label, **__: seen.update({label: (x, y)})
+    )
     monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: None)
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
     assert curves.main([str(run), "--cosines", "--out", str(run / "c.png")]) == 2
