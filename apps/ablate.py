@@ -380,9 +380,13 @@ def markdown(table):
     return head + "|---" * len(table[0]) + "|\n" + "".join(body)
 
 
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #999999".split()
+
+
 def plot(results, path):
-    """Draws a curve over clutter for each variant, and its spread over the seeds. Without matplotlib it only
-    prints a note."""
+    """Draws a curve over clutter for each variant, and the range over the seeds as a band. Without matplotlib
+    it only prints a note."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -390,19 +394,24 @@ def plot(results, path):
     groups = grouped(results)
     all_frames = list(dict.fromkeys(frames for frames, _ in groups))
     columns = ("kinds", "motion-only kinds", "object", "colour", "place")
-    figure = Figure(figsize=(3 * len(columns), 2.8 * len(all_frames)), layout="constrained")
+    figure = Figure(figsize=(2.5 * len(columns), 2.6 * len(all_frames) + 1), layout="constrained")
     axes = figure.subplots(len(all_frames), len(columns), sharex=True, sharey=True, squeeze=False)
     for (frames, variant), runs in groups.items():
         x = [int(clutter) for clutter in runs[0]["clutter"]]
+        k = list(VARIANTS).index(variant)
+        style = {"color": COLOURS[k % 8], "marker": "os^DvPX*"[k % 8], "ms": 6, "label": variant}
         for axis, column in zip(axes[all_frames.index(frames)], columns, strict=True):
             y = [[numbers(result, clutter)[column] for result in runs] for clutter in runs[0]["clutter"]]
-            [line] = axis.plot(x, [statistics.fmean(values) for values in y], "o-", ms=4, label=variant)
-            axis.fill_between(x, [*map(min, y)], [*map(max, y)], alpha=0.2, color=line.get_color(), lw=0)
-            axis.set_title(f"{column}, {frames} frames", fontsize=9)
+            axis.plot(x, [statistics.fmean(values) for values in y], **style)
+            axis.fill_between(x, [*map(min, y)], [*map(max, y)], alpha=0.2, color=style["color"], lw=0)
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column)
+    for line, frames in zip(axes, all_frames, strict=True):
+        line[0].set_ylabel(f"{frames} frames:\nshare of clips named right")
     for axis in axes[-1]:
-        axis.set(xlabel="things that stand still", xticks=x, ylim=(0, 1.02))
+        axis.set(xlabel="stationary objects", xticks=x, ylim=(0, 1.02))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(VARIANTS))
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     temporary.replace(path)

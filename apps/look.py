@@ -51,7 +51,7 @@ from data import (
 )
 from sample import PROBLEMS, make_parser, note, number, print_error
 
-QUERIES_PER_PAGE = 10
+QUERIES_PER_PAGE = 8
 FRAMES_PER_PAGE = 4
 
 # ---- Flow --------------------------------------------------------------------------------------------------
@@ -116,7 +116,9 @@ def motion_sheet(path, clip, columns=8):
     rows = [stream[chosen] for stream in clip.streams.values()]  # each (columns, H, W, 3)
     image_size = rows[0].shape[1]
     rows.append(flow_colours(read_flow(path, clip.indices[chosen], image_size)))
-    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
+    # A white line of 2 pixels to the right of each picture but the last, and below each row but the last.
+    lines = [np.pad(row, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255) for row in rows]
+    return np.concatenate([np.concatenate(line, axis=1) for line in lines])[:-2, :-2]
 
 
 def write_picture(picture, path):
@@ -152,7 +154,7 @@ OUTPUTS = {
 }
 # Modules of which an input is listed: its number, its name, what it is, and the function that makes it.
 INPUTS = {
-    "vit": (0, "images", "frames of all branches, in 0…1", hawk.Hawk.frame_features),
+    "vit": (0, "images", "frames of all branches, in 0…1, 32 at most", hawk.Hawk.frame_features),
     "BRANCH.qformer": (0, "queries", "frame queries, as learned", hawk.Branch.__init__),
     "BRANCH.video_qformer": (1, "context", "frame queries + positions, in a row", hawk.Branch.video),
     "llama": (0, "x", "embeddings, soft tokens spliced in", hawk.Hawk.embed),
@@ -364,23 +366,26 @@ def word_probabilities(model, look, tokens):
 # ---- Figures -----------------------------------------------------------------------------------------------
 
 
-def new_figure(width, height, caption):
-    """A matplotlib figure of these inches with a caption below."""
+def new_figure(width, height, title, caption):
+    """A matplotlib figure of these inches with a title and a caption below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    text = textwrap.fill(caption, round(width * 14.5))
-    figure.supxlabel(text, fontsize=9, x=0.01, ha="left", color="0.25")
+    figure.suptitle(title, fontsize=15, x=0.01, ha="left")
+    text = textwrap.fill(caption, round(width * 12.5))
+    figure.supxlabel(text, fontsize=10.5, x=0.01, ha="left", color="0.2")
     return figure
 
 
-def save(figure, path):
-    """PNG of 256 colours: a fifth of the size, and hardly a difference to be seen."""
+def save(figure, path, coarse=False):
+    """PNG of 256 colours: a fifth of the size, and hardly a difference to be seen. coarse: a palette that does
+    for frames, and halves the size once more."""
     from PIL import Image
 
     buffer = io.BytesIO()
     figure.savefig(buffer)
-    picture = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+    picture = Image.open(buffer).convert("RGB")
+    picture = picture.quantize(256, Image.Quantize.FASTOCTREE if coarse else Image.Quantize.MEDIANCUT)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     replace_file(path, buffer.getvalue())
@@ -398,20 +403,33 @@ def draw_streams(look, branches):
     chosen = spread(len(look.clip.indices), 8)
     rows = {name: look.clip.streams[name][chosen] for name in branches}
     rows["optical flow"] = flow_colours(look.flow[chosen])
+    fastest = np.hypot(*look.flow[chosen].reshape(-1, 2).T).max()
+    title = "What each branch sees, and the optical flow"
     caption = (
-        "What each branch sees, and the optical flow from the frame before (hue: direction, red to the "
-        "right, cyan to the left; brightness: speed)."
+        "Optical flow: how far each pixel has moved since the frame before. The wheel shows the colour of each "
+        f"direction; the faster, the brighter, up to {max(fastest, 1):.1f} pixels a frame at its edge."
     )
-    figure = new_figure(max(6, 1.35 * len(chosen) + 1), 1.35 * len(rows) + 0.7, caption)
-    grid = figure.subplots(len(rows), len(chosen), squeeze=False)
+    figure = new_figure(max(6.5, 1.35 * len(chosen) + 2.2), 1.35 * len(rows) + 1.2, title, caption)
+    grid = figure.subplots(len(rows), len(chosen) + 1, squeeze=False)
     for line, (name, pictures) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(name)
-        for axes, picture in zip(line, pictures, strict=True):
-            axes.imshow(picture)
+        for axes in line:
             bare(axes)
-    for axes, i in zip(grid[0], chosen, strict=True):
-        axes.set_title(f"{look.clip.seconds[i]:g} s", fontsize=9)
+        for axes, picture in zip(line, pictures, strict=False):
+            axes.imshow(picture)
+    for axes, i in zip(grid[0], chosen, strict=False):
+        axes.set_title(f"{look.clip.seconds[i]:g} s", fontsize=11)
+    draw_wheel(grid[-1, -1], max(fastest, 1))
     return figure
+
+
+def draw_wheel(axes, fastest):
+    """The colours of flow_colours as a disc: a pixel's place is its motion, its distance the speed."""
+    y, x = np.mgrid[-1:1:101j, -1:1:101j]
+    disc = flow_colours(np.stack([x, y], axis=-1) * fastest)
+    axes.imshow(np.where(np.hypot(x, y)[..., None] <= 1, disc, 255))
+    title = axes.text(0.5, 1.05, "direction", transform=axes.transAxes, ha="center")
+    title.set_in_layout(False)  # else it would push the row down
 
 
 def draw_queries(look, branch, layer, queries, trained):
@@ -423,48 +441,51 @@ def draw_queries(look, branch, layer, queries, trained):
     maps, class_share = patch_maps(weights)
     side = maps.shape[-1]
     chosen = spread(len(maps), FRAMES_PER_PAGE)
+    title = f"Where the queries of the {branch} branch look"
     caption = (
-        f"{branch}, frame Q-Former, layer {layer + 1} of those that read the frame: cross-attention over the "
-        f"{side} × {side} patches, mean over the heads. The class token is left out and the rest scaled to "
-        "the sum 1; the number is the class token's share. Coloured is what gets more than an even share, in "
-        "blue where the class token has more than half: the query looks at no place."
+        f"Frame Q-Former, layer {layer + 1} of those that read the frame: cross-attention over the {side} × "
+        f"{side} patches and the class token, mean over the heads. The class token is left out and the rest "
+        "scaled to the sum 1; the number is the class token's share. Red: patches that get more than an even "
+        "share. Dark: the class token has more than half, so the query looks at no place."
     )
-    if any(trained):
+    if any(trained[k] for k in queries):
         caption += (
             " Stage 0 trained query k to point at the kind of object named above it, and at the class token "
             "where there is none; queries without a name were left free."
         )
-    figure = new_figure(1.15 * (len(queries) + 1), max(2.7, 1.28 * len(chosen) + 0.9), caption)
+    figure = new_figure(1.35 * (len(queries) + 1), max(3.2, 1.45 * len(chosen) + 1.5), title, caption)
     grid = figure.subplots(len(chosen), 1 + len(queries), squeeze=False)
     for line, t in zip(grid, chosen, strict=True):
         frame = look.clip.streams[branch][t]
         line[0].imshow(frame)
-        line[0].set_ylabel(f"{look.clip.seconds[t]:g} s", fontsize=9)
+        line[0].set_ylabel(f"{look.clip.seconds[t]:g} s", fontsize=11)
         for axes, k in zip(line[1:], queries, strict=True):
             draw_map(axes, frame, maps[t, k].numpy(), class_share[t, k].item())
         for axes in line:
             bare(axes)
-    grid[0, 0].set_title("frame", fontsize=9)
+    grid[0, 0].set_title("frame", fontsize=11)
     for axes, k in zip(grid[0, 1:], queries, strict=True):
-        axes.set_title(f"query {k}\n{trained[k]}".strip(), fontsize=9)
+        axes.set_title(f"query {k}\n{trained[k]}".strip(), fontsize=11)
     return figure
 
 
 def draw_map(axes, frame, weights, class_share):
-    """A frame in grey, over it weights (side, side), one square a patch, and the class token's share."""
+    """A frame in grey, over it weights (side, side), one square a patch, and the class token's share. If that
+    is more than half, the frame is dark and no patch is drawn."""
     height, width, _ = frame.shape
     grey = frame.mean(-1, keepdims=True).repeat(3, -1) / 255
     grey = (grey * 16).round() / 16  # without the finest texture the file is half as large
-    axes.imshow(0.15 + 0.55 * grey, extent=(0, width, height, 0))
     looks = class_share < 0.5
-    colour = np.zeros((*weights.shape, 4))
-    colour[..., :3] = (1, 0.25, 0.1) if looks else (0.4, 0.6, 0.9)
-    even = 1 / weights.size
-    above = np.maximum(weights - even, 0) / max(weights.max() - even, 4 * even)
-    colour[..., 3] = (0.85 if looks else 0.35) * above
-    axes.imshow(colour, extent=(0, width, height, 0), interpolation="nearest")
+    axes.imshow((0.15 + 0.6 * grey) * (1 if looks else 0.5), extent=(0, width, height, 0), vmin=0, vmax=1)
+    if looks:
+        colour = np.full((*weights.shape, 4), (1, 0.25, 0.1, 0))
+        even = 1 / weights.size
+        above = np.maximum(weights - even, 0) / max(weights.max() - even, 4 * even)
+        colour[..., 3] = 0.85 * above
+        axes.imshow(colour, extent=(0, width, height, 0), interpolation="nearest")
     share = f"{100 * class_share:.0f}%"
-    axes.text(0.97, 0.04, share, transform=axes.transAxes, ha="right", color="white", fontsize=8)
+    box = {"facecolor": "black", "alpha": 0.6, "lw": 0, "pad": 1.5}
+    axes.text(0.95, 0.06, share, transform=axes.transAxes, ha="right", color="white", fontsize=10, bbox=box)
 
 
 def draw_video_queries(look, branches):
@@ -474,21 +495,22 @@ def draw_video_queries(look, branches):
     seconds = [f"{look.clip.seconds[t]:g}" for t in ticks]
     towers = [layers_of(look.attention, f"{branch}.video_qformer") for branch in branches]
     depth = len(towers[0])
+    title = "Which frames the queries of the video Q-Formers read"
     caption = (
-        "Video Q-Formers: how much each query reads of each frame (cross-attention, mean over the heads, "
-        "summed over the tokens of a frame; each row of a map has the sum 1)."
+        "Cross-attention, mean over the heads, summed over the tokens of a frame. Each row of a map is a query; "
+        "its sum is 1."
     )
     width = max(8, 4 * len(branches) + 1)
-    figure = new_figure(width, 2.9 * depth + 0.6, caption)
+    figure = new_figure(width, 2.9 * depth + 1.1, title, caption)
     grid = figure.subplots(depth, len(branches), squeeze=False, sharex=True, sharey=True)
     highest = max(frame_shares(weights, T).max().item() for tower in towers for weights in tower)
     for column, (branch, tower) in enumerate(zip(branches, towers, strict=True)):
         for layer, weights in enumerate(tower):
             axes = grid[layer, column]
             picture = axes.imshow(frame_shares(weights, T).numpy(), aspect="auto", vmin=0, vmax=highest)
-            axes.set_title(f"{branch}, layer {layer + 1} of {depth}", fontsize=10)
-            axes.set_xticks(ticks, seconds, fontsize=8)
-    figure.colorbar(picture, ax=grid, shrink=0.7)
+            axes.set_title(f"{branch}, layer {layer + 1} of {depth}")
+            axes.set_xticks(ticks, seconds, fontsize=10)
+    figure.colorbar(picture, ax=grid, shrink=0.7, label="share of a query's attention")
     for axes in grid[:, 0]:
         axes.set_ylabel("video query")
     for axes in grid[-1]:
@@ -503,22 +525,23 @@ def draw_words(look, tokenizer, moving, still):
     with_motion = moving.gather(1, answer)[:, 0].numpy()
     without = still.gather(1, answer)[:, 0].numpy()
     place = abs(with_motion - without).argmax()
+    title = "The words of the answer, with and without the motion tokens"
     caption = (
-        "Without: the soft tokens of the motion branch are those of the same clip standing still, a black "
-        "motion stream. Zeros in their place would be something that LLaMA has never read. Each word is "
-        "given the words of the answer before it."
+        "Without: the motion tokens are those of the same clip standing still, whose motion stream is black. "
+        "Zeros in their place would be something that LLaMA has never read."
     )
-    figure = new_figure(11.5, 4.2, caption)
+    figure = new_figure(12.5, 5.2, title, caption)
     words, candidates = figure.subplots(1, 2, width_ratios=(2.6, 1))
     labels = [piece(tokenizer, token) for token in look.answer]
     draw_bars(words, labels, with_motion, without)
-    words.set_title("the words of the answer, one after the other", fontsize=11)
-    figure.legend(*words.get_legend_handles_labels(), fontsize=9, loc="outside upper left", ncols=2)
+    words.set_title("how likely each word is, given those before it")
+    figure.legend(*words.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     likely = (moving[place] + still[place]).topk(min(4, moving.shape[1])).indices
     labels = [piece(tokenizer, token) for token in likely.tolist()]
     draw_bars(candidates, labels, moving[place][likely].numpy(), still[place][likely].numpy())
     before = tokenizer.decode(look.answer[:place])
-    candidates.set_title(f"after “{before[-30:]}”" if before else "the first word", fontsize=11)
+    before = f"after “{before if len(before) < 22 else '…' + before[-20:]}”" if before else "the first word"
+    candidates.set_title(f"likeliest words where the two differ most:\n{before}")
     words.set_ylabel("probability")
     return figure
 
@@ -527,7 +550,7 @@ def draw_bars(axes, labels, moving, still):
     """A pair of bars for each label: with motion, and without."""
     x = np.arange(len(labels))
     axes.bar(x - 0.2, moving, 0.4, label="with the motion tokens", color="tab:blue")
-    axes.bar(x + 0.2, still, 0.4, label="without", color="tab:orange")
+    axes.bar(x + 0.2, still, 0.4, label="without the motion tokens", color="tab:orange")
     axes.set_xticks(x, labels, rotation=60, ha="right", rotation_mode="anchor")
     axes.set(ylim=(0, 1.02), xlim=(-0.6, len(labels) - 0.4))
     for side in ("top", "right"):
@@ -565,11 +588,12 @@ def write_pictures(folder, *drawn):
     """Draws all figures (`drawn`: see draw_all) and writes them -> their file names."""
     import matplotlib
 
-    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign is a dollar sign
+    # A dollar sign is a dollar sign; letters are large enough for a slide.
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 11, "axes.titlesize": 12}):
         figures = draw_all(*drawn)
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            save(figure, folder / f"{name}.png")
+            save(figure, folder / f"{name}.png", coarse=name.startswith(("frames", "queries")))
     return [f"{name}.png" for name in figures]
 
 

@@ -68,7 +68,10 @@ def test_a_row_for_each_stream_and_the_flow(world, tmp_path, capsys):
     command = ["--video", str(slide), "--weights", str(world / "weights"), "--out"]
     assert look.main([*command, str(png)]) == 0
     assert "appearance, motion, flow" in capsys.readouterr().err
-    rows = pixels(png).reshape(3, 28, 4, 28, 3).swapaxes(1, 2)  # (4, 28, 28, 3) each
+    sheet = pixels(png).reshape(88, 118, 3)
+    assert (sheet[28:30] == 255).all() and (sheet[:, 58:60] == 255).all()  # white between the pictures
+    whole = np.pad(sheet, ((0, 2), (0, 2), (0, 0))).reshape(3, 30, 4, 30, 3)
+    rows = whole[:, :28, :, :28].swapaxes(1, 2)  # (4, 28, 28, 3) each
     clip = read_clip(slide, 4, 28)
     assert np.array_equal(rows[0], clip.appearance) and np.array_equal(rows[1], clip.motion)
     red, green, blue = rows[2][:, 8:20, 8:20].mean((0, 1, 2))  # cyan: to the left
@@ -79,7 +82,7 @@ def test_a_row_for_each_stream_and_the_flow(world, tmp_path, capsys):
 def test_one_stream_and_one_frame(tmp_path):
     still = sliding(tmp_path / "still.mkv", 1)
     sheet = look.motion_sheet(still, read_clip(still, 4, 28, branches=("appearance",)))
-    assert sheet.shape == (56, 28, 3) and sheet[:28].any() and not sheet[28:].any()
+    assert sheet.shape == (58, 28, 3) and sheet[:28].any() and not sheet[30:].any()
 
 
 @pytest.mark.parametrize(
