@@ -1,10 +1,10 @@
-"""From files to tensors: what lies between a video with its annotations and a batch for the model.
+"""From files to tensors: everything between an annotated video and a batch for the model.
 
-1. Video     open (when is each frame shown?), sample, decode, flow, streams; in one: read_clip(path) -> Clip
+1. Video     open (when is each frame shown?), sample, decode, flow, streams; all in read_clip(path) -> Clip
 2. Text      the tokenizer, and the two formats that Hawk reads: conversations and captions
 3. Datasets  index files (JSON lines), samples of both training stages, batches
 4. Cache     reading the frame features that `python prepare.py features` wrote
-5. Machine   helpers for the command lines of sample.py, train.py and prepare.py, which use this file"""
+5. Machine   helpers for the programs that use this file: sample.py, train.py and prepare.py"""
 
 import hashlib
 import json
@@ -34,37 +34,37 @@ from sentencepiece import SentencePieceProcessor
 from hawk import is_frame_level, require
 
 # ---- 1. Video: open ----------------------------------------------------------------------------------------
-# Formats that contain the video themselves: playlists, scripts and patterns open other files.
+# Formats that contain the video itself; no playlists, scripts or patterns, which open other files.
 CONTAINERS = "mov,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,asf,ogg,rm,gif,apng,nut"
 CONTAINERS += ",mxf,dv,wtv,dhav,yuv4mpegpipe,mjpeg,jpeg_pipe"
 SUPPORTED = "mp4, mkv, webm, avi, ts, wmv, dav, y4m, mjpeg and so on, and folders of numbered pictures"
 PICTURES = b"option pattern_type none\noption format_whitelist image2,jpeg_pipe,png_pipe,tiff_pipe,bmp_pipe\n"
-MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg: a file of a kilobyte can declare tables of any size
-SMALL_FILE = 1 << 18  # bytes: smaller files are decoded whole at once, which saves a run of ffmpeg
-HELD_BYTES = 96 << 20  # of frames, at most, that an open video holds
-SEEK_MARGIN = 24  # a seek aims so many frames before the wanted one: it may need some of them
+MEMORY_LIMIT = 2 << 30  # bytes for one ffmpeg process: a tiny file can declare tables of any size
+SMALL_FILE = 1 << 18  # bytes: smaller files are decoded completely right away, to save a run of ffmpeg
+HELD_BYTES = 96 << 20  # of decoded frames, at most, that a Video keeps
+SEEK_MARGIN = 24  # a seek aims this many frames early: decoding may depend on some of them
 # Codecs that decode exactly from a keyframe on, and the NAL unit types of such keyframes (None: any).
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 PACKETS = " -c copy -copyinkf -copypriorss 1 -f framecrc pipe:1"  # lists packets without decoding
 
-# `seconds`: when each frame is shown, since the first; `log`: what ffmpeg said, a text a run; `notes` for the
-# user; all `frames` if they are few, or the `files` of a folder. Where packets are to be trusted: `stamps` in
-# ticks, a `tick` in seconds, frame numbers of the `keys` (keyframes), the `codec` if its seeks may be exact.
-# Where they proved wrong: the number of frames that they had `promised`.
+# `seconds`: time of each frame, since the first; `log`: ffmpeg's messages, one text per run; `notes` for the
+# user; all `frames` if they are few, or the `files` of a folder. If the packet table can be trusted: `stamps`
+# in ticks, a `tick` in seconds, frame numbers of the `keys` (keyframes), the `codec` if seeks may be exact.
+# If the table proved wrong: the number of frames that it had `promised`.
 FIELDS = "path seconds log notes frames files stamps tick keys codec promised"
 Video = namedtuple("Video", FIELDS, defaults=(None,) * 8)
-PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a wrong file or question, or too small a machine
+PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a bad file or question, or too little memory
 
 
 class VideoError(ValueError):
-    """A video that gives no clip or no sample. The message is one line: "PATH: reason"."""
+    """A video that yields no clip or no sample. The message is one line: "PATH: reason"."""
 
     def __init__(self, path, reason):
         super().__init__(" ".join(f"{os.fsdecode(path)}: {reason}".splitlines()))
 
 
 def check_file(path):
-    """Size in bytes. VideoError unless it is a regular file (a named pipe may never end) and not empty."""
+    """A file's size in bytes. VideoError if it is empty or not regular (a named pipe may never end)."""
     try:
         size = os.stat(path).st_size
         require(os.path.isfile(path), "is not a regular file")
@@ -76,20 +76,20 @@ def check_file(path):
 
 
 def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, threads=0, patient=False):
-    """Runs ffmpeg on one file, without shell or network, and yields lines (bytes): headers, and one a packet;
-    or, given a size, the frames for which any of the terms (of ffmpeg's `select`) holds: (time stamp in
-    seconds, (size, size, 3) uint8 RGB). VideoError, possibly only after the last item. log: None, or a list
-    that gets all messages as one text. before, after: options around the input. stdin: an open file in its
-    place, without a time limit. patient: no limit. threads: 0 for as many as torch has."""
-    seconds = threading.TIMEOUT_MAX if stdin else 120 + check_file(path) / 2e4  # the time limit of a file
+    """Runs ffmpeg on one file, without shell or network, and yields lines (bytes): headers, then one for each
+    packet; or, given a size, frames that match any of the terms (of ffmpeg's `select`): (timestamp in
+    seconds, (size, size, 3) uint8 RGB). VideoError, possibly only after the last item. log: a list to which
+    all messages are added as one text, or None. before, after: options around the input. stdin: an open file
+    to read instead, without a time limit. patient: no time limit. threads: 0 for as many as torch uses."""
+    seconds = threading.TIMEOUT_MAX if stdin else 120 + check_file(path) / 2e4  # a file's time limit
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {CONTAINERS} -max_pixels 100000000"
     options += f" -max_alloc 300000000 -threads {threads} -filter_threads {threads} -hide_banner -nostats"
-    options += f" -copyts -correct_ts_overflow 0 -v level+verbose {before} -i"  # time stamps as they are
-    times, times_end = os.pipe()  # for the time stamps of frames, one a line
+    options += f" -copyts -correct_ts_overflow 0 -v level+verbose {before} -i"  # keeps timestamps as they are
+    times, times_end = os.pipe()  # for the timestamps of frames, one per line
     if size:
-        rgb = ",format=rgb24" * ("concat" in before)  # where pictures differ, ffmpeg would scale them twice
+        rgb = ",format=rgb24" * ("concat" in before)  # where sizes differ, ffmpeg would scale twice
         after += f" -vf select='{'+'.join(terms)}',scale={size}:{size}:flags=bilinear{rgb}"
         after += f" -enc_time_base demux -stats_enc_pre pipe:{times_end} -stats_enc_pre_fmt {{pts}},{{tb}}"
     after += " -fps_mode passthrough -map_metadata -1 -f rawvideo -pix_fmt rgb24 pipe:1" if size else PACKETS
@@ -98,10 +98,10 @@ def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, 
         pipes = {"stdin": stdin or DEVNULL, "stdout": PIPE, "stderr": messages, "pass_fds": [times_end]}
         with Popen(command, **pipes, process_group=0) as process:
             os.close(times_end)
-            with suppress(AttributeError, OSError, ValueError):  # not on Linux, or less is allowed already
+            with suppress(AttributeError, OSError, ValueError):  # not on Linux, or the limit is lower already
                 resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
             clock = threading.Timer(threading.TIMEOUT_MAX if patient else seconds, process.kill)
-            clock.daemon = True  # a stream that nobody reads to its end does not keep Python from ending
+            clock.daemon = True  # an unfinished generator must not keep Python from exiting
             clock.start()
             count = 0
             try:
@@ -114,7 +114,7 @@ def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, 
                 process.kill()
         messages.seek(0)
         text = messages.read().replace(os.fsencode(source), b"").decode(errors="replace")
-    text = re.sub(r"^(\[info\] {5}| +: ).*", "", text, flags=re.M)  # names and titles are no messages
+    text = re.sub(r"^(\[info\] {5}| +: ).*", "", text, flags=re.M)  # names and titles are not messages
     if log is not None:
         log.append(text)
     check_run(path, code, text, count)
@@ -128,11 +128,11 @@ def read_frames(pipe, times, size):
 
 
 def check_run(path, code, log, count):
-    """VideoError if ffmpeg was killed, the file is cut or has no video, or nothing came (`count` is 0)."""
+    """VideoError if ffmpeg was killed, the file is cut short or has no video, or `count` is 0 (no output)."""
     if code < 0:
         raise VideoError(path, f"exceeded the time or memory limit (ffmpeg ended by signal {-code})")
     cut = r"(?:stream \d+, offset 0x[0-9a-f]+: partial file|File ended prematurely)$"
-    if count and re.search(cut, log, re.M):  # anywhere in a line: ffmpeg's threads write into each other's
+    if count and re.search(cut, log, re.M):  # no ^: ffmpeg's threads write into each other's lines
         raise VideoError(path, "is cut short; get the whole file again")
     pictures = re.search(r"^\[info\]   Stream #0:\d+.*?: Video: (?!.*\(attached pic\))", log, re.M)
     if re.search(r"^\[info\] Input #0", log, re.M) and not pictures:
@@ -148,19 +148,19 @@ def check_run(path, code, log, count):
 
 
 def damage(video):
-    """Notes on the frames that were decoded. VideoError if most of them are damaged."""
-    others = r"^\[(?:aac|ac3|eac3|mp[23]|opus|vorbis|dca).*\n(?: +Last message.*\n)?"  # of sound
+    """Notes on damage to the decoded frames. VideoError if most of them are damaged."""
+    others = r"^\[(?:aac|ac3|eac3|mp[23]|opus|vorbis|dca).*\n(?: +Last message.*\n)?"  # about sound
     text = "".join(re.sub(others, "", run, flags=re.M) for run in video.log)
     runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
     concealed = re.findall(r"(?:corrupt decoded frame|overread.*)\n(?: +Last message repeated (\d+))?", text)
     bad = failed + sum(int(again or 0) + 1 for again in concealed)
     total = max(video.promised or 0, decoded + failed)
-    bad += (total - decoded - failed) * (bad > 0)  # lost in silence; with no others, the packets were wrong
+    bad += (total - decoded - failed) * (bad > 0)  # lost silently; if bad is 0, the table was just wrong
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
-    cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # of intact ones
-    cut += "|[PS]PS|Error (?:con|par)|Skipping" * bool(re.search("PPS id o|SPS . does", text))  # late HEVC
+    cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # also if intact
+    cut += "|[PS]PS|Error (?:con|par)|Skipping" * bool(re.search("PPS id o|SPS . does", text))  # of cut HEVC
     errors = re.findall(rf"\[error\] (?!{cut})(.+)|(corrupt input packet)", text)
     notes = list(video.notes or ())
     if bad:
@@ -174,7 +174,7 @@ def damage(video):
 
 
 def open_folder(path, fps):
-    """Video of a folder of numbered pictures, in the order of the last number in each name."""
+    """Opens a folder of numbered pictures, in the order of the last number in each name -> Video."""
     numbered = {}
     try:
         for entry in os.scandir(path):
@@ -192,10 +192,10 @@ def open_folder(path, fps):
 
 
 def read_files(video, size, numbers):
-    """Yields (number, frame) of these pictures of a folder, decoded one after the other by one ffmpeg."""
+    """Yields (number, frame) of these pictures of a folder, decoded in turn by one ffmpeg process."""
     count = 0
     with tempfile.TemporaryFile() as listing:
-        for number in numbers:  # a picture counts as a second; it cannot be a list of others
+        for number in numbers:  # each lasts a second; none may be a list of other files
             name = os.path.abspath(video.files[number])
             if re.search("[\r\n]", name):
                 raise VideoError(name, "has a line break in its path; rename it")
@@ -204,7 +204,7 @@ def read_files(video, size, numbers):
         listing.seek(0)
         before = "-f concat -safe 0 -format_whitelist concat"
         frames = ffmpeg(video.path, video.log, size, "1", before, stdin=listing)
-        with suppress(VideoError), closing(frames):  # the picture is named instead
+        with suppress(VideoError), closing(frames):  # the error below names the picture
             for (stamp, frame), number in zip(frames, numbers, strict=False):
                 if stamp != count:
                     break
@@ -215,15 +215,15 @@ def read_files(video, size, numbers):
 
 
 def open_video(path, size, fps=25):
-    """Video, from the table of its packets. Decodes small files, and those whose packets may not be one frame
-    each, with a time of its own. fps: pictures a second of a folder. Raises VideoError."""
+    """Opens a video -> Video, from its packet table; decodes it all if it is small, or if a packet may not be
+    exactly one frame with a time of its own. fps: pictures per second, in a folder. Raises VideoError."""
     if os.path.isdir(path):
         return open_folder(path, fps)
     if check_file(path) < SMALL_FILE:
         return decode_all(path, size)
     log = []
     header = {}
-    table = array("q")  # stamp and flags of each packet: 16 bytes a frame, also for a million of them
+    table = array("q")  # timestamp and flags of each packet: 16 bytes a frame, even for a million frames
     for line in ffmpeg(path, log):
         fields = line.decode().replace(",", " ").split()
         if fields[0].startswith("#"):
@@ -232,9 +232,9 @@ def open_video(path, size, fps=25):
             flags = [int(entry[2:], 16) for entry in fields if entry.startswith("F=")]
             table.extend((int(fields[2]), *(flags or [1])))
     packets = np.array(table, dtype=np.int64).reshape(-1, 2)
-    stamps, flags = packets[np.argsort(packets[:, 0])].T  # they came in the order of decoding
+    stamps, flags = packets[np.argsort(packets[:, 0])].T  # they came in decoding order
     keys = np.flatnonzero(flags & 1)
-    ordinary = not (flags & ~0x11).any()  # "key" and "disposable": no packet is to be left out
+    ordinary = not (flags & ~0x11).any()  # only "key" and "disposable": no packet is to be dropped
     if not np.diff(stamps).all() or not ordinary or not len(keys) or keys[0] > 0 or "[error]" in log[0]:
         return decode_all(path, size)
     tick = Fraction(header["#tb"])
@@ -244,7 +244,7 @@ def open_video(path, size, fps=25):
 
 
 def decode_all(path, size):
-    """Video, from decoding all of it, which tells the truth where packets do not."""
+    """Opens a video by decoding all of it -> Video, which is right even if the packet table is not."""
     seconds = []
     frames = []
     log = []
@@ -257,20 +257,20 @@ def decode_all(path, size):
 
 
 def stream_frames(path, size, stdin=None, patient=True, log=None):
-    """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) of all frames of a file in order, as
-    they are decoded. The rest, and VideoError, as `ffmpeg`."""
+    """Yields (seconds since the first frame, (size, size, 3) uint8 RGB) for all frames of a file in order, as
+    they are decoded. Other arguments, and VideoError: as in `ffmpeg`."""
     previous = float("inf")
     step = Fraction(1, 25)
     shown = -step
     for stamp, frame in ffmpeg(path, log, size, stdin=stdin, patient=patient):
-        step = stamp - previous if stamp > previous else step  # a clock that goes back keeps its step
-        shown += step if stamp != previous else 0  # frames of a burst share their time
+        step = stamp - previous if stamp > previous else step  # where time jumps back, the last step holds
+        shown += step if stamp != previous else 0  # equal timestamps stay equal
         previous = stamp
         yield float(shown), frame
 
 
 def even_times(seconds):
-    """Times (T,) -> i / fps, as released, if one rate fits all to a container's millisecond; else as is."""
+    """Times (T,) -> i / fps, as released, if one rate fits all to 1 ms (container precision); else as is."""
     numbers = np.arange(len(seconds))
     fps = numbers[-1] / max(seconds[-1], 1e-9)
     rates = [round(fps), round(fps * 1.001) * 1000 / 1001, fps]  # 30, NTSC's 30000/1001, or any other
@@ -280,11 +280,11 @@ def even_times(seconds):
 
 # ---- 1. Video: sample and decode ---------------------------------------------------------------------------
 def sample_frames(total, n_frames, sampling="uniform", generator=None):
-    """min(n_frames, total) ascending frame numbers. sampling: "uniform", or "headtail": half of them from
-    each half of the video, drawn with `generator` (numpy)."""
+    """min(n_frames, total) ascending frame numbers. sampling: "uniform", or "headtail": half of them
+    drawn from each half of the video, with `generator` (numpy)."""
     n = min(n_frames, total)
     if sampling == "uniform":
-        return np.arange(0, total, total / n).astype(int)[:n]  # float steps may give one too many
+        return np.arange(0, total, total / n).astype(int)[:n]  # rounding may give one too many
     require(sampling == "headtail", f'sampling must be "uniform" or "headtail", not {sampling!r}')
     head, tail = np.split(np.arange(total), [total // 2])
     drawn = [generator.choice(head, n // 2, replace=False), generator.choice(tail, n - n // 2, replace=False)]
@@ -293,8 +293,8 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
 
 def decode(video, size, numbers):
     """Yields (number, frame) of these frames (ascending), bit for bit those of `ffmpeg -i PATH -vf
-    scale=S:S:flags=bilinear -fps_mode passthrough`, and only these. EOFError if packets promised others."""
-    # Seeks are exact from clean keyframes, and with many of them faster than decoding all.
+    scale=S:S:flags=bilinear -fps_mode passthrough`. EOFError if the packet table turns out wrong."""
+    # Seeking is exact from clean keyframes and, if there are many, faster than decoding everything.
     seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
     if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
         table = ffmpeg(video.path, None, after=f"-bsf:v filter_units=pass_types={clean}")
@@ -306,9 +306,9 @@ def decode(video, size, numbers):
     elif seeks:
         yield from seek(video, size, numbers)
     else:
-        # Flow, computed meanwhile, takes as long as decoding a short video: each gets half of the threads.
+        # In a short video, optical flow, computed meanwhile, takes as long: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
-        # ffmpeg's n begins anew when frames change in size: where packets proved wrong, we count all frames.
+        # ffmpeg's n restarts when the frame size changes: if packets proved wrong, we count all frames here.
         here = video.stamps is None
         wanted = ["1"] if here else [f"eq(n,{number})" for number in numbers]
         frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
@@ -321,14 +321,14 @@ def decode(video, size, numbers):
 
 
 def seek(video, size, numbers):
-    """As `decode`, but neighbours are decoded from a keyframe before them, by several runs at a time."""
+    """As `decode`, but each run of neighbours is decoded from a keyframe before it, several at a time."""
 
     def decode_neighbours(wanted):
         terms = [f"eq(pts,{stamp})" for stamp in video.stamps[wanted]]
         start = float(int(video.stamps[max(0, wanted[0] - SEEK_MARGIN)]) * video.tick)
         before = f"-noaccurate_seek -seek_timestamp 1 -ss {start:.6f}" if wanted[0] > SEEK_MARGIN else ""
         after = f"-frames:v {len(wanted)}"
-        with suppress(VideoError):  # then there are none
+        with suppress(VideoError):  # counts as no frames found
             return list(ffmpeg(video.path, video.log, size, terms, before, after, threads=1))
         return []
 
@@ -336,19 +336,19 @@ def seek(video, size, numbers):
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for wanted, found in zip(neighbours, pool.map(decode_neighbours, neighbours), strict=True):
             if [stamp for stamp, _ in found] != [int(stamp) * video.tick for stamp in video.stamps[wanted]]:
-                raise EOFError  # a damaged frame does not appear
+                raise EOFError  # a damaged frame is missing
             yield from zip(wanted.tolist(), (frame for _, frame in found), strict=True)
 
 
 # ---- 1. Video: optical flow --------------------------------------------------------------------------------
-BLOCK = 3  # pairs of frames whose flow a thread computes at a time: more do not fit into its cache
+BLOCK = 3  # frame pairs whose flow a thread computes at a time: more do not fit into the CPU cache
 
 
 def in_threads(function, items):
-    """As list(map(...)), by as many threads as torch has, but three at most (each keeps 60 MB). They begin
-    with the first items while later ones are still made."""
+    """As list(map(...)), in as many threads as torch uses, but three at most (each keeps 60 MB). They work on
+    the first items while later ones are still being made."""
     threads = torch.get_num_threads()
-    torch.empty(31 << 20, dtype=torch.uint8)  # and freed: glibc then keeps blocks of this size, 10% faster
+    torch.empty(31 << 20, dtype=torch.uint8)  # and freed: glibc then reuses blocks of this size, 10% faster
     try:
         with ThreadPoolExecutor(min(threads, 3), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, items))
@@ -366,9 +366,9 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
     """Optical flow (Farnebäck 2003): gray frames (..., H, W) -> (..., H, W, 2), x and y in pixels, float32.
 
     Equals cv2.calcOpticalFlowFarneback with a box window. At each pixel, both frames are approximated by a
-    parabola f(u) = uᵀA u + bᵀu + c. If the second is the first shifted by d, then f₂(u) = f₁(u - d),
+    quadratic f(u) = uᵀA u + bᵀu + c. If the second is the first shifted by d, then f₂(u) = f₁(u - d),
     so A₂ = A₁ and b₂ = b₁ - 2 A d. Hence A d = (b₁ - b₂)/2: two equations a pixel, solved by
-    least squares over a window. Large shifts are found in small images first; finer scales correct."""
+    least squares over a window. Large shifts are found in downscaled images first, then refined."""
     pairs = torch.stack([torch.as_tensor(frames).float() for frames in (previous, current)])
     scales = [0.5**k for k in range(levels + 1) if k == 0 or min(pairs.shape[-2:]) * 0.5**k >= 32]
 
@@ -386,18 +386,18 @@ def farneback(previous, current, *, levels=3, winsize=10, iterations=3, poly_n=5
         return flow
 
     blocks = pairs.reshape(2, -1, *pairs.shape[-2:]).split(BLOCK if pairs.is_cpu else pairs.numel(), dim=1)
-    in_order = in_threads if len(blocks) > 1 else map  # single steps are too short to be divided
+    in_order = in_threads if len(blocks) > 1 else map  # torch cannot split such short operations well
     flow = torch.cat([*in_order(coarse_to_fine, blocks)], dim=1)
     return flow.permute(1, 2, 3, 0).reshape(*pairs.shape[1:], 2)
 
 
 def correlate(images, dim, weights, sign=1):
-    """Weighted sums of 2n + 1 neighbours along a dimension, which gets shorter by 2n. `weights` are those at
-    0...n; those at -n...-1 mirror them, times `sign`. (Faster than a convolution on a CPU.)"""
+    """Weighted sums of 2n + 1 neighbours along a dimension, which shrinks by 2n. `weights` are for offsets
+    0...n; those for -n...-1 mirror them, times `sign`. (Faster than a convolution on a CPU.)"""
     n = len(weights) - 1
     neighbours = images.unfold(dim, 2 * n + 1, 1).unbind(-1)
     total = neighbours[n] * weights[0]
-    pair = torch.empty_like(total)  # one buffer for all: new memory would take as long as the sums
+    pair = torch.empty_like(total)  # one buffer for all: allocating would take as long as adding
     for k in range(1, n + 1):
         torch.add(neighbours[n + k], neighbours[n - k], alpha=sign, out=pair)
         total.add_(pair, alpha=weights[k])
@@ -405,7 +405,7 @@ def correlate(images, dim, weights, sign=1):
 
 
 def gaussian(n, sigma):
-    """Weights at 0...n of a Gaussian window of 2n + 1 pixels, whose sum is 1."""
+    """Weights at offsets 0...n of a Gaussian window of 2n + 1 pixels that sums to 1."""
     g = np.exp(-(np.arange(n + 1) ** 2) / (2 * sigma**2))
     return g / (2 * g.sum() - g[0])
 
@@ -421,10 +421,10 @@ def blur_and_shrink(images, scale):
 
 
 def polynomial_expansion(images, n, sigma):
-    """(2, B, h, w) -> (2, 5, B, h, w): at each pixel, halves of by, bx, ayy, axx, axy of the best parabola
-    f = c + by y + bx x + ayy y² + axx x² + 2 axy xy. (Halves, because two frames' sum is then their mean.)
+    """(2, B, h, w) -> (2, 5, B, h, w): at each pixel, half of by, bx, ayy, axx, axy of the best quadratic
+    f = c + by y + bx x + ayy y² + axx x² + 2 axy xy. (Half, so that two frames' sum is their mean.)
 
-    Least squares over (2n + 1)² neighbours, weights g. Odd moments vanish; m2 = Σ g x², m4 = Σ g x⁴:
+    Least squares over (2n + 1)² pixels with weights g. Odd moments vanish; m2 = Σ g x², m4 = Σ g x⁴:
         Σ g f y = m2 by        Σ g f x = m2 bx        Σ g f xy = m2² 2 axy
         Σ g f = c + m2 ayy + m2 axx        Σ g f y² = m2 c + m4 ayy + m2² axx        (for x² alike)
     The matrix is the same everywhere, so each coefficient is a correlation of the image with a function of x
@@ -448,37 +448,37 @@ def polynomial_expansion(images, n, sigma):
 
 
 def improve(flow, first, second, winsize):
-    """A better flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), read where
-    the flow points to. A is the mean of both; only the rest of d is unknown: Δb = (b₁ - b₂)/2 + A·flow.
-    Outside the image, A is the first one's, and b₂ = 0. The normal equations AᵀA d = AᵀΔb, summed over
+    """Refines the flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), sampled
+    where the flow points. A is the mean of both; Δb = (b₁ - b₂)/2 + A·flow adds the d found so far.
+    Outside, A is the first frame's, and b₂ = 0. The normal equations AᵀA d = AᵀΔb, summed over
     windows of 2·(winsize//2) + 1 pixels, are a 2x2 system at each pixel."""
     h, w = flow.shape[-2:]
     dx, dy = flow
     x = dx + torch.arange(w, device=flow.device)
     y = dy + torch.arange(h, device=flow.device)[:, None]
-    inside = ((x >= 0) & (x < w - 1) & (y >= 0) & (y < h - 1)).float()  # in OpenCV, the last pixel is outside
+    inside = ((x >= 0) & (x < w - 1) & (y >= 0) & (y < h - 1)).float()  # as in OpenCV, not the last pixel
     grid = torch.stack([x * (2 / (second.shape[-1] - 1)), y * (2 / (second.shape[-2] - 1))]).sub_(1)
     second = F.grid_sample(second, grid.permute(1, 2, 3, 0), align_corners=True).transpose(0, 1).mul_(inside)
     by, bx = first[:2] - second[:2]
-    ayy, axx, axy = second[2:].add_(first[2:]).mul_(2 - inside)  # in place: new memory would slow it down
+    ayy, axx, axy = second[2:].add_(first[2:]).mul_(2 - inside)  # in place: allocating is slower
     by.addcmul_(ayy, dy).addcmul_(axy, dx)
     bx.addcmul_(axx, dx).addcmul_(axy, dy)
     equations = [(ayy * ayy).addcmul_(axy, axy), (ayy + axx).mul_(axy), (axx * axx).addcmul_(axy, axy)]
     equations += [(ayy * by).addcmul_(axy, bx), (axy * by).addcmul_(axx, bx)]
-    # Near the border, a pixel counts less, by OpenCV's factors.
+    # Pixels near the border count less, by OpenCV's factors.
     ramp = torch.tensor([0.14, 0.14, 0.4472, 0.4472, 0.4472] + [1.0] * max(h, w), device=flow.device)
     weight = ((ramp[:h] * ramp[:h].flip(0))[:, None] * ramp[:w] * ramp[:w].flip(0)) ** 2
     m = winsize // 2
     padded = F.pad(torch.stack(equations).mul_(weight), (m, m, m, m), mode="replicate")
     sums = padded.unfold(-2, 2 * m + 1, 1).sum(-1)  # fast in this direction only
     yy, xy, xx, by, bx = correlate(sums, -1, [1] * (m + 1))
-    determinant = yy * xx - xy * xy + 1e-3 * winsize**4  # 1e-3 is meant for sums divided by winsize²
+    determinant = yy * xx - xy * xy + 1e-3 * winsize**4  # OpenCV's 1e-3 is for sums / winsize²
     return torch.stack([yy * bx - xy * by, xx * by - xy * bx]) / determinant
 
 
 # ---- 1. Video: streams -------------------------------------------------------------------------------------
 def moving(speed, kind):
-    """Weight of each pixel in the motion stream, by its speed in pixels a frame, (T, H, W, 1). kind: "hard"
+    """Weight of each pixel in the motion stream, by its speed in pixels per frame, (T, H, W, 1). kind: "hard"
     keeps what is faster than 0.2 (as released), "soft" scales a frame's speeds to 0...1 (paper, Eq. 4)."""
     if kind == "hard":
         return speed > 0.2
@@ -486,7 +486,7 @@ def moving(speed, kind):
     return speed / speed.amax((-3, -2), keepdim=True).clamp(min=1e-6)
 
 
-# What a branch sees: frames times a weight, a function of (speed, kind); or, with None, just the frames.
+# What a branch sees: the frames times a weight, a function of (speed, kind); None: the frames as they are.
 MASKS = {"appearance": None, "motion": moving}
 
 
@@ -496,7 +496,7 @@ class Clip:
 
     streams: dict  # branch -> (T, H, W, 3) uint8 RGB; from a feature cache, float tensors (T, Q, C)
     seconds: list  # T times, rounded to 0.1
-    message: str  # stands before the question in the prompt
+    message: str  # precedes the question in the prompt
     indices: np.ndarray  # (T) frame numbers in the video
     notes: list = field(default_factory=list)  # remarks about damage
     appearance = property(lambda self: self.streams["appearance"])
@@ -506,33 +506,33 @@ class Clip:
 def read_clip(path, n_frames=32, image_size=224, branches=("appearance", "motion"), motion_mask="hard",
               fps=25, device="cpu", **sampling):  # fmt: skip
     """Video file, or folder of numbered pictures -> Clip of min(n_frames, total) frames. Raises VideoError.
-    branches: names in MASKS; without a masked one no flow is computed. fps: pictures a second of a folder.
+    branches: keys of MASKS; no flow is computed if none is masked. fps: pictures per second, in a folder.
     device: where the flow is computed. sampling: see `sample_frames`."""
     video = open_video(path, image_size, fps)
     for _ in range(2):
         indices = sample_frames(len(video.seconds), n_frames, **sampling)
         try:
             return clip_of(video, image_size, indices, branches, motion_mask, device)
-        except EOFError:  # the packets promised other frames
+        except EOFError:  # the packet table was wrong: decode everything
             video = decode_all(path, image_size)._replace(promised=len(video.seconds))
     raise VideoError(path, "changes its number of frames from one decoding to the next")
 
 
-def clip_options(config):  # of read_clip, for a model
+def clip_options(config):  # the options of read_clip for a model
     return {name: getattr(config, name) for name in ("n_frames", "image_size", "branches", "motion_mask")}
 
 
 def clip_of(video, size, indices, branches, motion_mask, device="cpu"):
-    """Clip of these frames of a Video. Threads compute the flow of a block as soon as it is decoded."""
+    """A Clip of these frames of a Video. Threads compute the flow of a block as soon as it is decoded."""
     for name in branches:
         require(name in MASKS, f"no stream is called {name!r}, only {', '.join(MASKS)} (data.MASKS)")
     masks = {name: MASKS[name] for name in branches if MASKS[name]}
-    # Motion is seen between two frames. Frame 0 has no previous one: frame 1 stands in for it, as released.
+    # Motion needs a previous frame. Frame 0 has none: frame 1 stands in for it, as released.
     last = len(video.seconds) - 1
     current = np.clip(indices, 1, last)  # a lone frame stays 0, and is its own previous one
     previous = np.maximum(current - 1, 0)
     wanted = np.unique([indices, previous, current] if masks else indices)  # in ascending order
-    on_cpu = torch.device(device).type == "cpu"  # a GPU takes all pairs at once, when they are here
+    on_cpu = torch.device(device).type == "cpu"  # a GPU takes all pairs at once, after decoding
     step = BLOCK if on_cpu else len(indices)
     blocks = np.split(np.arange(len(indices)), range(step, len(indices), step)) if masks else []
     frames = {}
@@ -576,22 +576,22 @@ DESCRIBE_QUESTIONS = [  # asked in place of a row's own first question when the 
     "Please tell me in detail about the irregular event in the video.",
 ]  # fmt: skip
 SYSTEM = " "  # the released system text: a single space
-IGNORE = -100  # label of a token that is not learned
+IGNORE = -100  # label of a token that is left out of the loss
 MARKER = re.compile(r"(\[(?=/?INST\])|<(?=</?SYS>>|/?Video>))")  # first character of a marker of the prompt
 
 
 def plain_text(text):
-    """User text as nothing but text: a space breaks the prompt's own markers, lone surrogates become "?".
-    (SentencePiece makes no control token of text, but `[/INST]`, mere text to LLaMA, would end a turn.)"""
+    """Makes user text harmless: a space breaks the prompt's own markers, lone surrogates become "?".
+    (SentencePiece makes no control tokens of text, but `[/INST]`, plain text to LLaMA, would end a turn.)"""
     return MARKER.sub(r"\1 ", text).encode("utf-8", "replace").decode("utf-8")
 
 
 class Tokenizer:
-    """SentencePiece, and an id that holds the place of soft tokens. Equals transformers 4.28's slow LLaMA
-    tokenizer with `<ImageHere>` added: text between control tokens is encoded alone, after a dummy space."""
+    """SentencePiece, and a placeholder id for soft tokens. Equals transformers 4.28's slow LLaMA tokenizer
+    with `<ImageHere>` added: text between control tokens is encoded separately, after a dummy space."""
 
     def __init__(self, path, vocab_size=None):
-        """path: a tokenizer.model. vocab_size: that of the model beside it. ValueError if they do not fit."""
+        """path: a tokenizer.model. vocab_size: that of the model beside it. ValueError if it differs."""
         require(os.path.isfile(path), f"{path}: no such tokenizer file")
         try:
             self.sp = SentencePieceProcessor(model_file=str(path))
@@ -623,13 +623,13 @@ class Tokenizer:
         return ids[:max_tokens], labels[:max_tokens]
 
     def encode_prompt(self, question, message="", n_visual=64, system=SYSTEM, history=()):
-        """Ids up to the answer that is to be generated. history: earlier (question, answer) pairs."""
+        """The prompt's ids, up to the answer to be generated. history: earlier (question, answer) pairs."""
         qa = [{"q": q, "a": a} for q, a in [*history, (question, "")]]
         return self.encode_conversation(qa, message, n_visual, None, system)[0]
 
     def encode_caption(self, text, n_visual, max_tokens=32):
-        """Stage 1 -> (ids, labels): `<s>`, placeholders, and max_tokens of the caption + "\\n", lower-case,
-        with less punctuation and at most 50 words, as by the released `BlipCaptionProcessor`."""
+        """Stage 1 -> (ids, labels): `<s>`, placeholders, up to max_tokens of the caption + "\\n", in lower
+        case, without most punctuation, at most 50 words, as the released `BlipCaptionProcessor` does it."""
         text = re.sub(r'[.!"()*#:;~]', " ", plain_text(text).strip().lower())
         text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
         caption = self.sp.encode(" ".join(text.split(" ")[:50]) + "\n")[:max_tokens]
@@ -644,14 +644,14 @@ class Tokenizer:
 
 # ---- 3. Datasets: index files, samples, batches ------------------------------------------------------------
 def read_index(path):
-    """An index file (JSON lines) -> its rows, with absolute video paths. ValueError that names a bad line."""
+    """An index file (JSON lines) -> its rows, with absolute video paths. ValueError names a bad line."""
     rows = []
     folder = os.path.dirname(os.path.abspath(path))
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
-                    row = check_row(json.loads(text, parse_constant=int))  # NaN is no JSON: int refuses it
+                    row = check_row(json.loads(text, parse_constant=int))  # NaN is not JSON: int rejects it
                     rows.append(row | {"video": os.path.join(folder, row["video"])})
             except (ValueError, RecursionError) as error:
                 reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
@@ -661,7 +661,7 @@ def read_index(path):
 
 
 def check_row(row):
-    """The row. ValueError that says which field is wrong."""
+    """Returns the row, or raises a ValueError that says which field is wrong."""
     require(isinstance(row, dict), "not a JSON object")
     video = row.get("video")
     require(isinstance(video, str) and video and "\0" not in video, '"video" must be the path of a file')
@@ -709,7 +709,7 @@ class HawkDataset(torch.utils.data.Dataset):
 
     def __init__(self, rows, tokenizer, config, stage=2, seed=0, train=True, augment=True, features=None,
                  max_tokens=512, motion_targets=False):  # fmt: skip
-        """augment: crop, in training. features: CachedFeatures, which take the place of videos.
+        """augment: random crops, in training. features: CachedFeatures, which replace the videos.
         motion_targets: the motion caption is a target in stage 2 too, as the paper describes."""
         self.rows = rows
         self.tokenizer = tokenizer
@@ -728,12 +728,12 @@ class HawkDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, number):
-        """Sample numbers run on over the epochs, so that no loader worker has to be told the epoch."""
+        """Sample numbers continue across epochs, so that no loader worker has to be told the epoch."""
         epoch, i = divmod(number, len(self.rows))
         try:
             return self.sample(i, clip_generator(self.seed, epoch, i))
         except VideoError as error:
-            # Stands in for a sample: the training loop reports it, and no other clip silently replaces it.
+            # In place of a sample: the training loop reports it, and no other clip silently replaces it.
             return {"error": str(error), "video": self.rows[i]["video"], "index": i}
 
     def read(self, i, sampling, generator):
@@ -769,7 +769,7 @@ class HawkDataset(torch.utils.data.Dataset):
         return {"streams": streams} | {key: torch.as_tensor(value) for key, value in sample.items()}
 
     def conversation(self, row, generator):
-        """In training, half of the time the annotated rounds; else the description as the first answer."""
+        """In training, the annotated rounds half of the time; else the description is the first answer."""
         qa = [turn for turn in row.get("qa") or [] if turn["a"]]  # a new list: the row itself is never edited
         description = row.get("description")
         if not self.train:
@@ -778,7 +778,7 @@ class HawkDataset(torch.utils.data.Dataset):
         question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
         if annotated or not description:
             return qa
-        return [{"q": question, "a": description}, *qa[1:]]  # as released, the later rounds stay
+        return [{"q": question, "a": description}, *qa[1:]]  # as released, later rounds are kept
 
 
 def collate(samples, pad_id=0):
@@ -790,10 +790,10 @@ def collate(samples, pad_id=0):
 
 def stack(values, pad_id, key=""):
     """B dicts or tensors -> one, of the greatest length. Texts are padded. A clip of fewer frames repeats its
-    last one: the towers know still pictures, and the model needs no mask."""
+    last one: the encoders have seen still images, and the model needs no mask."""
     if isinstance(values[0], dict):
         return {name: stack([value[name] for value in values], pad_id, name) for name in values[0]}
-    if key.endswith(("input_ids", "labels")) and values[0].dim() == 1:  # no stream
+    if key.endswith(("input_ids", "labels")) and values[0].dim() == 1:  # not a stream
         padding = IGNORE if key.endswith("labels") else pad_id
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     if values[0].dim() == 0:
@@ -803,15 +803,15 @@ def stack(values, pad_id, key=""):
 
 
 # ---- 4. Feature cache: what `prepare.py features` wrote ----------------------------------------------------
-# FOLDER/meta.json says what was computed from what. Each clip has a file of its own, which appears when it is
-# whole. FOLDER/bad_videos.jsonl lists the rows whose videos could not be read.
+# FOLDER/meta.json says what was computed from what. Each clip has a file of its own, which appears only once
+# complete. FOLDER/bad_videos.jsonl lists the rows whose videos could not be read.
 def cache_file(folder, row, choice=0):
-    """Holds {branch: (T, Q, C)} and texts "message", "indices", "bytes". choice: 0 is the whole picture."""
+    """A file of {branch: (T, Q, C)} and texts "message", "indices", "bytes". choice: 0 is not cropped."""
     return Path(folder) / (f"{row}-{choice}.safetensors" if choice else f"{row}.safetensors")
 
 
 def cache_meta(rows, config, fingerprint):
-    """What features are made from. Videos are known by name (and fps), so that their folder may move."""
+    """What features are made from. Videos are identified by file name (and fps): their folder may move."""
     names = json.dumps([os.path.basename(row["video"]) + str(row.get("fps", "")) for row in rows])
     meta = {"weights": fingerprint, "videos": hashlib.sha256(names.encode()).hexdigest()[:16]}
     return meta | {name: getattr(config, name) for name in ("motion_mask", "n_frames", "image_size")}
@@ -828,8 +828,8 @@ def frozen_fingerprint(model):
 
 
 class CachedFeatures:
-    """Frame features of the rows of an index, whose videos need not be there any more. ValueError if they are
-    of other weights, settings or videos, or not complete."""
+    """Frame features of the rows of an index, whose videos are no longer needed. ValueError if they come from
+    other weights, settings or videos, or are incomplete."""
 
     def __init__(self, folder, rows, config, fingerprint):
         self.folder = Path(folder)
@@ -851,11 +851,11 @@ class CachedFeatures:
         require(not missing, f"{folder}: {len(missing)} clips are missing; run `prepare.py features` again")
 
     def load(self, i, choice):
-        """Clip whose streams are features. VideoError if there are none of row i, or of another video."""
+        """A Clip whose streams are features. VideoError if row i has none, or its video has changed since."""
         file = cache_file(self.folder, i, choice)
         video = self.rows[i]["video"]
         if not file.exists():
-            raise VideoError(video, self.bad.get(i, f"{file} has gone"))
+            raise VideoError(video, self.bad.get(i, f"{file} is gone"))
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata()
@@ -869,17 +869,17 @@ class CachedFeatures:
 
 # ---- 5. Machine --------------------------------------------------------------------------------------------
 def note(text):
-    print(re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stderr, flush=True)  # no codes
+    print(re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", "?", text), file=sys.stderr, flush=True)  # no escapes
 
 
 def print_error(error):  # in one line; returns the exit status
     lines = str(error).strip().splitlines()
-    note(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")  # a loader worker's has one
+    note(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")  # from a loader worker
     return 2
 
 
 def settings(pairs):
-    """`--set KEY=VALUE ...` -> {key: value as in config.json, or text}, which HawkConfig.from_dict judges."""
+    """`--set KEY=VALUE ...` -> {key: value as in config.json, or text}, which HawkConfig.from_dict checks."""
     values = dict(pair.partition("=")[::2] for pair in pairs)
     for key, text in values.items():
         with suppress(ValueError):
@@ -888,20 +888,20 @@ def settings(pairs):
 
 
 def usable_device(name=None):
-    """The torch.device of this name, by default the best there is. ValueError where it cannot be used."""
+    """The torch.device of this name, by default the best available. ValueError if it cannot be used."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(device for device in there if there[device])
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown to torch, or not in this machine
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":  # CUDA graphs and Triton's kernels run on the current one
+    if device.type == "cuda":  # CUDA graphs and Triton kernels run on the current device
         torch.cuda.set_device(device)
     return device
 
 
 def peak_memory_mb(device):
-    """The most memory that this process has held: on the GPU if the model is there, else on the machine."""
+    """The most memory that this process has used: GPU memory if the model is there, else RAM."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
@@ -910,7 +910,7 @@ def peak_memory_mb(device):
 
 @contextmanager
 def replaced_folder(folder):
-    """Yields an empty folder beside `folder` to write into, which atomically replaces it on success."""
+    """Yields an empty folder beside `folder` to write into; on success it atomically replaces `folder`."""
     folder, old = recover_folder(folder)
     new = Path(f"{folder}.being-written")
     shutil.rmtree(new, ignore_errors=True)
@@ -928,8 +928,8 @@ def replaced_folder(folder):
 
 
 def recover_folder(folder):
-    """Undoes a replacement that was killed between its two renames -> (folder, where its old one waits)."""
-    folder = Path(folder).resolve()  # the folder itself, where its name is a link
+    """Undoes a replacement that was killed between its two renames -> (folder, name for its old content)."""
+    folder = Path(folder).resolve()  # follows links to the folder itself
     old = Path(f"{folder}.being-replaced")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

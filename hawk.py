@@ -1,4 +1,4 @@
-"""The Hawk model, from leaf to whole. It sees a clip twice: as it is, and with all that stands still black.
+"""The Hawk model, bottom up. It sees a clip twice: as it is, and with whatever does not move blacked out.
 
     frames -+        +- appearance: Q-Former, + frame position, video Q-Former, projection -+
             +- ViT --+                                                                      +- tokens - LLaMA
@@ -7,7 +7,7 @@
     model = Hawk.from_pretrained("weights/tiny")
     encoding = model.encode({"appearance": frames, "motion": masked})  # (B, T, 3, H, W) each, in [0, 1]
     ids = model.generate(encoding, input_ids)  # lists of new token ids
-B clips, T frames, Q queries, S tokens, N soft ones, V words; h heads of width d; width C, but D in LLaMA"""
+B clips, T frames, Q queries, S tokens, N soft tokens, vocabulary V; h heads of width d; width C (LLaMA: D)"""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ COMPARED = ("appearance", "motion")  # the branches whose features the consisten
 FROZEN = ("ln_vision", "queries", "qformer")  # the frame-level part of a branch, as in BLIP-2
 
 # ---- Configuration -----------------------------------------------------------------------------------------
-# A clip on its way (rows 2 to 5: a branch)   7b: shape        parameters    tiny: shape       parameters
+# A clip, step by step (rows 2-5: a branch)   7b: shape        parameters    tiny: shape       parameters
 #   ViT, on the frames of every branch        (32, 257, 1408)  985,894,528   (8, 65, 128)         876,416
 #   ln_vision, queries, frame Q-Former        (32, 32, 768)    105,165,056   (8, 16, 128)         531,712
 #   + frame position, frames side by side     (1024, 768)           24,576   (128, 128)             1,024
@@ -36,7 +36,7 @@ FROZEN = ("ln_vision", "queries", "qformer")  # the frame-level part of a branch
 
 
 @dataclass
-class HawkConfig:  # every size and choice, flat; the defaults are the published 7B model
+class HawkConfig:  # all sizes and options; the defaults are those of the published 7B model
     branches: tuple = ("appearance", "motion")  # streams of a clip, in the order of their soft tokens
     n_frames: int = 32  # rows of the frame position table: the most frames a clip may have
     image_size: int = 224
@@ -59,11 +59,11 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
     llama_heads: int = 32
     llama_mlp: int = 11008
     vocab_size: int = 32000  # the placeholder <ImageHere> is one past the end: id `vocab_size`
-    context_length: int = 4096  # the most tokens of a prompt and its answer together: sample.ask keeps to it
+    context_length: int = 4096  # most tokens in a prompt and its answer together; sample.ask enforces it
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    dropout: float = 0.1  # of Q-Formers with trainable parameters, in training
-    motion_mask: str = "hard"  # of the motion stream, see data.moving; "soft" is the paper's Eq. 4
+    dropout: float = 0.1  # in training, of Q-Formers with trainable parameters
+    motion_mask: str = "hard"  # how the motion stream is masked, see data.moving; "soft": the paper's Eq. 4
     consistency: str = "cosine"  # "debiased" leaves out the bias of encoder_1
     video_language_weight: float = 1.0
     motion_language_weight: float = 0.1
@@ -72,17 +72,17 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
     lora_targets: tuple = ("q_proj", "v_proj")
-    gradient_checkpointing: bool = False  # train.py: LLaMA's layers are computed again in the backward pass
+    gradient_checkpointing: bool = False  # train.py: recompute LLaMA's layers in the backward pass
 
     def __post_init__(self):
-        """ValueError for what cannot be built: a config file may hold anything."""
-        for name, value in vars(self).items():  # type(): a bool is an int to isinstance
+        """Raises ValueError for a model that cannot be built: a config file may hold anything."""
+        for name, value in vars(self).items():  # type(): for isinstance, a bool is an int
             least = 1 if type(value) is int and name != "lora_rank" else 0
             require(type(value) not in (int, float) or least <= value < 2**31, f"{name} is {value}")
         depth = max(self.vit_depth, self.qformer_layers, self.video_layers, self.llama_layers)
         require(depth <= 200, f"{depth} layers; at most 200 are possible")
         require(self.image_size >= self.patch_size, f"image_size {self.image_size} is below one patch")
-        for tower, of in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary positions turn pairs
+        for tower, of in (("vit", 1), ("qformer", 1), ("llama", 2)):  # rotary embedding: even width
             dim = getattr(self, f"{tower}_dim")
             heads = getattr(self, f"{tower}_heads")
             require(dim % (heads * of) == 0, f"{heads} {tower}_heads do not divide {tower}_dim {dim} evenly")
@@ -91,7 +91,7 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
         require(known, f"motion_mask {self.motion_mask}, consistency {self.consistency}, {self.lora_targets}")
         words = {name for name in self.branches if str(name).isidentifier() and not hasattr(Hawk, name)}
         known = 0 < len(self.branches) == len(words - {"vit", "llama", "config", "steps", *vars(nn.Module())})
-        require(known, f"branches {self.branches} must be distinct words without a meaning in the model")
+        require(known, f"branches {self.branches} must be distinct names that the model does not use")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
     n_visual = property(lambda self: len(self.branches) * self.n_video_queries)  # soft tokens of a clip
@@ -99,7 +99,7 @@ class HawkConfig:  # every size and choice, flat; the defaults are the published
 
     @classmethod
     def from_dict(cls, values, source="config"):
-        """Refuses unknown keys and other types. A tuple may be a list (JSON) or "a,b,c" (command line)."""
+        """Rejects unknown keys and wrong types. A tuple may be a list (JSON) or "a,b,c" (command line)."""
         types = {field.name: field.type for field in fields(cls)}
         checked = {}
         for key, value in values.items():
@@ -130,16 +130,16 @@ def split_heads(x, heads):
 
 
 def attend(q, k, v, heads, dropout=0.0):
-    """softmax(q kᵀ / √d) v over the heads, no mask. q (B, Sq, C), k and v (B, Sk, C) -> (B, Sq, C)."""
+    """softmax(q kᵀ / √d) v in each head, unmasked. q (B, Sq, C), k and v (B, Sk, C) -> (B, Sq, C)."""
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
-def linears(**sizes):  # Linears by name, each given as (in, out) or (in, out, bias); others may be added
+def linears(**sizes):  # named Linears, each (in, out) or (in, out, bias); other modules may be added
     return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
 
-def drawn(std, *shape):  # not on the meta device: to draw nothing there, torch would load its compiler
+def drawn(std, *shape):  # normal; not on the meta device, where normal_ makes torch load its compiler
     x = torch.empty(shape)
     return nn.Parameter(x if x.is_meta else x.normal_(0, std))
 
@@ -164,7 +164,7 @@ class ViTBlock(nn.Module):  # pre-norm; keys have no bias: it would cancel in th
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
-class ViT(nn.Module):  # the released `forward_features`: no pixel normalisation, no norm after the last block
+class ViT(nn.Module):  # equals the released `forward_features`: no pixel normalisation, no final norm
     def __init__(self, config):
         super().__init__()
         patches = (config.image_size // config.patch_size) ** 2
@@ -180,7 +180,7 @@ class ViT(nn.Module):  # the released `forward_features`: no pixel normalisation
         return self.blocks(x)
 
 
-# ---- Q-Former: a BERT whose input is learned queries that read an image, or a clip, by cross-attention -----
+# ---- Q-Former: a BERT over learned queries, which attend to an image, or a clip, by cross-attention --------
 class QFormerAttention(nn.Module):  # BERT's, post-norm: norm(x + output(attention(x, context)))
     def __init__(self, dim, heads, context_dim, dropout):
         super().__init__()
@@ -217,7 +217,7 @@ class QFormerLayer(nn.Module):
         return self.mlp.norm(x + F.dropout(y, self.dropout, self.training))
 
 
-class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)`; no unused text half
+class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)` without its text half
     def __init__(self, config, layers, context_dim, every):
         super().__init__()
         self.dropout = config.dropout
@@ -225,7 +225,7 @@ class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)
         self.layers = nn.ModuleList(QFormerLayer(config, context_dim, i % every == 0) for i in range(layers))
 
     def forward(self, queries, context):
-        """Learned queries (1, Q, C) read a context (B, S, context_dim) and become (B, Q, C)."""
+        """Learned queries (1, Q, C) attend to a context (B, S, context_dim) -> (B, Q, C)."""
         x = F.dropout(self.norm(queries).expand(len(context), -1, -1), self.dropout, self.training)
         for layer in self.layers:
             x = layer(x, context)
@@ -235,16 +235,16 @@ class QFormer(nn.Module):  # equals the released `Qformer.bert(query_embeds=…)
 # ---- Branch: from the ViT's features of T frames to 32 soft tokens -----------------------------------------
 class Branch(nn.Module):
     """Paper, Sec. 3.2: f = P(E(X)). Built once for each of config.branches. It has tight features only if the
-    consistency loss compares it, because DDP would wait for a layer that no loss reaches."""
+    consistency loss compares them, because DDP would wait for the gradient of a layer that no loss uses."""
 
     def __init__(self, config, compared=True):
         super().__init__()
         dim = config.qformer_dim
         D = config.llama_dim
-        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # as in BLIP-2, like all that FROZEN names
+        self.ln_vision = nn.LayerNorm(config.vit_dim, eps=1e-5)  # as in BLIP-2, like everything in FROZEN
         self.queries = drawn(0.02, 1, config.n_queries, dim)
         self.qformer = QFormer(config, config.qformer_layers, config.vit_dim, config.cross_every)
-        # what trains: the order of the frames, the video Q-Former and the bridge to LLaMA
+        # trained: the frame positions, the video Q-Former and the projection into LLaMA
         self.frame_position = nn.Embedding.from_pretrained(drawn(1, config.n_frames, dim), freeze=False)
         self.video_queries = drawn(0.02, 1, config.n_video_queries, dim)
         self.video_qformer = QFormer(config, config.video_layers, dim, every=1)
@@ -254,7 +254,7 @@ class Branch(nn.Module):
         self.decoder_2 = nn.Linear(D, D)
 
     def frames(self, features):
-        """Each frame by itself: ViT features (N, 1 + patches, C) -> (N, Q, C). Frozen: can be cached."""
+        """Each frame on its own: ViT features (N, 1 + patches, C) -> (N, Q, C). Frozen, so cacheable."""
         return self.qformer(self.queries, self.ln_vision(features))
 
     def video(self, frames):
@@ -268,16 +268,16 @@ class Branch(nn.Module):
         return self.decoder_2(x), None if self.encoder_1 is None else self.encoder_1(x)
 
 
-# ---- LLaMA-2, its cache, and one decoding step -------------------------------------------------------------
+# ---- LLaMA-2, its KV cache, and one decoding step ----------------------------------------------------------
 def rotate(x, cos, sin):
-    """Rotary position: turns the pairs (x_i, x_{i + d/2}) of x (B, h, S, d) by their angles, like HF. cos and
-    sin (…, S, d) are in float32; the first half holds -sin, the second sin."""
+    """Rotary embedding: rotates the pairs (x_i, x_{i + d/2}) of x (B, h, S, d), as in transformers. cos and
+    sin (…, S, d) of the angles are float32; the first half of sin is negated."""
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of each layer for `size` tokens. `length`, how many are filled, is a tensor on the
-    device, so that a step can be recorded. `padding`: the number of empty tokens before each prompt."""
+    """Keys and values of each layer, for up to `size` tokens. `length`, how many are filled, is a tensor on
+    the device, so that a CUDA graph can capture a step. `padding`: padding tokens before each prompt."""
 
     def __init__(self, config, batch, size, like):
         shape = (2, batch, config.llama_heads, size, config.llama_dim // config.llama_heads)  # k and v
@@ -288,16 +288,16 @@ class KVCache:
 
     def clear(self, padding):  # (B,)
         for kv in self.layers:
-            kv.zero_()  # what a mask hides must be finite, too: 0 times NaN is NaN
+            kv.zero_()  # masked entries must be finite, too: 0 times NaN is NaN
         self.length.zero_()
         self.padding.copy_(padding.view(-1, 1, 1, 1))
 
     def extend(self, S):
-        """S more tokens -> their positions behind the padding (B, 1, S), slots (S,), mask (B, 1, S, size)."""
+        """Appends S tokens -> positions after the padding (B, 1, S), slots (S,), mask (B, 1, S, size)."""
         slots = self.length + torch.arange(S, device=self.length.device)
         self.length += S
         seen = (self.padding <= self.slots) & (self.slots <= slots[:, None])
-        seen = seen | (self.slots == slots[:, None])  # padding sees itself: its softmax must not be 0 / 0
+        seen = seen | (self.slots == slots[:, None])  # padding attends to itself: no softmax may be 0 / 0
         mask = torch.zeros_like(seen, dtype=self.layers[0].dtype).masked_fill(~seen, -torch.inf)
         return (slots - self.padding[..., 0]).clamp_min(0), slots, mask
 
@@ -317,7 +317,7 @@ class LlamaBlock(nn.Module):
         y = self.input_layernorm(x)
         q, k, v = (split_heads(self.self_attn[f"{part}_proj"](y), self.heads) for part in "qkv")
         q, k = (rotate(part, cos, sin) for part in (q, k))  # (B, h, S, d)
-        if kv is not None:  # into their slots, beside those of earlier tokens: (B, h, size, d)
+        if kv is not None:  # written into the cache beside those of earlier tokens: (B, h, size, d)
             k, v = kv.index_copy_(3, slots, torch.stack([k, v]).to(kv.dtype))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
@@ -325,7 +325,7 @@ class LlamaBlock(nn.Module):
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))  # SwiGLU
 
 
-class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausalLM` (names too), head not tied
+class Llama(nn.Module):  # on embeddings: equals transformers' `LlamaForCausalLM` (names too), untied head
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -350,9 +350,9 @@ class Llama(nn.Module):  # over embeddings: equals transformers' `LlamaForCausal
 
 
 class DecodingStep:
-    """What makes a word: embed the last token, run the layers over the cache, apply the head, take the
-    likeliest token. Nothing waits for the CPU and no tensor moves, so a GPU records it once, as a CUDA graph,
-    and replays it: launching its thousand small kernels one by one takes longer than running them."""
+    """Makes one token: embeds the last one, runs the layers over the cache, applies the head and takes the
+    likeliest. Nothing waits for the CPU and no tensor is reallocated, so a GPU captures the step once, as a
+    CUDA graph, and replays it: launching a thousand small kernels takes longer than running them."""
 
     def __init__(self, llama, batch, size, like, compiled=False):
         self.llama = llama
@@ -360,15 +360,15 @@ class DecodingStep:
         self.token = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.logits = torch.zeros(batch, llama.config.vocab_size, device=like.device)
         self.run_layer = nn.Module.__call__
-        if compiled:  # by inductor, which fuses small kernels: once for all layers and all sizes of the cache
+        if compiled:  # inductor fuses small kernels; it compiles once for all layers and cache sizes
             options = {"coordinate_descent_tuning": True}
             self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=True, options=options)
-        if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # whose copies of weights would be kept
-            self.run()  # loads and compiles what it needs, which a recording must not
+        if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # it would keep its copies of weights
+            self.run()  # warm-up: a capture must not load or compile kernels
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(like.device), torch.cuda.graph(graph):
                 self.run()
-            self.run = graph.replay  # in place of the method
+            self.run = graph.replay  # replaces the method
 
     def run(self):
         self.read(self.llama.embed_tokens(self.token[:, None]), self.run_layer)
@@ -378,8 +378,8 @@ class DecodingStep:
         self.token.copy_(self.logits.argmax(-1))
 
 
-# ---- LoRA, a stand-in for a Linear -------------------------------------------------------------------------
-class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); A starts like a Linear, B at zero
+# ---- LoRA: replaces a Linear -------------------------------------------------------------------------------
+class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); A starts as in a Linear, B at zero
     def __init__(self, linear, config):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
@@ -394,12 +394,12 @@ class LoRALinear(nn.Linear):  # y = W x + (alpha / rank) · B A dropout(x); A st
 
 
 # ---- Hawk --------------------------------------------------------------------------------------------------
-# Of B clips: soft tokens (B, N, D), 32 for each branch; {compared branch: tight features (B, 32, tight_dim)}
+# Of B clips: soft tokens (B, N, D), 32 per branch; tight features {compared branch: (B, 32, tight_dim)}
 Encoding = namedtuple("Encoding", "tokens tight")
 
 
 def is_frame_level(name):
-    """Whether a parameter works on single frames, in the ViT or a frame Q-Former. The paper freezes these."""
+    """Whether a parameter of this name acts on single frames (ViT, frame Q-Former): the paper freezes it."""
     tower, _, part = name.partition(".")
     return tower == "vit" or (tower != "llama" and part.startswith(FROZEN))
 
@@ -413,7 +413,7 @@ class Hawk(nn.Module):
         for name in config.branches:
             self.add_module(name, Branch(config, compared=both and name in COMPARED))
         self.llama = Llama(config)
-        self.steps = {}  # holds the last decoding step, by all that it depends on
+        self.steps = {}  # the last DecodingStep, keyed by everything it depends on
         if config.lora_rank:
             self.add_lora()
 
@@ -422,9 +422,9 @@ class Hawk(nn.Module):
     compile_step = False  # whether generate compiles its decoding step
 
     def set_trainable(self, mode):
-        """Chooses what learns: "paper" what follows the frame Q-Formers, without LLaMA; "released" also the
-        motion branch's queries, an oversight of its authors; "lora" also a LoRA, which is added if there
-        is none; "all" everything. The rest stays in eval mode, also after train(). ValueError for others."""
+        """Chooses what trains. "paper": all after the frame Q-Formers except LLaMA; "released": that and the
+        motion branch's queries, by its authors' oversight; "lora": "paper" and LoRA, added if missing;
+        "all": everything. The rest stays in eval mode, even after train(). ValueError for other modes."""
         require(mode in ("released", "paper", "lora", "all"), f"mode {mode!r}: released, paper, lora or all")
         if mode == "lora" and not any(isinstance(module, LoRALinear) for module in self.modules()):
             self.config.lora_rank = self.config.lora_rank or 8
@@ -436,7 +436,7 @@ class Hawk(nn.Module):
         return self.train(self.training)
 
     def train(self, mode=True):
-        self.steps.clear()  # a recording keeps the layers and the dropout that it was made with
+        self.steps.clear()  # a captured graph keeps the layers and dropout of its capture
         for module in self.modules():
             module.training = mode and any(p.requires_grad for p in module.parameters())
         return self
@@ -449,14 +449,14 @@ class Hawk(nn.Module):
     def frame_features(self, streams):
         """Frames {branch: (B, T, 3, H, W)} in [0, 1] -> {branch: (B, T, Q, C)}, which can be cached."""
         images = torch.cat([streams[name].flatten(0, 1) for name in self.config.branches])
-        images = images.to(self.vit.cls_token.dtype).split(32)  # bounds the memory of activations
+        images = images.to(self.vit.cls_token.dtype).split(32)  # limits activation memory
         features = torch.cat([self.vit(x) for x in images]).chunk(len(self.config.branches))
         pairs = zip(self.config.branches, features, strict=True)  # features: (B·T, 1 + patches, C)
         return {name: self.branch(name).frames(x).unflatten(0, streams[name].shape[:2]) for name, x in pairs}
 
     def encode(self, streams):
         """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding. ValueError
-        if a branch has no stream, or streams differ in shape, or have more frames than the model."""
+        if a branch has no stream, streams differ in shape, or have more frames than the model takes."""
         for name in self.config.branches:
             require(name in streams, f"no stream for the model's branch {name}: there are {list(streams)}")
         alike = len({streams[name].shape for name in self.config.branches}) == 1
@@ -468,8 +468,8 @@ class Hawk(nn.Module):
         return Encoding(tokens, {name: tight for name, (_, tight) in encoded.items() if tight is not None})
 
     def embed(self, input_ids, soft):
-        """Embeds ids (B, S), with the soft tokens (B, N, D) in the placeholder slots, in order: the one way
-        that vision enters the sentence. Raises ValueError when the slots of a row are not N."""
+        """Embeds ids (B, S), with the soft tokens (B, N, D) in place of placeholders, in order: the only way
+        that vision enters LLaMA. Raises ValueError if a row does not have N placeholders."""
         slots = input_ids == self.config.image_id
         counts = slots.sum(1).tolist()
         require(counts == [soft.shape[1]] * len(soft), f"{counts} placeholders, {soft.shape[1]} soft tokens")
@@ -477,8 +477,8 @@ class Hawk(nn.Module):
         return x.masked_scatter(slots[..., None], soft.to(x.dtype))
 
     def language_loss(self, input_ids, labels, soft, per_sample=False):
-        """Mean cross-entropy of the next token over all with a label (not -100); per_sample: over those of
-        each row, then over the rows. Only they go through the head, whose output is the largest tensor."""
+        """Cross-entropy of the next token, averaged over labelled tokens (not -100); with per_sample, over
+        each row, then over rows. Only these go through the head, whose output is the largest tensor."""
         hidden = self.llama(self.embed(input_ids, soft))[:, :-1]
         target = labels[:, 1:]
         kept = target != -100  # (B, S - 1)
@@ -489,16 +489,16 @@ class Hawk(nn.Module):
 
     def consistency_loss(self, encoding):
         """Paper, Eq. 7: 1 − cos(tight appearance, tight motion), flattened per sample, mean over the batch.
-        The biases of the two encoder_1 alone can satisfy it; "debiased" compares without them."""
-        if not encoding.tight:  # one of the two branches is not there
+        The biases of the two encoder_1 alone can minimise it; "debiased" compares without them."""
+        if not encoding.tight:  # one of the two branches is missing
             return encoding.tokens.new_zeros(())
-        share = 1 if self.config.consistency == "debiased" else 0  # of the bias that is taken off
+        share = 1 if self.config.consistency == "debiased" else 0  # of the bias that is subtracted
         a, m = (encoding.tight[name] - share * self.branch(name).encoder_1.bias for name in COMPARED)
         return (1 - F.cosine_similarity(a.flatten(1).float(), m.flatten(1).float())).mean()
 
     def losses(self, clips, input_ids, labels, motion_input_ids=None, motion_labels=None, per_sample=False):
         """Encoding of clips, ids and labels (B, S) -> losses by name (scalars). Without a motion target or a
-        motion branch, motion_language is video_language again, as in the released stage 2."""
+        motion branch, motion_language repeats video_language, as in the released stage 2."""
         c = self.config
         video_language = self.language_loss(input_ids, labels, clips.tokens, per_sample)
         motion_language = video_language
@@ -517,8 +517,8 @@ class Hawk(nn.Module):
     @torch.no_grad()
     def generate(self, encoding, input_ids, max_new_tokens=300, temperature=0.0, top_p=1.0,
                  repetition_penalty=1.0, seed=0, eos_id=2, on_token=None):  # fmt: skip
-        """Continues rows of input_ids ((B, S), or unequal lists) to `eos_id`, included, or max_new_tokens ->
-        lists of new ids. See `choose`. on_token(B ids) may return False to stop. ValueError as in `embed`."""
+        """Continues rows of input_ids ((B, S), or unequal lists) to `eos_id` (included) or max_new_tokens
+        -> lists of new ids. See `choose`. on_token(B ids) may return False to stop. ValueError as `embed`."""
         rows = [torch.as_tensor(row, device=self.device) for row in input_ids]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         x = self.embed(ids, encoding.tokens)  # (B, S, D)
@@ -530,13 +530,13 @@ class Hawk(nn.Module):
         for n in range(max_new_tokens):
             if n and not x.is_cuda:
                 step.run()
-            if temperature > 0 or repetition_penalty != 1:  # else the likeliest, which the step has chosen
+            if temperature > 0 or repetition_penalty != 1:  # else the step has already chosen
                 new = torch.tensor(answers, dtype=torch.long, device=self.device)  # (B, n)
                 step.token.copy_(choose(step.logits, new, temperature, top_p, repetition_penalty, generator))
             token = step.token.to("cpu", non_blocking=x.is_cuda)
             if x.is_cuda:
                 arrival = torch.cuda.current_stream(x.device).record_event()
-                step.run()  # the next word is on its way before anyone looks at this one
+                step.run()  # starts on the next token before the CPU reads this one
                 arrival.synchronize()
             for answer, word in zip(answers, token.tolist(), strict=True):
                 answer.append(word)
@@ -545,18 +545,18 @@ class Hawk(nn.Module):
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in answers]
 
     def decoding_step(self, x, max_new_tokens):
-        """The step for a prompt (B, S, D) and its answer. A recording holds the addresses of all weights."""
+        """The DecodingStep for a prompt (B, S, D) and its answer; a new one if any weight has moved."""
         size = math.ceil((x.shape[1] + max_new_tokens) / 64) * 64
         how = (x.device, x.is_inference(), torch.is_autocast_enabled(x.device.type), self.compile_step)
         key = (len(x), size, x.dtype, *how, *(w.data_ptr() for w in self.llama.state_dict().values()))
         if key not in self.steps:
-            self.steps.clear()  # the cache of the last one makes room
+            self.steps.clear()  # frees the last one's cache first
             self.steps[key] = DecodingStep(self.llama, len(x), size, x, self.compile_step)
         return self.steps[key]
 
     def save_pretrained(self, folder, dtype=None, tokenizer=None, base=None, mark=None):
         """Writes config.json, model.safetensors and tokenizer.model (copied from the path `tokenizer`). With
-        `base` (where training started), only what trains, and name and fingerprint (or `mark`) of that."""
+        `base` (where training started), only trained weights, and its path and fingerprint (or `mark`)."""
         folder = Path(folder)
         require(base is None or folder.resolve() != Path(base).resolve(), f"{folder}: is itself the base")
         folder.mkdir(parents=True, exist_ok=True)
@@ -571,8 +571,8 @@ class Hawk(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, config=None, base=None):
-        """The model in a folder that save_pretrained or `prepare.py weights` wrote, in eval mode. It is built
-        without memory and filled tensor by tensor; `config` replaces the folder's; `base`: see read_chain."""
+        """Loads a folder that save_pretrained or `prepare.py weights` wrote, in eval mode. Built on the meta
+        device and filled tensor by tensor. `config` replaces the folder's; `base`: see read_chain."""
         stored, folders = read_chain(folder, base=base)
         with torch.device("meta"):
             model = cls(config or stored)
@@ -582,7 +582,7 @@ class Hawk(nn.Module):
             fits = shapes.get(name) == x.shape
             require(fits, f"{file}: {name} has shape {tuple(x.shape)}, not {shapes.get(name)} ({hint})")
             fits = x.is_floating_point() and x.itemsize > 1 and all(map(math.isfinite, x.aminmax()))
-            require(fits, f"{file}: {name} ({x.dtype}) must be finite floats")  # aminmax knows no float8
+            require(fits, f"{file}: {name} ({x.dtype}) must be finite floats")  # aminmax has no float8
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, nn.Parameter(x.to(device, dtype)))
         missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -591,11 +591,11 @@ class Hawk(nn.Module):
 
 
 def choose(logits, new, temperature, top_p, penalty, generator):
-    """Token (B,) from logits (B, V): the likeliest (temperature 0), or a draw from the fewest that reach
-    top_p. The penalty divides the logits of tokens in new (B, n) if they are positive, else multiplies."""
+    """Logits (B, V) -> tokens (B,): the likeliest (temperature 0), or a sample from the fewest that together
+    reach top_p. The penalty divides positive logits of tokens in new (B, n), and multiplies negative ones."""
     seen = logits.gather(1, new)
     logits = logits.scatter(1, new, torch.where(seen > 0, seen / penalty, seen * penalty))
-    if temperature < 1e-6:  # a division by less would overflow
+    if temperature < 1e-6:  # dividing by less would overflow
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
@@ -603,8 +603,8 @@ def choose(logits, new, temperature, top_p, penalty, generator):
 
 
 def read_chain(folder, above=(), base=None):
-    """(HawkConfig, [folders]) of weights and their bases, base first: later folders' tensors win. `base`
-    says where it is. ValueError if it is not there, or not the one that training started from."""
+    """(HawkConfig, [folders]) of weights and the bases they build on, base first: later tensors win. `base`:
+    where the base is now. ValueError if it is missing, or not the one that training started from."""
     folders = [Path(folder), *above]
     file = folders[0] / "config.json"
     try:
@@ -624,13 +624,13 @@ def read_chain(folder, above=(), base=None):
 
 
 def fingerprint(folder):
-    """A hash of up to 64 numbers of each tensor in a folder: reading all of them would take long."""
+    """A hash of up to 64 numbers of each tensor in a folder: reading all of them would take too long."""
     numbers = [x.flatten()[:: x.numel() // 64 + 1].tolist() for _, _, x in read_tensors([Path(folder)])]
     return hashlib.sha256(str(numbers).encode()).hexdigest()
 
 
 def read_tensors(folders):
-    """Yields (file, name, tensor) of the folders' safetensors, one tensor at a time from the mapped files."""
+    """Yields (file, name, tensor) of the folders' safetensors, one tensor at a time (memory-mapped)."""
     for folder in folders:
         for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
             try:
@@ -643,4 +643,4 @@ def read_tensors(folders):
 
 def save_tensors(tensors, file):
     save_file({name: x.contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
-    file.chmod(file.parent.stat().st_mode & 0o666)  # the library lets only the owner read it
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
