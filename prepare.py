@@ -1,4 +1,4 @@
-"""Jobs that run once, before anything is trained or asked. One sub-command each:
+"""One-off jobs that come before training and asking. One sub-command each:
 
     python prepare.py weights --llama DIR --vit FILE --qformer FILE --hawk FILE --out weights/hawk-7b
     python prepare.py features --weights weights/hawk-7b --data data/hawk --out data/features
@@ -32,7 +32,7 @@ CROP_SEED = 42  # of cached clips
 
 
 def read_json(file, *needed):
-    """The content of a JSON file; ValueError if it cannot be read, or is no object with the `needed` keys."""
+    """The content of a JSON file; ValueError if it cannot be read, or lacks one of the `needed` keys."""
     try:
         content = json.loads(file.read_bytes())
         for key in needed:
@@ -43,7 +43,7 @@ def read_json(file, *needed):
 
 
 # ---- 1. weights: the released files -> one folder of ours --------------------------------------------------
-# Our name of a tensor becomes the released one by all of these replacements in turn: motion.qformer.norm.bias
+# All of these replacements, in turn, make the released name of a tensor from ours: motion.qformer.norm.bias
 # -> qformer.norm.bias -> Qformer{m}.bert.embeddings.LayerNorm.bias; {m} is "_motion" in that branch, else "".
 RELEASED = {
     r"^(appearance|motion)\.": "", r"^llama\.lm_head": "lm_head", r"^llama\.": "model.",
@@ -65,10 +65,10 @@ HUGGING_FACE = {
     "self_attn": "attn", "projection": "proj", "attention.attention": "attention.self",
     "qformer.encoder": "Qformer.bert.encoder", "qformer.layernorm": "Qformer.bert.embeddings.LayerNorm",
 }  # fmt: skip
-# What files may hold beyond that: the end of EVA's classifier and its last block (number DEPTH), BLIP-2's
-# language model, tables of positions, Video-LLaMA's projection. Anything else is an error.
+# Tensors that files may hold and we do not use: EVA's classifier head and last block (number DEPTH), BLIP-2's
+# language model, position tables, Video-LLaMA's projection. Anything else is an error.
 LEFT_OUT = r".+\.(inv_freq|position_ids)|(norm|head|blocks\.DEPTH|t5_proj|language_.+|llama_proj)\..+"
-Held = namedtuple("Held", "origin read")  # of a tensor: file and name, for messages; a function that reads it
+Held = namedtuple("Held", "origin read")  # a tensor: its file and name, for messages; a function to read it
 
 
 def released_name(name):
@@ -81,13 +81,13 @@ def released_name(name):
 
 @cache
 def open_tensors(file):
-    """{released name: (name in the file, tensor)} of a .pth, .bin or .safetensors file, mapped, not read. A
+    """{released name: (name in the file, tensor)} of a .pth, .bin or .safetensors file, memory-mapped. A
     qkv.bias is split into q_bias and v_bias. ValueError if the file is damaged or holds anything else."""
     tensors = {}
     try:
         if file.suffix == ".safetensors":
             content = safetensors.torch.load_file(file)
-        else:  # files older than torch 1.6 are no zip files and cannot be mapped
+        else:  # files older than torch 1.6 are not zip files and cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         content = content.get("model", content.get("state_dict", content))  # of a checkpoint
         for key, tensor in content.items():
@@ -100,7 +100,7 @@ def open_tensors(file):
                 q, k, v = tensors.pop(name)[1].chunk(3)
                 require(not k.any(), f"{key} has a bias for keys")
                 tensors |= {name.replace("qkv.", "q_"): (key, q), name.replace("qkv.", "v_"): (key, v)}
-    except Exception as e:  # these readers raise almost anything at a damaged file
+    except Exception as e:  # for a damaged file, these readers raise almost anything
         reason = re.split(r"\n|\. ", str(e))[0]
         raise ValueError(f"{file}: is missing, cut short, or holds other than tensors ({reason})") from e
     return tensors
@@ -110,7 +110,7 @@ LLAMA = {  # HawkConfig: LLaMA's config.json
     "llama_dim": "hidden_size", "llama_layers": "num_hidden_layers", "llama_heads": "num_attention_heads",
     "llama_mlp": "intermediate_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
 }  # fmt: skip
-SHAPES = {  # released name of a tensor: fields of HawkConfig that its first dimensions tell
+SHAPES = {  # released name of a tensor: the fields of HawkConfig that its first dimensions give
     "patch_embed.proj.weight": ("vit_dim", None, "patch_size"), "blocks.0.mlp.fc1.weight": ["vit_mlp"],
     "pos_embed": (None, "image_size"), "query_tokens": (None, "n_queries", "qformer_dim"),
     "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight": ["qformer_mlp"],
@@ -121,7 +121,7 @@ LAYERS = {"vit_depth": "blocks", "qformer_layers": "Qformer", "video_layers": "v
 
 
 def infer_config(file, llama, held, overrides):
-    """HawkConfig of LLaMA's config.json (`llama`, from `file`) and of the shapes held; `overrides` wins."""
+    """HawkConfig from LLaMA's config.json (`llama`, read from `file`) and tensor shapes; `overrides` win."""
     ropes = [llama.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # the old and the new name
     require(set(map(type, ropes)) == {dict}, f"{file}: rope_scaling or rope_parameters holds no settings")
     rope = ropes[0] | ropes[1]
@@ -131,7 +131,7 @@ def infer_config(file, llama, held, overrides):
     published = HawkConfig.from_dict(c, file)
     only = {"num_key_value_heads": published.llama_heads, "hidden_act": "silu", "attention_bias": False}
     only |= {"head_dim": published.llama_dim // published.llama_heads, "mlp_bias": False}
-    for key, value in (only | {"model_type": "llama"}).items():  # refused: what would change the arithmetic
+    for key, value in (only | {"model_type": "llama"}).items():  # rejected: what would change the arithmetic
         require(llama.get(key) in (None, value), f"{file}: {key} must be {value!r}, not {llama.get(key)!r}")
     scaled = {key: value for key, value in rope.items() if value not in ("default", None, 1.0)}
     require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
@@ -152,11 +152,11 @@ def infer_config(file, llama, held, overrides):
 
 
 def replay_motion_qformer(config, seed=42):
-    """The motion Q-Former that no file holds, {released name: tensor}, bit for bit.
+    """Recreates the motion Q-Former, which no file holds, bit for bit -> {released name: tensor}.
 
-    The released code draws it at random, freezes it, and saves only what trained. But training began with
-    torch.manual_seed(42), so it follows from that seed and all that is drawn before it. Uniform numbers can
-    be skipped in portions of any size; how many torch draws for normal ones depends on a tensor's size."""
+    The released code draws it at random, freezes it, and saves only trained weights. But training began with
+    torch.manual_seed(42): that seed, and what is drawn before the Q-Former, determine it. Uniform numbers can
+    be skipped in chunks of any size, but how torch draws normal ones depends on the size of each tensor."""
     generator = torch.Generator().manual_seed(seed)
     normal = partial(torch.normal, 0.0, 0.02, generator=generator)
 
@@ -164,30 +164,30 @@ def replay_motion_qformer(config, seed=42):
         for start in range(0, count, 1 << 16):
             torch.rand(min(count - start, 1 << 16), generator=generator)
 
-    # Our parameters stand in the order in which the released modules are built. Each of its two ViTs draws
-    # torch's default initialisers (none for norms, q_bias, v_bias), then a truncated normal, one uniform
-    # number each, for positions, class token and the weights of its Linears again.
+    # Our parameters are in the order in which the released modules are built. Each of its two ViTs draws
+    # torch's default initialisation (nothing for norms, q_bias, v_bias), then truncated normals, one uniform
+    # number each, for positions, class token and, a second time, the weights of its Linears.
     model = {name: p.shape for name, p in parameters(config).items()}
     drawn = [shape for name, shape in model.items() if re.match(r"vit\.(?!.*(norm|[qv]_bias))", name)]
     skip_uniform(2 * sum(shape.numel() * (2 if len(shape) == 2 else 1) for shape in drawn))
     shapes = {name: shape for name, shape in model.items() if name.startswith("motion.qformer.")}
     dim = config.qformer_dim
-    words = 30522  # of bert-base-uncased, whose text half, an MLP a layer included, is built and dropped
+    words = 30522  # in bert-base-uncased, whose text half, with an MLP per layer, is built, then dropped
     linears = sum(x.numel() * (2 if ".fc" in name else 1) for name, x in shapes.items() if "norm" not in name)
     for _ in range(2):  # the appearance Q-Former, then the motion Q-Former
         made = {}
         # BertModel is built with torch's default initialisers, then initialised: normal weights, zero biases
         for others in (linears, 0):
             normal((words, dim))
-            normal((512, dim))  # positions of words
+            normal((512, dim))  # word positions
             skip_uniform(others)
         for name, shape in shapes.items():
             if name.endswith("mlp.fc1.weight"):  # the MLP for text comes first, and is thrown away
                 normal(shape)
                 normal(shape[::-1])
-            constant = torch.full(shape, float(name.endswith("norm.weight")))  # 1, for biases 0
+            constant = torch.full(shape, float(name.endswith("norm.weight")))  # norms 1, biases 0
             made[released_name(name)] = normal(shape) if len(shape) == 2 else constant
-        # the head for words is built and initialised; what BertModel has initialised is skipped this time
+        # the language-model head is built and initialised; BertModel is not initialised a second time
         skip_uniform(dim * dim + dim + words * dim)
         normal((dim, dim))
         normal((words, dim))
@@ -196,7 +196,7 @@ def replay_motion_qformer(config, seed=42):
 
 
 def made_here(config, motion, new):
-    """{our name: Held}: motion's ln_vision; its Q-Former and queries, if replayed; what trains, if `new`."""
+    """{our name: Held} of no file: motion's ln_vision; its Q-Former, if replayed; trained parts, if `new`."""
     made = torch.nn.LayerNorm(config.vit_dim).state_dict(prefix="motion.ln_vision.")  # as released
     if new:  # from a fixed seed
         torch.manual_seed(0)
@@ -207,21 +207,21 @@ def made_here(config, motion, new):
             if not is_frame_level(name):
                 made[name] = p
     held = {name: Held("made here", x.detach) for name, x in made.items()}
-    replay = cache(partial(replay_motion_qformer, config))  # when it is read: what is missing is said before
+    replay = cache(partial(replay_motion_qformer, config))  # runs when read: missing files are reported first
     lost = [name for name in parameters(config) if motion == "replay" and name.startswith("motion.q")]
     return held | {name: Held("replayed", lambda name=name: replay()[released_name(name)]) for name in lost}
 
 
 def weights(args):
-    """Turns the released files into one folder that Hawk.from_pretrained opens.
+    """Converts the released files into one folder that Hawk.from_pretrained opens.
 
-    Without --hawk the result is a start for training, a better one with --video-llama. Where --hawk holds no
-    motion Q-Former, it is rebuilt from the seed of the released training ("replay")."""
+    Without --hawk, the result is a starting point for training, a better one with --video-llama. If --hawk
+    holds no motion Q-Former, it is recreated from the seed of the released training ("replay")."""
     given = [path for path in (args.llama, args.vit, args.qformer, args.hawk, args.video_llama) if path]
     open_tensors.cache_clear()
     held = {}
-    sources = {}  # {(whether it was named, tensor): file}
-    for path in sorted(dict.fromkeys(given), key=Path.is_file):  # named files replace what folders hold
+    sources = {}  # {(whether the file was named, tensor): file}
+    for path in sorted(dict.fromkeys(given), key=Path.is_file):  # named files override folders
         shards = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         for file in shards if path.is_dir() else [path]:
             for name, (key, _) in open_tensors(file).items():
@@ -243,7 +243,7 @@ def weights(args):
     rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
     held = {name: found for name, found in held.items() if not name.startswith(rejected)}
     made = made_here(config, motion, new=args.hawk is None)
-    ours = {}  # in which the motion branch may be a copy of the appearance branch
+    ours = {}  # the motion branch may be a copy of the appearance branch
     for name in parameters(config):
         released = released_name(name)
         copied = motion == "blip2" if is_frame_level(name) else args.video_llama and "video_" in released
@@ -253,20 +253,20 @@ def weights(args):
     known = LEFT_OUT.replace("DEPTH", str(config.vit_depth))
     for name, (origin, read) in held.items():
         require(re.fullmatch(known, name), f"{origin} {tuple(read().shape)} is unknown")
-    dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # to which the released code rounds it
+    dtypes = {"vit": args.dtype, "llama": args.dtype or "bfloat16"}  # the released code rounds it to this
     write_folder(args.out, config, ours, dtypes, args.llama)
     record = {"files": [str(path) for path in given], "motion_qformer": motion, "set": args.set}
     data.replace_file(args.out / "provenance.json", json.dumps(record, indent=1) + "\n")
 
 
 def parameters(config):
-    """{name: parameter without memory} of the model."""
+    """{name: parameter on the meta device} of the model."""
     with torch.device("meta"):
         return dict(Hawk(config).named_parameters())
 
 
 def write_folder(out, config, held, dtypes, source):
-    """Writes one of our folders, or nothing. held: {our name: Held}. dtypes: {tower: type, else as stored}.
+    """Writes a folder of weights, or nothing. held: {our name: Held}. dtypes: {tower: dtype, None as stored}.
     source: the folder that holds the tokenizer and, for apps.timeline, phrases."""
     for name, like in parameters(config).items():
         origin, read = held[name]
@@ -287,21 +287,21 @@ def write_folder(out, config, held, dtypes, source):
                 part = f"-{number}" if number < len(held) else ""  # of a shard: its last tensor's number
                 save_tensors(tensors, folder / f"model{part}.safetensors")
                 tensors.clear()
-                open_tensors.cache_clear()  # pages of mapped files that were read stay in memory until then
+                open_tensors.cache_clear()  # until then, pages read from mapped files stay in memory
 
 
-# ---- 2. features: what is frozen in training, computed once for all clips ----------------------------------
+# ---- 2. features: outputs of the frozen part, computed once for all clips ----------------------------------
 def features(args, dataset=None):
     """Computes the frozen part of every clip once, for training without videos, ViT and frame Q-Formers.
 
-    Reads DATA/train.jsonl and test.jsonl, writes OUT/train (--crops files for each clip) and OUT/test. Files
-    that are there are kept: a second run resumes. A folder of other weights or settings is refused."""
+    Reads DATA/train.jsonl and test.jsonl, writes OUT/train (--crops files for each clip) and OUT/test.
+    Existing files are kept: a second run resumes. A folder of other weights or settings is rejected."""
     require(args.crops > 0, "--crops must be at least 1")
     splits = [split for split in ("train", "test") if (args.data / f"{split}.jsonl").exists()]
     require(splits, f"{args.data}: holds neither train.jsonl nor test.jsonl")
     device = data.usable_device(args.device)
     model = Hawk.from_pretrained(args.weights, dtype=None)
-    del model.llama  # no frame needs it, and in float32 it would fill a card of 24 GB
+    del model.llama  # not needed for frames, and in float32 it would fill a 24 GB card
     model = model.float().to(device)
     fingerprint = data.frozen_fingerprint(model)
     for split in splits:
@@ -321,7 +321,7 @@ def features(args, dataset=None):
         clips.crops = crops
         if device.type == "cpu" or dataset:
             samples = torch.utils.data.DataLoader(clips, None, sampler=todo, num_workers=args.workers)
-        else:  # threads share the GPU, which finds the flow in a tenth of the time
+        else:  # threads share the GPU, which computes flow in a tenth of the time
             clips.device = device
             samples = read_ahead(clips.__getitem__, todo, max(1, args.workers))
         bad = []
@@ -352,7 +352,7 @@ def read_ahead(function, items, threads):
 
 
 class FeatureDataset(data.HawkDataset):
-    """Clips without their texts: `crops` variants of each, and what the cache notes about it."""
+    """Clips without their texts: `crops` variants of each, and what the cache records about it."""
 
     def sample(self, i, generator):
         streams, clip = self.read(i, "uniform", None)
@@ -360,16 +360,16 @@ class FeatureDataset(data.HawkDataset):
         crops = [streams, *(data.random_crop(streams, generator) for generator in generators)]
         about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
         video = Path(self.rows[i]["video"])  # a subclass may need no file
-        about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # tells if it was replaced
+        about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # shows if it is replaced later
         return {"index": i, "variants": crops, "about": about, "notes": [f"{video}: {x}" for x in clip.notes]}
 
 
-# ---- 3. merge: trained weights, what they are based on and their LoRA -> one folder ------------------------
+# ---- 3. merge: trained weights, their base and their LoRA -> one folder ------------------------------------
 def merge(args):
-    """Makes one folder of trained weights, what they are based on and their LoRA.
+    """Merges trained weights, their base and their LoRA into one folder.
 
-    What LoRA corrects is written in float32 unless --dtype says otherwise. --set branches=a,b,c copies the
-    motion branch (without one, the last) to new branches, and leaves out those that it does not name."""
+    Matrices with LoRA are written in float32 unless --dtype says otherwise. --set branches=a,b,c copies the
+    motion branch (if there is none, the last) to new branches, and drops those that it does not name."""
     model = Hawk.from_pretrained(args.weights, dtype=None, base=args.base)
     config = HawkConfig.from_dict(asdict(model.config) | {"lora_rank": 0} | data.settings(args.set), "--set")
     held = {name: Held(name, p.detach) for name, p in model.named_parameters() if "lora_" not in name}
@@ -386,7 +386,7 @@ def merge(args):
         print(f"{branch}: copied from {pattern}{unknown}")
         held |= {name: Held(name, p.detach) for name, p in model.branch(pattern).named_parameters(branch)}
     wanted = parameters(config)
-    for name in held.keys() - wanted:  # encoder_1 has no purpose without another branch to compare with
+    for name in held.keys() - wanted:  # encoder_1 is unused without another branch to compare with
         if name.partition(".")[0] in set(before) - set(config.branches) or ".encoder_1." in name:
             del held[name]
     misfits = sorted(held.keys() ^ wanted)
@@ -396,10 +396,10 @@ def merge(args):
 
 
 def hawk(args):
-    """Turns Hawk's annotations into index files, and finds each video (in apps/annotations.py).
+    """Converts Hawk's annotations into index files, and finds each video (in apps/annotations.py).
 
-    In a folder of --annotations, all_videos_train.json and all_videos_test.json count; else all JSON files,
-    of which those called "..test" are for testing. OUT/report.json lists what is missing or broken."""
+    In a folder of --annotations, only all_videos_train.json and all_videos_test.json are read; else all JSON
+    files, those named "..test" as the test split. OUT/report.json lists what is missing or broken."""
     importlib.import_module("apps.annotations").make_index(args)
 
 
@@ -408,10 +408,10 @@ PATHS = {  # options that name files and folders
     "llama": "folder of meta-llama/Llama-2-7b-chat-hf", "vit": "eva_vit_g.pth, or a folder of BLIP-2",
     "qformer": "blip2_pretrained_flant5xxl.pth, or a folder of BLIP-2", "out": "folder to write",
     "hawk": "finetune.pth or pretrained.pth", "video-llama": "VL_LLaMA_2_7B_Finetuned.pth",
-    "weights": "folder of weights, such as runs/x/last", "base": "of --weights, if that folder has moved",
+    "weights": "folder of weights, such as runs/x/last", "base": "the base of --weights, if it has moved",
     "data": "folder of train.jsonl and test.jsonl", "annotations": "JSON file, or a folder of such files",
     "videos": "folder of UCF_Crime, DoTA and so on",
-    "tokenizer": "tokenizer.model: also count the descriptions that training cuts",
+    "tokenizer": "tokenizer.model, to count descriptions too long for training",
 }  # fmt: skip
 OPTIONAL = ("hawk", "video-llama", "base", "tokenizer")
 JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights data out",
@@ -429,19 +429,19 @@ def main(argv=None):
             add(f"--{key}", type=Path, required=key not in OPTIONAL, help=PATHS[key])
         if run is weights:
             ways = ["auto", "checkpoint", "replay", "blip2"]
-            about = "auto: a checkpoint's; else, with --hawk, redrawn from the released seed; else BLIP-2's"
+            about = "auto: the checkpoint's; else, with --hawk, redrawn from the released seed; else BLIP-2's"
             add("--motion-qformer", choices=ways, default="auto", help=about)
         if run in (weights, merge):
             about = "fields of config.json, such as vit_heads=16"
             add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=about)
-            about = "of the files; default: as stored; a converted LLaMA bfloat16, what LoRA corrects float32"
+            about = "of the files; default: as stored; converted LLaMA in bfloat16, merged LoRA in float32"
             add("--dtype", choices=("float16", "bfloat16", "float32"), help=about)
         if run is features:
-            add("--crops", type=int, default=1, help="variants of a training clip, all but the first cropped")
+            add("--crops", type=int, default=1, help="variants per training clip, the first not cropped")
             add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")
             add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
             add("--workers", type=int, default=2, help="processes (on a GPU: threads) that read videos")
-            add("--device", help="default: the best there is")
+            add("--device", help="default: the best available")
     args = parser.parse_args(argv)
     try:
         taken = args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir())
@@ -453,6 +453,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: what is half-written is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit cleanly: half-written files are removed
     signal.signal(signal.SIGINT, lambda *_: torch.utils.data.get_worker_info() or sys.exit(130))
     main()

@@ -1,8 +1,8 @@
-"""Ask a trained model about a video. In this file: kernels and int8, from a video to an answer, chat.
+"""Ask a trained model about a video. In this file: fast kernels, int8, from a video to an answer, chat.
 
     python sample.py examples/crossing.mp4                  # "Can you describe the anomaly …?"
-    python sample.py a.mp4 b.mp4 --question "Where is it?"  # one line a video, "PATH: answer"
-    python sample.py --chat a.mp4                           # rounds that remember each other
+    python sample.py a.mp4 b.mp4 --question "Where is it?"  # a line per video, "PATH: answer"
+    python sample.py --chat a.mp4                           # a chat that remembers earlier rounds
 
 Answers go to stdout; times, notes and errors to stderr. After an error the exit status is 2."""
 
@@ -30,11 +30,11 @@ TINY_NOTE = "weights/tiny knows the toy world only; the README says how to get t
 HELP = """Type a question. ctrl-C stops an answer, /new forgets earlier rounds, /quit or ctrl-D ends the chat.
 weights/tiny knows: What happens? Who is involved? Where is it? When does it happen? Why is it dangerous?
 How many road users are on their way?"""
-Seen = namedtuple("Seen", "path clip encoding seconds")  # a video; seconds: {"read", "encode"}
-Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_mb notes")  # as --json has it
+Seen = namedtuple("Seen", "path clip encoding seconds")  # an encoded video; seconds: {"read", "encode"}
+Answer = namedtuple("Answer", "video question answer seconds tokens peak_memory_mb notes")  # as in --json
 
 
-# ---- LLaMA's products: a kernel for a decoding step on a GPU, and int8 -------------------------------------
+# ---- LLaMA's matrix products: a GPU kernel for decoding steps, and int8 ------------------------------------
 try:
     import triton
     import triton.language as tl
@@ -47,14 +47,14 @@ try:
         for start in range(0, K, BLOCK):
             k = start + tl.arange(0, BLOCK)
             w = tl.load(weight + n[:, None] * K + k, mask=(n < N)[:, None] & (k < K), other=0)
-            if scale is not None:  # an int8 becomes the low bits of the float 2²³ + 128 + w: .to is slower
+            if scale is not None:  # int8 w as the low bits of the float 2²³ + 128 + w: faster than .to
                 w = (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736
             total += w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0).to(tl.float32)
         result = tl.sum(total, 1)
         if scale is not None:
             result *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
         tl.store(y + n, result.to(y.dtype.element_ty), mask=n < N)
-except ImportError:  # torch brings Triton where it is of use: on Linux with CUDA
+except ImportError:  # torch installs Triton only where it helps: on Linux with CUDA
     triton = None
 
 
@@ -78,7 +78,7 @@ class RowLinear(torch.nn.Module):
             y = x.new_empty(*x.shape[:-1], N)
             row_product[((N + 7) // 8,)](x, self.weight, self.scale, y, N, K, ROWS=8, BLOCK=1024)
             return y
-        if self.scale is not None and x.is_cpu and x.numel() <= 8 * K and K % 16 == 0:  # else it may be wrong
+        if self.scale is not None and x.is_cpu and x.numel() <= 8 * K and K % 16 == 0:  # else wrong
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], N)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype))
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
@@ -87,7 +87,7 @@ class RowLinear(torch.nn.Module):
 
 # ---- From a video to an answer -----------------------------------------------------------------------------
 def load(weights, device=None, dtype=None, int8=False, compile=False):
-    """Folder of weights -> (model, tokenizer). dtype: torch's or a name. ValueError names the wrong file."""
+    """Folder of weights -> (model, tokenizer). dtype: torch's, or its name. ValueError names the bad file."""
     if Path(weights).resolve() == TINY:
         note(f"note: {TINY_NOTE}")
     device = data.usable_device(device)
@@ -95,9 +95,9 @@ def load(weights, device=None, dtype=None, int8=False, compile=False):
     # rounding to int8 happens on the CPU, so that the device never holds the larger matrices
     model = Hawk.from_pretrained(weights, "cpu" if int8 else device, getattr(torch, dtype))
     require(not (int8 and model.config.lora_rank), "--int8 is for weights without LoRA: prepare.py merge")
-    if int8 or compile:  # on a GPU, both need a C compiler, which the default does not
+    if int8 or compile:  # on a GPU, both need a C compiler, unlike the default
         for name, module in list(model.llama.named_modules()):
-            # q, k and v, or gate and up, are faster by inductor, which multiplies by all at once; not in int8
+            # without int8, inductor is faster for q, k, v and for gate, up: it fuses their products
             if type(module) is torch.nn.Linear and (int8 or name.endswith(("down_proj", "lm_head"))):
                 model.llama.set_submodule(name, RowLinear(module, int8))
         model.to(device)
@@ -107,7 +107,7 @@ def load(weights, device=None, dtype=None, int8=False, compile=False):
 
 @torch.no_grad()
 def encode_clips(model, clips):
-    """Clips -> Encoding of the batch; one by one if they differ in length: padding changes answers."""
+    """Clips -> Encoding of the batch; one by one if lengths differ, since padding would change answers."""
     if len({len(clip.indices) for clip in clips}) > 1:
         return Encoding(torch.cat([encode_clips(model, [clip]).tokens for clip in clips]), {})
     frames = torch.utils.data.default_collate([clip.streams for clip in clips])  # {name: (B, T, H, W, 3)}
@@ -115,9 +115,9 @@ def encode_clips(model, clips):
 
 
 def encode_video(model, path, fps=25):
-    """Reads and encodes a video -> Seen. fps: pictures a second of a folder. Raises VideoError."""
+    """Reads and encodes a video -> Seen. fps: pictures per second, in a folder. Raises VideoError."""
     no_path = not os.path.exists(path) and ("://" in str(path) or "*" in str(path))
-    require(not no_path, f"{path}: no such file; download an address first; a pattern needs no quotes")
+    require(not no_path, f"{path}: no such file; download a URL first, or do not quote a pattern")
     start = time.perf_counter()
     clip = data.read_clip(path, **data.clip_options(model.config), fps=fps, device=model.device)
     middle = time.perf_counter()
@@ -145,14 +145,14 @@ def generate(model, encoding, prompts, beams=1, **options):
 
 
 @torch.no_grad()
-def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):  # _: options of draws
-    """Follows the `beams` best continuations of a prompt: soft (1, N, D) and ids (S,), until as many have
-    ended better than the best open one stands. Returns the new ids of the best by mean log-probability per
-    token; at the limit it may be one that is still open."""
+def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):  # _: for sampling
+    """Follows the `beams` best continuations of a prompt, soft (1, N, D) and ids (S,), until as many finished
+    ones score better than the best unfinished one. The score is the mean log-probability per token. Returns
+    the new ids of the best; at max_new_tokens it may be unfinished."""
     x = model.embed(torch.as_tensor(ids, device=model.device)[None], soft).expand(beams, -1, -1)
     cache = KVCache(model.config, beams, x.shape[1] + max_new_tokens, x)
     new = torch.empty(beams, 0, dtype=torch.long, device=x.device)
-    score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # at first only one counts
+    score = torch.tensor([0.0] + [-torch.inf] * (beams - 1), device=x.device)  # all start equal: one counts
     finished = []
     for length in range(1, max_new_tokens + 1):
         logits = model.llama.lm_head(model.llama(x, cache)[:, -1]).float()  # (beams, vocabulary)
@@ -175,13 +175,13 @@ def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):  # 
 
 def ask(model, tokenizer, video, question=data.DESCRIBE_QUESTIONS[0], history=(), system=data.SYSTEM,
         max_new_tokens=300, **generation):  # fmt: skip
-    """Answer to a question about a video (a path, or a Seen). history: earlier (question, answer) pairs.
+    """Answers a question about a video (a path, or a Seen). history: earlier (question, answer) pairs.
     generation: more options of `generate`, such as on_token. Raises ValueError, for a video VideoError."""
     require(question.strip(), "the question is empty")
     seen = video if isinstance(video, Seen) else encode_video(model, video)
     notes = list(seen.clip.notes)
     config = model.config
-    for dropped in range(len(history) + 1):  # the oldest rounds make room for the answer
+    for dropped in range(len(history) + 1):  # drop the oldest rounds until the answer fits
         ids = tokenizer.encode_prompt(question, seen.clip.message, config.n_visual, system, history[dropped:])
         if len(ids) + min(max_new_tokens, config.context_length // 4) <= config.context_length:
             break
@@ -200,7 +200,7 @@ def ask(model, tokenizer, video, question=data.DESCRIBE_QUESTIONS[0], history=()
 
 
 # ---- Chat and command line ---------------------------------------------------------------------------------
-def remarks(answer, prefix=""):  # the notes and what it took, a line each
+def remarks(answer, prefix=""):  # the notes, then time and memory, one per line
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in answer.seconds.items())
     rate = f"{answer.tokens} tokens, {answer.tokens / answer.seconds['generate']:.1f} a second"
     took = f"{seconds} ({rate}), peak memory {answer.peak_memory_mb:.0f} MB"
@@ -208,7 +208,7 @@ def remarks(answer, prefix=""):  # the notes and what it took, a line each
 
 
 def chat(model, tokenizer, seen, questions, **options):
-    """Answers these questions about a Seen, then stdin's -> exit status. ctrl-C and errors end a round."""
+    """Answers these questions about a Seen, then stdin's -> exit status. ctrl-C or an error ends a round."""
     require(sys.stdin, "--chat reads questions from stdin, which is closed")
     sys.stdin.reconfigure(errors="replace")
     readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one question
@@ -219,7 +219,7 @@ def chat(model, tokenizer, seen, questions, **options):
 
     def show(tokens):
         made.extend(tokens)
-        text = tokenizer.decode(made).rstrip("\ufffd")  # a character of which bytes are missing
+        text = tokenizer.decode(made).rstrip("\ufffd")  # a character whose bytes are incomplete
         print(text[len(rounds[-1][1]) :], end="", flush=True)
         rounds[-1][1] = text
 
@@ -236,10 +236,10 @@ def chat(model, tokenizer, seen, questions, **options):
                 rounds = [done for done in rounds if done[1]] + [[question, ""]]
                 made = []  # the tokens of the answer
                 answer = ask(model, tokenizer, seen, question, rounds[:-1], on_token=show, **options)
-                print(answer.answer[len(rounds[-1][1]) :], flush=True)  # beams show nothing before their end
+                print(answer.answer[len(rounds[-1][1]) :], flush=True)  # beam search shows nothing early
                 rounds[-1][1] = answer.answer
                 note(remarks(answer))
-                seen = seen._replace(seconds={})  # later rounds need not read and encode the video
+                seen = seen._replace(seconds={})  # later rounds do not read and encode the video again
         except EOFError:
             return status
         except KeyboardInterrupt:
@@ -255,7 +255,7 @@ def make_parser(about):  # a parser whose errors are one line that starts with "
 
 
 def number(kind, low, high=sys.maxsize):  # an argparse type
-    def number(text):  # whose name argparse prints for what is no number
+    def number(text):  # argparse prints this name if the text is not a number
         if low <= kind(text) <= high:  # nan is not within anything
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not within {low} to {high}")
@@ -279,17 +279,17 @@ def main(argv=None):
     add("--video", nargs="+", action="extend", metavar="VIDEO", help="the same as without --video")
     add("--question", help=f"default: {data.DESCRIBE_QUESTIONS[0]}")
     add("--chat", action="store_true", help="ask about one video in rounds, questions from stdin")
-    add("--json", action="store_true", help="one JSON object a video, also with times, memory and notes")
-    add("--fps", type=number(float, 0.001), default=25.0, help="pictures a second of a folder (default: 25)")
+    add("--json", action="store_true", help="one JSON object per video, with times, memory and notes")
+    add("--fps", type=number(float, 0.001), default=25.0, help="frames per second of a folder (default: 25)")
     add_model_options(p)
     add = p.add_argument_group("generation").add_argument
     add("--system", default=data.SYSTEM, help="system text of the prompt (default: a space, as in training)")
     add("--max-new-tokens", type=number(int, 1), default=300, help="longest answer (default: 300)")
-    add("--temperature", type=number(float, 0), default=0.0, help="0, the default: always the likeliest word")
+    add("--temperature", type=number(float, 0), default=0.0, help="0, the default: take the likeliest token")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the likeliest, up to this share")
     add("--beams", type=number(int, 1, 64), default=1, help="width of a beam search")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
-    add("--seed", type=number(int, 0), default=0, help="of the draws that --temperature asks for")
+    add("--seed", type=number(int, 0), default=0, help="of the sampling that --temperature asks for")
     args = p.parse_intermixed_args(argv)
     if not args.video or (args.chat and (args.json or len(args.video) > 1)):
         p.error("give the path of a video; --chat takes only one, and no --json")
@@ -313,7 +313,7 @@ def main(argv=None):
             if args.json:
                 print(json.dumps(answer._asdict()), flush=True)
             else:
-                one_line = f"{path}: {' '.join(answer.answer.split())}"  # whatever breaks the answer has
+                one_line = f"{path}: {' '.join(answer.answer.split())}"  # whatever line breaks it has
                 print(answer.answer if len(args.video) == 1 else one_line, flush=True)
                 note(remarks(answer, f"{path}: "))
         except PROBLEMS as error:

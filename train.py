@@ -4,8 +4,8 @@
     python train.py --weights runs/stage1/last --stage 2 --data data/hawk --out runs/stage2 --steps 10000
     torchrun --standalone --nproc_per_node=4 train.py …    # the same options
     python train.py … --resume                             # continues from OUT/last
-Sample randomness is seeded by (seed, epoch, index), model randomness (dropout) by (seed, step, rank): loader
-workers change nothing, and a run that was killed and resumed repeats the undisturbed one."""
+Sample randomness is seeded by (seed, epoch, index), model randomness (dropout) by (seed, step, rank): the
+number of loader workers changes nothing, and a resumed run repeats what an uninterrupted one does."""
 
 import argparse
 import fcntl
@@ -36,15 +36,15 @@ class HawkTask:
     def add_options(self, parser):
         add = parser.add_argument_group("stages 1 and 2").add_argument
         add("--stage", type=int, choices=[1, 2], default=2, help="1: captions, 2: questions")
-        about = "what learns (see Hawk.set_trainable); default: paper, but all with --preset"
+        about = "what to train (see Hawk.set_trainable); default: paper, or all with --preset"
         add("--train", choices=["released", "paper", "lora", "all"], help=about)
         add("--features", help="folder that `prepare.py features` wrote: no video is read and no ViT runs")
         add("--augment", action="store_true", help="random crops, as released")
         add("--motion-targets", action="store_true", help="stage 2: motion captions as targets (paper)")
-        add("--max-tokens", type=int, default=512, help="stage 2: texts end after so many (default 512)")
+        add("--max-tokens", type=int, default=512, help="stage 2: cut longer texts (default 512)")
 
     def dataset(self, args, model, tokenizer, split):
-        """The samples of the "train" split, or of the "test" split, which are held out."""
+        """The samples of a split: "train", or the held-out "test"."""
         train = split == "train"
         rows = data.read_index(Path(args.data) / f"{split}.jsonl")
         given = (rows, tokenizer, model.config, args.stage, args.seed, train, args.augment)
@@ -57,21 +57,21 @@ class HawkTask:
             typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # a message's length
             qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
             lost = sum(len(tokenizer.encode_conversation(qa, *typical)[0]) > args.max_tokens for qa in qas)
-            if lost:  # these do not teach when to stop
+            if lost:  # cut texts do not teach when to stop
                 data.note(f"note: --max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples
 
     def objective(self, args, model, train_set):
         """Sets what trains -> the module whose forward(**inputs) gives losses by name, among them "total"."""
         model.set_trainable(args.train)
-        for name, p in model.named_parameters():  # what comes before cached features cannot learn
+        for name, p in model.named_parameters():  # what comes before cached features cannot train
             p.requires_grad_(p.requires_grad and not (args.features and is_frame_level(name)))
         return model
 
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)  # the step is finished, saved, and the run ends
-SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # a tenth of --steps, at most this
-# May change when a run is resumed, though --steps, --set and --dtype change what it learns; others may not.
+STOPPING = (signal.SIGTERM, signal.SIGINT)  # finish the step, save, and end the run
+SCALED = {"warmup": 1000, "save_every": 500, "eval_every": 500}  # default: a tenth of --steps, at most this
+# What may change when a run is resumed (though --steps, --set and --dtype change its result); no others may.
 FREE = "out resume weights set recipe steps accumulate device dtype workers features save_every eval_every"
 
 
@@ -86,18 +86,18 @@ def parse_args(argv, task):
     add("--out", required=True, help="folder: weights in last/ and best/, log.jsonl, bad_videos.jsonl")
     add("--resume", action="store_true", help="continue from OUT/last, if it is there")
     add("--device", help="default: cuda, else mps, else cpu")
-    add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")
-    add("--steps", type=int, help="optimizer steps, of one batch each")
-    add("--recipe", choices=["released"], help="400,000 steps; the release had --augment --train released")
-    add("--batch-size", type=int, default=4, help="clips a step, of all processes together (default 4)")
+    add("--dtype", choices=["float32", "bfloat16"], help="for autocast; default: bfloat16 on a GPU")
+    add("--steps", type=int, help="optimizer steps, one batch each")
+    add("--recipe", choices=["released"], help="400,000 steps; the release used --augment --train released")
+    add("--batch-size", type=int, default=4, help="clips per step, over all processes (default 4)")
     add("--lr", type=float, default=1e-5, help="learning rate after the --warmup from 1e-6 (default 1e-5)")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default 1e-6)")
     add("--weight-decay", type=float, default=0.05, help="of tensors of 2 or more dimensions (default 0.05)")
     add("--seed", type=int, default=42, help="of order, crops, questions and dropout (default 42)")
-    add("--accumulate", type=int, default=1, help="parts of a batch, one by one: less memory (default 1)")
-    add("--workers", type=int, default=2, help="processes that read videos, for each that trains (default 2)")
-    add("--clip", type=float, default=0.0, help="largest gradient norm (default 0: no clipping)")
-    add("--eval-samples", type=int, default=64, help="held-out clips, 0: none (default 64)")
+    add("--accumulate", type=int, default=1, help="micro-batches per step, to save memory (default 1)")
+    add("--workers", type=int, default=2, help="loader processes per training process (default 2)")
+    add("--clip", type=float, default=0.0, help="clip the gradient norm to this (default 0: no clipping)")
+    add("--eval-samples", type=int, default=64, help="held-out clips to evaluate; 0: none (default 64)")
     for name, most in SCALED.items():
         add("--" + name.replace("_", "-"), type=int, help=f"default: a tenth of --steps, at most {most}")
     task.add_options(p)
@@ -110,7 +110,7 @@ def parse_args(argv, task):
 
 
 def settle(args, begun):
-    """Fills in what follows from --steps, and checks the options. begun: those of the run that is resumed."""
+    """Fills in what depends on --steps, and checks the options. begun: those of the run being resumed."""
     for name, most in SCALED.items():
         if getattr(args, name) is None:
             setattr(args, name, begun.get(name, min(most, math.ceil(args.steps / 10))))
@@ -125,8 +125,8 @@ def settle(args, begun):
 
 # ---- Setting up --------------------------------------------------------------------------------------------
 def init_weights(module):
-    """Unit-variance layers, so that depth does not shrink the signal of a model that learns from nothing.
-    Module.apply visits parts before the whole: a ViT corrects its patch_embed."""
+    """Unit-variance layers, so that depth does not shrink the signal of a model trained from scratch.
+    Module.apply visits submodules first, so the ViT can then correct its patch_embed."""
     if type(module) in (torch.nn.Linear, torch.nn.Conv2d):
         torch.nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
@@ -136,30 +136,30 @@ def init_weights(module):
     if isinstance(module, Branch | ViT):
         for p in module.parameters(recurse=False):  # queries, class token, positions
             torch.nn.init.normal_(p, std=0.2)
-    if isinstance(module, Branch):  # features of unit variance must not drown it
+    if isinstance(module, Branch):  # features of unit variance must not drown it out
         torch.nn.init.normal_(module.frame_position.weight, std=0.5)
     if isinstance(module, QFormerLayer):  # at full strength, self-attention soon makes all queries the same
         module.self_attention.output.weight.data *= 0.1
-    if isinstance(module, ViT):  # filters of zero mean: that of pixels in [0, 1] would drown the rest
+    if isinstance(module, ViT):  # zero-mean filters: the mean of pixels in [0, 1] would drown out the rest
         module.patch_embed.weight.data -= module.patch_embed.weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def build(args, folder, device):
-    """(model, file of its tokenizer), from a folder of weights or, if None, random weights of the preset."""
+    """(model, its tokenizer file), from a folder of weights or, if None, with the preset's random weights."""
     torch.manual_seed(args.seed)
     tokenizer = Path(folder or args.data) / "tokenizer.model"
-    base = args.weights if args.resume else None  # given anew, in case it has moved
+    base = args.weights if args.resume else None  # given again, in case it has moved
     stored = read_chain(folder, base=base)[0] if folder else HawkConfig.preset(args.preset)
-    # of what is read now: another run may replace it before this one saves
+    # taken now: another run may replace these weights before this one saves
     args.base_fingerprint = fingerprint(args.weights) if args.weights and args.train != "all" else None
     if not folder:
         stored.vocab_size = data.Tokenizer(tokenizer).vocab_size
     config = HawkConfig.from_dict(vars(stored) | data.settings(args.set), "--set")
     if not folder:
         return Hawk(config).apply(init_weights), tokenizer
-    # a LoRA that the folder does not hold is added by set_trainable
+    # set_trainable adds the LoRA if the folder holds none
     held = {"lora_rank": 0} if args.train == "lora" and not stored.lora_rank else {}
-    # on a GPU, under autocast, frozen weights keep the type they are stored in
+    # on a GPU, under autocast, frozen weights keep the dtype they are stored in
     dtype = None if device.type == "cuda" and args.dtype != "float32" else torch.float32
     model = Hawk.from_pretrained(folder, dtype=dtype, config=HawkConfig(**vars(config) | held), base=base)
     model.config = config
@@ -167,7 +167,7 @@ def build(args, folder, device):
 
 
 def begin(args):
-    """Joins the other processes, and makes or finds the run -> (rank, processes, device, last checkpoint)."""
+    """Joins the other processes, creates or finds the run -> (rank, processes, device, last checkpoint)."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and torch.cuda.is_available():
@@ -177,17 +177,17 @@ def begin(args):
     last, best = (Path(args.out) / name for name in ("last", "best"))
     if rank == 0:
         last.parent.mkdir(parents=True, exist_ok=True)
-        begin.lock = last.with_name("lock").open("w")  # which is held until this process ends
+        begin.lock = last.with_name("lock").open("w")  # held until this process ends
         try:
             fcntl.lockf(begin.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # some file systems know no locks
+        except OSError as error:  # some file systems have no locks
             require(not isinstance(error, BlockingIOError), f"{args.out}: another process is training there")
         data.recover_folder(last)
         data.recover_folder(best)
         last.with_name("bad_videos.jsonl").open("a" if last.exists() else "w").close()
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # others wait for rank 0
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # they wait for rank 0
         torch.distributed.barrier()
     overwritten = Path(args.weights or "/").resolve() == best.resolve()
     require(not overwritten, f"{args.weights}: this run would overwrite it; choose another --out")
@@ -205,7 +205,7 @@ def begin(args):
 
 
 def learning_rate(step, args):
-    """Linear warm-up from 1e-6, then a cosine that, as released, counts all steps from 0."""
+    """Linear warm-up from 1e-6, then a cosine over all steps from 0 (not from the warm-up), as released."""
     if step < args.warmup:
         return 1e-6 + (args.lr - 1e-6) * step / args.warmup
     return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
@@ -214,7 +214,7 @@ def learning_rate(step, args):
 def make_optimizer(module, args):
     """AdamW with weight decay on tensors of two or more dimensions only."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    for p in trained:  # small steps need all the digits
+    for p in trained:  # small updates need the precision of float32
         p.data = p.data.float()
     decayed = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay}
     others = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
@@ -224,7 +224,7 @@ def make_optimizer(module, args):
 # ---- Samples, held-out loss, checkpoints -------------------------------------------------------------------
 def micro_batches(n, args, start, rank, world):
     """Yields this process's micro-batches from step `start` on: lists of sample numbers (epoch * n + index).
-    All epochs form one line of them; a micro-batch takes the next few for all processes together."""
+    The epochs form one long sequence; all processes share the next few numbers as a micro-batch."""
     generators = (torch.Generator().manual_seed(args.seed * 1_000_003 + epoch) for epoch in count())
     orders = (torch.randperm(n, generator=generator).tolist() for generator in generators)
     numbers = (epoch * n + index for epoch, order in enumerate(orders) for index in order)
@@ -234,26 +234,26 @@ def micro_batches(n, args, start, rank, world):
 
 
 def load(dataset, order, args, device, most=math.inf):
-    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. Where none is
-    readable, another clip that counts as 0 stands in (DDP needs a backward pass of all processes); a held-out
-    batch (most: inf) is left out. ValueError if none is left to train on, or over `most` are unreadable."""
+    """Yields (batch, clips in it, unreadable clips) for each list of sample numbers in `order`. If none is
+    readable, another clip stands in, with weight 0 (DDP needs a backward pass in every process); a held-out
+    batch (most: inf) is skipped. ValueError if no clip can be read, or more than `most` cannot."""
     listed = Path(args.out) / "bad_videos.jsonl"
     options = {"num_workers": args.workers, "collate_fn": data.collate}
-    options["generator"] = torch.Generator()  # the default one is for the model's dropout
-    # a scheduler signals all processes, but workers and their ffmpeg must outlast the loop's last step
+    options["generator"] = torch.Generator()  # leaves the default one to the model's dropout
+    # a scheduler signals all processes, but workers and their ffmpeg must survive the loop's last step
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, **options))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises in the middle of anything
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at any moment
     for batch in loader:
         unread = len(batch["errors"])
         lines = {json.dumps(error) + "\n" for error in batch["errors"]}
-        with listed.open("a+") as file:  # which all processes share, and anyone may delete
+        with listed.open("a+") as file:  # shared by all processes; a user may delete it
             file.seek(0)
             file.writelines(sorted(lines.difference(file)))
-        bad = {row["video"] for row in dataset.rows} if unread else set()  # of this split, not of the other
+        bad = {row["video"] for row in dataset.rows} if unread else set()  # in this split, not the other
         bad &= {json.loads(line)["video"] for line in listed.open()}
-        advice = f"see {listed.name}; when they are mended, delete it"
+        advice = f"see {listed.name}; delete it once they are repaired"
         require(len(bad) <= most, f"{len(bad)} unreadable videos for {len(dataset)} rows; {advice}")
         clips = len(batch.get("input_ids", ()))
         if not clips and most == math.inf:
@@ -284,9 +284,9 @@ def evaluate(objective, test_set, autocast, args, device):
 
 
 def save(folder, args, model, objective, tokenizer, **progress):
-    """Writes weights, options, the heads of a task, and `progress`: the step, and what the loop carries."""
+    """Writes weights, options, the heads of a task, and `progress`: the step, and the state of the loop."""
     heads = {} if objective is model else objective.state_dict()
-    base = None if args.train == "all" else args.weights  # what does not train is left there
+    base = None if args.train == "all" else args.weights  # which holds what is not trained
     with data.replaced_folder(folder) as new:
         model.save_pretrained(new, tokenizer=tokenizer, base=base, mark=args.base_fingerprint)
         torch.save(progress | {"objective": heads}, new / "state.pt")
@@ -297,9 +297,9 @@ def save(folder, args, model, objective, tokenizer, **progress):
 
 
 def restore(file, objective, optimizer):
-    """Reads what `save` wrote beside the weights -> (steps that are done, least held-out loss)."""
+    """Reads what `save` wrote beside the weights -> (steps done, lowest held-out loss)."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)  # AdamW counts steps there
+        state = torch.load(file, map_location="cpu", weights_only=True)  # AdamW's step counts stay there
         objective.load_state_dict(state["objective"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"]), float(state.get("best", math.inf))
@@ -310,14 +310,14 @@ def restore(file, objective, optimizer):
 # ---- One step, and the run ---------------------------------------------------------------------------------
 def train_step(module, batches, optimizer, autocast, args):
     """One optimizer step over this process's share of a batch -> (its losses, gradient norm). The loss of an
-    unreadable clip counts as 0. A step whose gradient is not finite changes nothing."""
+    unreadable clip counts as 0. If the gradient is not finite, the weights stay as they are."""
     sums = Counter()
     for k in range(args.accumulate):
         batch, clips, unread = next(batches)
         share = clips / (clips + unread) / args.accumulate  # of this process's mean
-        # as DDP's no_sync(): the gradients are averaged over the processes once, in the last backward pass
+        # like DDP's no_sync(): gradients are averaged over the processes only in the last backward pass
         module.require_backward_grad_sync = k == args.accumulate - 1
-        with autocast:  # per sample: each clip counts the same, however many processes share a batch
+        with autocast:  # per sample: all clips count the same, however many processes share a batch
             losses = module(**batch, per_sample=True)
         (losses["total"] * share).backward()
         sums.update({name: loss.detach().float() * share for name, loss in losses.items()})
@@ -340,7 +340,7 @@ def main(argv=None, task=None):
     test_set = task.dataset(args, model, tokenizer, "test") if held_out else None
     objective = task.objective(args, model, train_set).to(device).train()
     for block in model.llama.layers if model.config.gradient_checkpointing else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # keeps no activations
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # recomputes
     optimizer = make_optimizer(objective, args)
     start, best = restore(last / "state.pt", objective, optimizer) if args.resume else (0, math.inf)
     require(start <= args.steps, f"--steps {args.steps}: this run is at step {start} already")
@@ -361,9 +361,9 @@ def main(argv=None, task=None):
         lr = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout; 1009: for as many ranks
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)  # dropout; 1009 ranks at most
         losses, norm = train_step(module, batches, optimizer, autocast, args)
-        # what all processes have to know: the mean losses, and whether one of them was told to stop
+        # what every process has to know: the mean losses, and whether one of them was told to stop
         means = torch.stack([*losses.values(), torch.tensor(float(len(stop)), device=device)])
         if world > 1:
             torch.distributed.all_reduce(means)
@@ -375,11 +375,11 @@ def main(argv=None, task=None):
             values["memory_mb"] = data.peak_memory_mb(device)
             values["samples_per_s"] = round((step - start) * args.batch_size / bar.format_dict["elapsed"], 2)
             biases = [p for name, p in model.named_parameters() if name.endswith(".encoder_1.bias")]
-            if biases:  # 1: biases alone could meet the consistency loss
+            if biases:  # near 1: biases alone satisfy the consistency loss
                 values["bias_cosine"] = torch.nn.functional.cosine_similarity(*biases, dim=0).item()
             if held_out and (step % args.eval_every == 0 or step == args.steps):
                 values |= evaluate(objective, test_set, autocast, args, device)
-            finite = {name: x for name, x in values.items() if math.isfinite(x)}  # JSON knows no others
+            finite = {name: x for name, x in values.items() if math.isfinite(x)}  # JSON has no NaN
             with log.open("a") as file:
                 file.write(json.dumps({"step": step} | finite) + "\n")
             bar.set_postfix(loss=values["total"], samples_s=values["samples_per_s"])
@@ -397,7 +397,7 @@ def main(argv=None, task=None):
     listed = last.with_name("bad_videos.jsonl")
     if rank == 0 and (bad := {json.loads(line)["video"] for line in listed.open()}):
         data.note(f"note: {len(bad)} videos could not be read (of {len(train_set)} rows): {listed}")
-    return 130 if signal.SIGINT in stop else 0  # SIGTERM, from a scheduler, is no failure
+    return 130 if signal.SIGINT in stop else 0  # SIGTERM, from a scheduler, is not a failure
 
 
 def run(argv=None, task=None):
@@ -408,7 +408,7 @@ def run(argv=None, task=None):
         return 130
     except (RuntimeError, *data.PROBLEMS) as error:
         if isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error):
-            error = "a loader worker died, perhaps for want of memory; start again with --resume"
+            error = "a loader worker died, perhaps out of memory; start again with --resume"
         elif not isinstance(error, data.PROBLEMS) and "allocate memory" not in str(error):
             raise
         return data.print_error(error)
