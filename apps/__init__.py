@@ -9,10 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in sample.py, before t
 
 
 def run_program(main):
-    """Exits with the status of `main`: 130 after ctrl-C, 143 after SIGTERM, which ends it in order too, and
-    141 if nobody reads what it prints any more (`… | head`), for which `main` lets BrokenPipeError pass."""
+    """Exits with the status that `main` returns, or with 130 after ctrl-C, 143 after SIGTERM (an orderly end,
+    too), or 141 if nobody reads the output any more (`… | head`): `main` must let BrokenPipeError pass."""
     with suppress(AttributeError):  # a notebook's stdout has no encoding
-        sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what a non-UTF-8 terminal cannot show
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         status = main()
@@ -21,14 +21,14 @@ def run_program(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards what is still in the buffer
         sys.exit(141)
 
 
 @contextmanager
 def named_death():
-    """Turns the death of a loader worker into an OSError. torch raises it wherever the main process happens
-    to be; what has been written until then is kept."""
+    """Turns the error that torch raises when a loader worker dies into an OSError. It may come at any point
+    of the main process; what has been written by then is kept."""
     try:
         yield
     except (RuntimeError, ConnectionResetError) as error:

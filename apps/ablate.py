@@ -1,5 +1,5 @@
-"""When does the motion branch help? Hawk with and without it, and blind but for motion, among more and more
-things that stand still (the toy world's clutter), with many frames of a clip and with few.
+"""When does the motion branch help? Compares Hawk with it, without it and with nothing but it, among more and
+more stationary objects (the toy world's clutter), with many frames of a clip and with few.
 
     python -m apps.ablate --weights runs/tiny/stage0/last --features runs/tiny/features --data data/toy \\
         --out runs/motion
@@ -9,19 +9,19 @@ things that stand still (the toy world's clutter), with many frames of a clip an
     python -m apps.ablate … --variants "without motion" "without both losses" full LoRA --frames 1 8 \\
         --seeds 1 --out runs/ladder                        # Hawk built up step by step
 
-All runs start from the same towers, and those of a seed see the same clips in the same order. A run is three
-calls of `apps.towers facts` (facts, captions, questions), as in examples/train_tiny.sh but with one round of
-facts, and then describes held-out clips, which differ from one level of clutter to the next in the clutter
-alone. The first call trains on the facts, without words and hence without the two extra losses, so variants
-with the same branches share it. In the other two all losses act, the motion-language loss with a target of
-its own (--motion-targets, as in the paper).
+All runs start from the same towers, and runs with the same seed see the same clips in the same order. A run
+makes three calls of `apps.towers facts` (facts, captions, questions), as in examples/train_tiny.sh but with
+one round of facts, and then describes held-out clips, which are the same at every level of clutter except
+for the clutter itself. The first call trains on the facts alone, without text and hence without the two extra
+losses, so variants with the same branches share it. The other two use all losses, with separate targets for
+the motion-language loss (--motion-targets, as in the paper).
 
-"Without motion" and "motion alone" are models of one branch: they train on the same cache, whose other
-features they ignore, without the losses that need the missing branch. --frames 2 takes the first and the
-fifth of eight frames from the cache: appearance then shows two still pictures, while each motion frame still
-tells what moves at its moment.
+"Without motion" and "motion alone" are models with one branch: they train on the same cache, ignore the
+features of the other branch, and do without the losses that need it. --frames 2 takes the first and the
+fifth of eight frames from the cache: appearance then shows two still images, while each motion frame still
+shows what moves at that moment.
 
-OUT/results.jsonl gets one line a run. A stopped ablation resumes: finished runs are not repeated, and
+OUT/results.jsonl gets one line per run. A stopped ablation resumes: finished runs are not repeated, and
 training continues from its last checkpoint. The tables (markdown, mean ± standard deviation over the seeds)
 are printed, written to OUT/table.md, and drawn into OUT/ablation.png if matplotlib is installed.
 
@@ -57,7 +57,7 @@ from sample import PROBLEMS, make_parser, note, number, print_error
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_EXTRA_LOSS = {"motion_language_weight": 0, "consistency_weight": 0}
-VARIANTS = {  # "branches", if not all; "train", what captions and questions teach; fields of the config
+VARIANTS = {  # "branches", unless all; "train": what captions and questions train; fields of the config
     "full": {},
     "without motion": {"branches": "appearance"} | NO_EXTRA_LOSS,
     "motion alone": {"branches": "motion", "consistency_weight": 0},
@@ -87,18 +87,18 @@ class Run(NamedTuple):
 
 
 def end_with_parent():
-    """In a new process, on Linux: it is killed when this program is, so that no training continues unseen."""
+    """Called in a new process: on Linux, it dies with this program, so that no training goes on unnoticed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 running = set()  # the processes that were launched and have not ended
-stopping = []  # not empty: they are told to end, and no others begin
+stopping = []  # if not empty, they are told to end, and no others start
 
 
 def launch(log, *command, threads):
-    """Runs `python COMMAND` with its output in the file `log`; a ValueError with its last line if it
-    fails."""
+    """Runs `python COMMAND` with its output in the file `log`; raises a ValueError with the last line of
+    it if the program fails."""
     require(not stopping, "stopped")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def launch(log, *command, threads):
             preexec_fn=end_with_parent,
         )
         running.add(process)
-        if stopping:  # told while this one was being launched
+        if stopping:  # stopped while this one was being launched
             process.terminate()
         status = process.wait()
         running.discard(process)
@@ -129,7 +129,7 @@ def launch(log, *command, threads):
 
 
 def towers(args, branches, frames):
-    """The folder of towers with these branches (comma list, None: all) for so many frames, made if needed."""
+    """The folder of towers with these branches ("a,b"; None: all) and this many frames, made if needed."""
     folder = args.out / f"towers-{branches or 'all'}-{frames}"
     if not folder.exists():
         model = Hawk.from_pretrained(args.weights)
@@ -146,7 +146,7 @@ def towers(args, branches, frames):
 
 
 def cache(args, frames):
-    """The folder of features of so many frames of each clip: --features, or evenly chosen ones of them."""
+    """The folder of features with this many frames per clip: --features, or evenly spaced frames of it."""
     meta = json.loads((args.features / "train" / "meta.json").read_text())
     every = meta["n_frames"] // frames
     if every * frames != meta["n_frames"]:
@@ -169,7 +169,7 @@ def cache(args, frames):
 
 
 def fewer_frames(file, every):
-    """A file of the feature cache with one of `every` frames -> its bytes."""
+    """The bytes of a file of the feature cache, reduced to one in `every` frames."""
     with safe_open(file, "pt") as opened:
         streams = {name: opened.get_tensor(name)[::every].contiguous() for name in opened.keys()}
         about = opened.metadata()
@@ -180,7 +180,7 @@ def fewer_frames(file, every):
 
 
 def held_out(args, clutter):
-    """The index of held-out clips among so many things that stand still, made if need be."""
+    """The index of held-out clips with this many stationary objects, made if needed."""
     folder = args.out / f"clutter-{clutter}"
     if not (folder / "test.jsonl").exists():
         options = ["--n-test", args.limit, "--seed", 501, "--clutter", clutter, "--out", folder]
@@ -238,7 +238,7 @@ def one_run(args, run):
         kinds = {"kinds": scores["kinds"]["kinds"], "facts": scores["facts"]}
         result["clutter"][str(clutter)] = kinds | {"bleu_1": bleu[0], "bleu_4": bleu[3]}
     last = json.loads((out / "questions" / "log.jsonl").read_text().splitlines()[-1])
-    result["bias_cosine"] = last.get("bias_cosine")  # of two branches
+    result["bias_cosine"] = last.get("bias_cosine")  # None with one branch
     result["held_out_loss"] = last["held_out_video_language"]
     return result | {"minutes": round((time.perf_counter() - began) / 60, 2)}
 
@@ -277,7 +277,7 @@ def ablate(args):
     ]
     todo = [run for run in wanted if run not in have]
     note(f"{len(todo)} runs to do, {len(have)} done; {args.jobs} at a time, {args.threads} threads each")
-    for run in todo:  # what several runs share is made before they begin
+    for run in todo:  # what several runs share is made before they start
         towers(args, VARIANTS[run.variant].get("branches"), run.frames)
         cache(args, run.frames)
     for clutter in args.clutter if todo else ():
@@ -290,7 +290,7 @@ def ablate(args):
                 file.write(as_line(result))
                 file.flush()
                 note(summary(result))
-        except BaseException:  # also Ctrl-C and SIGTERM: what runs is told to save, and nothing new begins
+        except BaseException:  # also Ctrl-C and SIGTERM: running programs are told to save, no new ones start
             stopping.append(True)
             for process in tuple(running):
                 process.terminate()
@@ -432,9 +432,9 @@ def parse_args(argv=None):
     add("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N (default: 2)")
     add("--variants", nargs="+", choices=VARIANTS, default=BY_DEFAULT, metavar="NAME",
         help=f"{', '.join(VARIANTS)} (default: the first three)")  # fmt: skip
-    add("--frames", type=positive, nargs="+", default=[8, 2], metavar="N", help="of a clip (default: 8 2)")
+    add("--frames", type=positive, nargs="+", default=[8, 2], metavar="N", help="per clip (default: 8 2)")
     add("--clutter", type=number(int, 0), nargs="+", default=[0, 2, 4, 6], metavar="N",
-        help="things that stand still in the held-out clips (default: 0 2 4 6)")  # fmt: skip
+        help="stationary objects in the held-out clips (default: 0 2 4 6)")  # fmt: skip
     three = dict(type=positive, nargs=3, metavar="N")
     add(
         "--steps",
@@ -442,15 +442,15 @@ def parse_args(argv=None):
         **three,
         help="facts, captions, questions (default: 5000 500 650)",
     )
-    add("--batch-size", default=[64, 32, 32], **three, help="of the same (default: 64 32 32)")
+    add("--batch-size", default=[64, 32, 32], **three, help="of these three (default: 64 32 32)")
     add(
         "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training (default: bfloat16)"
     )
     add("--limit", type=positive, default=200, help="held-out clips to describe (default: 200)")
-    add("--jobs", type=positive, default=2, help="runs side by side (default: 2)")
-    add("--threads", type=positive, default=1, help="of each run (default: 1)")
+    add("--jobs", type=positive, default=2, help="runs in parallel (default: 2)")
+    add("--threads", type=positive, default=1, help="per run (default: 1)")
     args = p.parse_args(argv)
-    for name in ("weights", "features", "data", "out"):  # the programs are started in the repository
+    for name in ("weights", "features", "data", "out"):  # the programs run in the repository
         setattr(args, name, getattr(args, name).resolve())
     return args
 

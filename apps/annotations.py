@@ -1,9 +1,8 @@
-"""Hawk's published annotations, and videos as they lie on this disk -> index files.
+"""Hawk's published annotations, and the videos on this disk -> index files.
 
     python prepare.py hawk --annotations Hawk/Annotation --videos Hawk/Videos --out data/hawk
 
-Each video is found though its folder may have been renamed, or be a link. Refusals ("As an AI …") get a
-flag.
+Videos are found even if their folders have been renamed or are links. Refusals ("As an AI …") get a flag.
 
 In this file: what the sources are called, and how refusals sound; rows and files of an index, for all
 programs that make one; the job, file by file and row by row.
@@ -26,7 +25,7 @@ from apps import run_program
 from hawk import require
 from prepare import main, read_json
 
-SOURCES = {  # folders of the published videos: what annotations and other copies of the videos call them
+SOURCES = {  # folders of the published videos: how annotations and other copies of the videos spell them
     "UCF_Crime": "UCF[-_]?Crimes?", "ShanghaiTech": "ShanghaiTech(Dataset)?", "UBnormal": "UBnormal",
     "CUHK_Avenue": "avenue/avenue|CUHK[-_]Avenue", "Ped1": "ped1/ped1|ped1", "Ped2": "ped2/ped2|ped2",
     "DoTA": "DoTA",
@@ -48,8 +47,8 @@ REFUSALS = (  # a language model that should describe a video says that it is on
 
 
 def published_path(name):
-    """(source, path in the published videos) of a path in the annotations or on this disk, in any case.
-    Accents are one character with their letter: archives of macOS write two, which look the same."""
+    """A path in the annotations or on this disk, in upper or lower case -> (source, path in the published
+    videos). An accented letter becomes one character: macOS archives use two, which look the same."""
     name = unicodedata.normalize("NFC", name.replace("\\", "/"))
     for source, pattern in SOURCES.items():
         if found := re.search(f"(?i)(^|/)({pattern})/", name):
@@ -72,8 +71,8 @@ def video_path(videos, name):
 
 
 def walk(folder):
-    """The paths of all that lies below a folder, what is behind links to folders last. No folder is entered
-    twice: links may form a circle."""
+    """Yields the paths of everything below a folder; what is behind links to folders comes last. No folder is
+    entered twice: links may form a cycle."""
     entered = set()
     starts = [folder]
     while starts:
@@ -88,13 +87,13 @@ def walk(folder):
 
 def index_row(path, source, description, qa=()):
     """A row of an index, flagged if its description is a refusal. Motion captions: apps/captions.py."""
-    told = re.sub(r"""(?<=\w)[,:]? ["“][^"”]*["”]""", "", description)  # without what people in it say
+    told = re.sub(r"""(?<=\w)[,:]? ["“][^"”]*["”]""", "", description)  # without quoted speech
     flags = ["refusal"] * any(re.search(pattern, told, re.IGNORECASE) for pattern in REFUSALS)
     return {"video": str(path), "source": source, "description": description, "qa": list(qa), "flags": flags}
 
 
 def write_splits(out, splits):
-    """Writes OUT/train.jsonl and so on when all are whole. splits: {name: rows}; none without rows."""
+    """Writes OUT/train.jsonl and so on once all are complete. splits: {name: rows}; no file without rows."""
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out) as folder:
         for split, rows in splits.items():
@@ -114,7 +113,7 @@ def make_index(args):
     for path in sorted(walk(videos)):
         published = published_path(str(path.relative_to(videos)))[1]
         found = places.setdefault(published.lower(), {})
-        if published not in found or path.lstat().st_size:  # an empty copy does not hide a whole one
+        if published not in found or path.lstat().st_size:  # an empty copy must not hide a complete one
             found[published] = path
     rows = {"train": [], "test": [], "missing": [], "broken": []}
     counts = Counter()
@@ -137,7 +136,7 @@ def make_index(args):
     data.replace_file(args.out / "report.json", json.dumps(report, indent=1) + "\n")
     for (source, column), count in sorted(counts.items()):
         print(f"{source:14}{count:7} {column}")
-    if args.tokenizer:  # as sampled from a video of about two minutes: 32 times in the prompt
+    if args.tokenizer:  # the prompt lists 32 times, here as long as in a video of about two minutes
         encode = partial(data.Tokenizer(args.tokenizer).encode_conversation, message="60.0, " * 32)
         turns = [{"q": data.DESCRIBE_QUESTIONS[0], "a": row["description"]} for row in sum(rows.values(), [])]
         lost = sum(len(encode([turn], max_tokens=513)[0]) > 512 for turn in turns)
@@ -149,15 +148,15 @@ def split_of(file, top):
     has neither, the folders below `top` decide in the same way, the innermost first; else "train"."""
     for name in (file.stem, *reversed(file.relative_to(top).parts[:-1])):
         words = {word.lower() for word in re.findall("[A-Z]+(?=test|train|[^a-z]|$)|[A-Z]?[a-z]+", name)}
-        tests = bool(words & {"test", "testing"})  # "latest" is none
+        tests = bool(words & {"test", "testing"})  # "latest" is not one
         if tests != bool(words & {"train", "training"}):
             return "test" if tests else "train"
     return "train"
 
 
 def annotation_files(args):
-    """The published split if it is there, else all JSON files; the one of all clips, which repeats the
-    others, only if it is alone. ValueError if a published file is there twice."""
+    """The files of the published split if present, else all JSON files; the file of all clips, which repeats
+    the others, only if there is nothing else. ValueError if a published file is there twice."""
     published = ("all_videos_train.json", "all_videos_test.json", "all_videos_all.json")
     report = os.path.realpath(args.out / "report.json")
     files = [file for file in sorted(args.annotations.rglob("*.json")) if os.path.realpath(file) != report]
@@ -189,7 +188,7 @@ def hawk_row(entry, videos, places):
         return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
     except (KeyError, TypeError) as e:
         return "broken", {"source": source, "reason": f"needs video, QA and description ({e!r})"}
-    except (ValueError, OSError, RuntimeError) as e:  # the last: links in a circle
+    except (ValueError, OSError, RuntimeError) as e:  # the last: links form a cycle
         return "broken", {"source": source, "reason": str(e)}
 
 

@@ -4,8 +4,8 @@
 
 In stage 1 the motion tokens alone are asked to say what moves: "car swerves lane, hits van". As in the
 released code, the captions are taken from spaCy's parse, if spaCy and its small English model are installed.
-Otherwise rules make them: a list of common words tells where a noun phrase ends; a list of verbs, and the
-words beside a word, tell what is a verb. The field "motion_by" of a row says which: "spacy" or "rules".
+Otherwise rules make them: a list of common words shows where a noun phrase ends; a list of verbs, and the
+words around a word, show whether it is a verb. The field "motion_by" of a row says which: "spacy" or "rules".
 
 In this file: spaCy; word lists; Reader, which goes through a text word by word; index files and the command.
 """
@@ -47,7 +47,7 @@ def spacy_motion(parse):
         for child in word.children:
             if child.dep_ in ("dobj", "obj", "pobj"):
                 yield child.text
-            elif child.dep_ in ("prep", "agent", "dative"):  # an object may also stand behind a preposition
+            elif child.dep_ in ("prep", "agent", "dative"):  # an object may also follow a preposition
                 yield from objects(child)
 
     groups = []
@@ -112,7 +112,7 @@ OPENS_OBJECT = ("determiner", "pronoun")  # what such a word follows may be a ve
 
 
 def word_kind(word):
-    """A key of GRAMMAR, or None for a verb or noun that no list has."""
+    """A key of GRAMMAR, or None for a verb or noun that is in no list."""
     if word in KIND_OF:
         return KIND_OF[word]
     return "adverb" if word.endswith("ly") else None
@@ -126,7 +126,7 @@ class Reader:
     """Goes through a text word by word and collects its clauses, each a list: subject, verb, objects.
 
     A noun phrase ("a white car") ends at a verb or at a word of GRAMMAR; its last word, the head, stands for
-    it. What becomes of the head depends on the role of the phrase in its clause:
+    it. What happens to the head depends on the role of the phrase in its clause:
 
         subject      before the verb: it waits for the verb
         object       after the verb, or after a preposition that follows the verb
@@ -160,7 +160,7 @@ class Reader:
         self.previous_kind = kind
 
     def kind(self, word, next_word):
-        """The kind of a word where it stands: "verb", a key of GRAMMAR, or None for a noun or adjective."""
+        """The kind of a word in its context: "verb", a key of GRAMMAR, or None for a noun or adjective."""
         kind = word_kind(word)
         left_something = word == "left" and word_kind(next_word) == "determiner"  # "left" may be an adverb
         if self.after_determiner or not (kind is None or left_something):
@@ -188,7 +188,7 @@ class Reader:
         return word in BASE and (self.previous_kind == "auxiliary" or (finite and plural))
 
     def end_phrase(self, kind):
-        """Puts the head where its role says. kind: of the word that ends the phrase."""
+        """Puts the head where its role requires. kind: that of the word that ends the phrase."""
         if not self.head:
             return
         if self.role == "object":
@@ -237,12 +237,12 @@ def motion_by_rules(text):
 # ------------------------------------------------------------------------------------------------------------
 # Index files
 
-NAMES = {"spacy": "spaCy", "rules": "rules"}  # of what makes captions
+NAMES = {"spacy": "spaCy", "rules": "rules"}  # as notes call what makes captions
 
 
 def caption_line(line, done=b""):
-    """One line of an index file (bytes) -> (the line with a motion caption, by what it was made, or None if
-    it had one before). done: perhaps the line that a stopped call has made of it; its caption is kept."""
+    """One line of an index file (bytes) -> (the line with a motion caption, what made the caption, or None if
+    it had one already). done: what an interrupted run may have made of the line; its caption is kept."""
     if not line.strip():
         return line, None
     row = check_row(json.loads(line))
@@ -274,8 +274,8 @@ def caption(row):
 def caption_index(file):
     """Adds captions to one index file and replaces it atomically. Rows that have one stay as they are.
 
-    It goes line by line, for an index may be larger than the memory. What a stopped call has written waits
-    beside the index: its lines are kept up to the first that does not follow from the index as it is now.
+    It goes line by line, because an index may not fit into memory. What an interrupted run has written is
+    beside the index: its lines are kept up to the first that does not match the index as it is now.
     """
     temporary = Path(f"{file}.tmp")
     rows = 0
@@ -283,7 +283,7 @@ def caption_index(file):
     with temporary.open("ab+") as out:
         lock(out)
         out.seek(0)
-        end = 0  # of the lines in it that follow from the index
+        end = 0  # of the lines in it that match the index
         resuming = True
         with file.open("rb") as lines, progress(file) as bar:
             if lines.read(len(BOM_UTF8)) != BOM_UTF8:
@@ -319,7 +319,7 @@ def progress(file):
 
 
 def cut(file, end):
-    """Removes what is behind `end`, where the file is continued."""
+    """Truncates the file at `end`, where writing continues."""
     file.seek(end)
     file.truncate()
 

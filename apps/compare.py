@@ -1,13 +1,13 @@
-"""Which of two files of predictions is better, and is the difference more than the luck of these clips?
+"""Which of two files of predictions is better, and could the difference be due to the choice of clips?
 
     python -m apps.compare before.jsonl after.jsonl
-    python -m apps.compare after.jsonl               # how far is a score from luck? its own interval
+    python -m apps.compare after.jsonl               # how certain is each score? its own interval
     python -m apps.compare before.jsonl after.jsonl --kinds data/toy/kinds.json --json
 
-Compares what both files answer: the same question about the same clip. For each task, source and metric it
-prints both scores, the difference B − A, and the interval that holds it in 95% of 1000 bootstrap resamples of
+Compares answers to the same question about the same clip. For each task, source and metric it prints
+both scores, the difference B − A, and the interval that holds it in 95% of 1000 bootstrap resamples of
 the clips (a clip is drawn with all its questions, and in both files alike). A star marks an interval without
-0. Metrics: BLEU-1…4, ROUGE-L and the words of an answer; the marks of each judge that marked both files with
+0. Metrics: BLEU-1…4, ROUGE-L and words per answer; the marks of each judge that marked both files with
 the same prompts (FILE.judge.jsonl); with --kinds, descriptions that name the right kind; for detect, ROC
 AUC, average precision, accuracy and F1.
 """
@@ -212,9 +212,9 @@ def parse_args(argv=None):
     p = make_parser(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE", help="A, or A and B, written by apps.evaluate")
     p.add_argument("--kinds", metavar="FILE", help="kinds.json of the index, to compare the kinds named")
-    p.add_argument("--resamples", type=number(int, 1), default=1000, help="of the bootstrap (default: 1000)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: 0)")
-    p.add_argument("--json", action="store_true", help="one JSON object a line")
+    p.add_argument("--resamples", type=number(int, 1), default=1000, help="in the bootstrap (default: 1000)")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="for the bootstrap (default: 0)")
+    p.add_argument("--json", action="store_true", help="one JSON object per line")
     args = p.parse_args(argv)
     if len(args.files) > 2:
         p.error("give one or two files")

@@ -1,10 +1,10 @@
-"""Draws the curves of training runs: reads the log.jsonl that train.py writes, one object a step.
+"""Draws the curves of training runs from the log.jsonl that train.py writes, one object per step.
 
     python -m apps.curves runs/stage1 runs/stage2 --out curves.png      # needs matplotlib
     python -m apps.curves runs/tiny/stage1 runs/tiny/stage2 --cosines --out cosines.png
     python -m apps.curves runs/stage1 --tensorboard runs/board          # needs tensorboard
 
-It may be called at any time, also while a run is going on.
+It can be used at any time, even during a run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def read_curves(run):
     file = Path(run) / "log.jsonl"
     if not file.exists():
         raise ValueError(f"{file}: there is no log; give the folder that train.py wrote, its --out")
-    lines = file.read_text().split("\n")[:-1]  # the last line of a run that is going on may be cut short
+    lines = file.read_text().split("\n")[:-1]  # the last line of a run in progress may be cut short
     curves = {}
     for number, text in enumerate(lines, 1):
         try:
@@ -81,14 +81,14 @@ def draw(runs, out):
 
 
 def save(figure, out):
-    """Writes a picture, of the kind that the ending of `out` says."""
+    """Writes a picture in the format that the extension of `out` names."""
     content = io.BytesIO()
     figure.savefig(content, format=Path(out).suffix[1:] or "png", dpi=110)
     replace_file(out, content.getvalue())
 
 
 def draw_cosines(runs, out):
-    """The cosines between the two compared branches, over the runs one after the other."""
+    """The cosines between the two compared branches, over the runs, one after another."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -128,7 +128,7 @@ def main(argv=None):
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder that train.py wrote (its --out)")
     p.add_argument("--out", help="picture to draw (.png, .svg or .pdf)")
     p.add_argument(
-        "--cosines", action="store_true", help="draw what the consistency loss does, not the losses"
+        "--cosines", action="store_true", help="draw the cosines behind the consistency loss, not the losses"
     )
     p.add_argument("--tensorboard", metavar="DIR", help="folder to write TensorBoard's files to")
     args = p.parse_args(argv)

@@ -1,4 +1,4 @@
-"""How abnormal is a clip? What apps/timeline.py and apps/evaluate.py share. It has no command.
+"""How abnormal is a clip? Shared by apps/timeline.py and apps/evaluate.py; it is not a program.
 
 In this order: rows of an index that say what is normal, the model's score of a clip, from scores to numbers.
 """
@@ -22,7 +22,7 @@ NO_PHRASES = (
 )
 TOY_KINDS = Path(__file__).parent.parent / "examples" / "kinds.json"
 YES_QUESTION = "Does anything unusual or dangerous happen in this video? Answer yes or no."
-SUBJECT_WORDS = 5  # a phrase is tried after each of the answer's first words: "A red car" is three
+SUBJECT_WORDS = 5  # a phrase is tried after each of this many first words of an answer
 PHRASES_PER_BATCH = 16
 THRESHOLD = 0.5  # a clip with this score or more is called abnormal
 METRICS = {"auc": "ROC AUC", "ap": "av. prec.", "accuracy": "accuracy", "f1": "F1"}
@@ -32,11 +32,11 @@ LABELS = {0: 0, 1: 1, "normal": 0, "abnormal": 1}
 
 
 def read_rows(path, parse):
-    """An index -> what `parse` makes of each row. data.read_index is no help: it wants a description in each.
+    """An index -> what `parse` makes of each row. (data.read_index would require a description in each.)
 
-    Raises ValueError that names the line, also for a ValueError of `parse`."""
+    Raises a ValueError that names the line, also if `parse` raises one."""
     rows = []
-    with open(path, "rb") as file:  # as bytes, a line ends with a line feed only, not with U+2028 in a text
+    with open(path, "rb") as file:  # as bytes, so that only a line feed ends a line, not U+2028 in a text
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -99,7 +99,7 @@ def label_of(row):
 
 def read_labels(path):
     """An index -> its rows, with absolute paths in "video" and 0 or 1 in "label". Rows about the same video
-    count as one. Raises ValueError that names a row that says nothing, or another thing."""
+    count as one. Raises a ValueError that names a row without a label, or one that contradicts another."""
     found = {}
     folder = os.path.dirname(os.path.abspath(path))
     for row in read_rows(path, lambda row: row | {"label": label_of(row)}):
@@ -129,7 +129,7 @@ def log_likelihoods(model, encoding, prompt, answers, starts):
         counted = torch.zeros(target.shape, device=model.device)
         for j, ids in enumerate(batch):
             counted[j, starts[i + j] : len(ids)] = 1
-        # a cache with the prompt in every row, and room for the answers behind it
+        # a cache with the prompt in every row, and room for the answers after it
         longer = KVCache(model.config, len(batch), len(prompt) + L, x)
         for kv, of_prompt in zip(longer.layers, cache.layers, strict=True):
             kv[..., : len(prompt), :] = of_prompt
@@ -143,7 +143,7 @@ def log_likelihoods(model, encoding, prompt, answers, starts):
 
 
 def describe(model, tokenizer, clip, encoding, max_new_tokens=300):
-    """-> (prompt that asks for a description, the answer's beginning)"""
+    """-> (the prompt that asks for a description, up to max_new_tokens of the answer)"""
     prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
     room = min(max_new_tokens, model.config.context_length - len(prompt))
     require(room > 0, f"a prompt of {len(prompt)} tokens; these weights take {model.config.context_length}")
@@ -152,10 +152,10 @@ def describe(model, tokenizer, clip, encoding, max_new_tokens=300):
 
 
 def contrast_score(model, tokenizer, clip, encoding, phrases):
-    """How likely an answer that begins as the model's own continues with one of the phrases.
+    """How likely it is that an answer that begins like the model's own continues with one of the phrases.
 
-    Each phrase excludes the others, so their probabilities add up. Which word they fit behind is not known,
-    so they are tried behind each of the first words, and the highest sum counts."""
+    The phrases exclude each other, so their probabilities add up. Which word they fit after is not known, so
+    they are tried after each of the first words, and the highest sum counts."""
     prompt, said = describe(model, tokenizer, clip, encoding, 2 * SUBJECT_WORDS)
     words = said.split()[:SUBJECT_WORDS]
     answers = []
@@ -193,7 +193,7 @@ def read_phrases(path):
 
 
 def add_score_options(add, name):
-    """The options of argparse's `add` that choose a score; `name` is that of the first."""
+    """Adds the options that choose a score. add: an argparse method; name: of the first option."""
     told = "default: choice if there are sentences (apps.index), contrast if there are phrases, else yes"
     add(name, choices=["choice", "contrast", "yes"], help=told)
     told = "phrases for contrast; default: kinds.json beside the index or the weights, and for weights/tiny "
@@ -212,8 +212,8 @@ def find_kinds(args):
 
 @torch.no_grad()
 def choice_score(model, tokenizer, clip, encoding, sentences):
-    """The probability that the description is the sentence of an abnormal kind, if it is one of these at all.
-    sentences: {kind: sentence}. (What an absolute probability lacks when a sentence has many spellings.)"""
+    """The probability that the description is the sentence of an abnormal kind, if it is one of them at all.
+    sentences: {kind: sentence}. (Absolute probabilities would be low if there are many ways to say it.)"""
     prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
     answers = [tokenizer.sp.encode(sentence) for sentence in sentences.values()]
     p = log_likelihoods(model, encoding, prompt, answers, [0] * len(answers)).softmax(0)
@@ -258,7 +258,7 @@ def choose_score(how, kinds):
 
 
 def phrases_of(score):
-    """The phrases or sentences that decide a score, None for `yes_score`: for records of what decided it."""
+    """The phrases or sentences that decide a score, None for `yes_score`: to be recorded with it."""
     return next(iter(score.keywords.values())) if isinstance(score, partial) else None
 
 
@@ -278,13 +278,13 @@ def score_clips(model, tokenizer, clips, asked, score):
 def measure(scores, abnormal, weights=None):
     """ROC AUC, average precision, accuracy and F1 at THRESHOLD -> (…, 4), in the order of METRICS.
 
-    scores: (N,); abnormal: (N,) bool; weights: (…, N), how often each of the N counts (default: once). As
-    scikit-learn's, except for NaN where a number does not exist: the first two without normal or without
+    scores: (N,); abnormal: (N,) bool; weights: (…, N), how often each of the N counts (default: once). Like
+    scikit-learn's, except for NaN where a metric is undefined: the first two if there are no normal or no
     abnormal ones, F1 if none is abnormal and none is called so."""
     weights = np.ones(len(scores)) if weights is None else weights
     order = np.argsort(scores)
-    first = np.flatnonzero(np.diff(scores[order], prepend=-math.inf))  # of those with the same score
-    # how many there are with each of the U scores, ascending: (…, U)
+    first = np.flatnonzero(np.diff(scores[order], prepend=-math.inf))  # the first with each score
+    # how many have each of the U distinct scores, in ascending order: (…, U)
     positive = np.add.reduceat((weights * abnormal)[..., order], first, axis=-1)
     negative = np.add.reduceat((weights * ~abnormal)[..., order], first, axis=-1)
     P = positive.sum(-1)
@@ -296,7 +296,7 @@ def measure(scores, abnormal, weights=None):
     right = (weights * (called == abnormal)).sum(-1)
     found = (weights * (called & abnormal)).sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # the share of pairs of an abnormal and a normal one that are in order; equal ones count half
+        # the share of (abnormal, normal) pairs that are ranked correctly; ties count half
         auc = (positive * (below + negative / 2)).sum(-1) / (P * N)
         precision = np.nan_to_num(hits / (hits + alarms))  # 0 / 0 where the weights are 0
         ap = (positive * precision).sum(-1) / P
@@ -306,7 +306,7 @@ def measure(scores, abnormal, weights=None):
 
 
 def numbers(scores, abnormal):
-    """{name in METRICS: value, or None where it does not exist}, see `measure`."""
+    """{name in METRICS: value, or None where it is undefined}, see `measure`."""
     values = measure(np.asarray(scores, float), np.asarray(abnormal, bool)).tolist()
     return {name: None if math.isnan(x) else x for name, x in zip(METRICS, values, strict=True)}
 

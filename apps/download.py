@@ -5,9 +5,9 @@
     python -m apps.download --what llama blip2 hawk    # vision encoder and Q-Former from BLIP-2's shards
 
 The servers are asked for names and sizes. Without a connection, or before LLaMA-2's licence is accepted,
---dry-run lists what is known without asking (`KNOWN`), with addresses to download by other means. A
-second call resumes where a first one was stopped. `prepare.py weights` then makes one folder of weights of
-the files. LLaMA-2 needs an account that has accepted its licence, and `hf auth login`.
+--dry-run lists what is known without asking (`KNOWN`), with URLs to download from by other means. A second
+run resumes an interrupted one. `prepare.py weights` then converts the files into one folder of weights.
+LLaMA-2 needs an account that has accepted its licence, and `hf auth login`.
 """
 
 import errno
@@ -36,7 +36,7 @@ HUB = {  # repository on the Hugging Face hub, and the pattern of the files that
 }
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 URLS = {"vit": f"{LAVIS}/eva_vit_g.pth", "qformer": f"{LAVIS}/blip2_pretrained_flant5xxl.pth"}
-KNOWN = {  # what --dry-run lists: files, and their bytes as far as they are known without asking
+KNOWN = {  # what --dry-run lists without asking: files, and their sizes in bytes, if known
     "llama": {"config.json": 1_000, "tokenizer.model": 500_000, "model-*.safetensors": 13_476_831_232},
     "vit": {"eva_vit_g.pth": 2_030_000_000},
     "qformer": {"blip2_pretrained_flant5xxl.pth": 433_000_000},
@@ -66,7 +66,7 @@ class Download:
 
 
 def ask(where, function, *arguments, **options):
-    """Calls huggingface-hub; its errors become one line. Those of the disk are left to `writing`."""
+    """Calls huggingface-hub; its errors become one line. Disk errors are left to `writing`."""
     try:
         return function(*arguments, **options)
     except Exception as error:  # their classes change with the HTTP client that the library uses
@@ -79,7 +79,7 @@ def ask(where, function, *arguments, **options):
 
 @contextmanager
 def writing(path):
-    """What the disk refuses becomes one line that names the file or folder: by itself it names neither."""
+    """A disk error becomes one line that names the file or folder, which the error itself does not."""
     try:
         yield
     except OSError as error:
@@ -133,9 +133,9 @@ def url_files(name, out):
 
 
 def in_parts(where, url, file, size, headers, sha256=None, etag=None):
-    """The Download of a file into FILE.part until it is complete. (hf_hub_download would begin anew: what it
-    has so far of a file, it removes.) where: what errors are about. sha256, etag: None if the server gives
-    none; they tell whether a part is of the file that is there today."""
+    """The Download of a file into FILE.part until it is complete. (hf_hub_download would start over, as it
+    removes partial files.) where: what errors name. sha256, etag: None if the server gives none; they show
+    whether a part belongs to the server's current file."""
     from huggingface_hub.file_download import http_get
 
     options = {"expected_size": size, "headers": headers | {"Accept-Encoding": "identity"}}
@@ -144,8 +144,8 @@ def in_parts(where, url, file, size, headers, sha256=None, etag=None):
         part = part_of(file)
         part.parent.mkdir(parents=True, exist_ok=True)
         with writing(part), part.open("ab") as f:
-            lock(f)  # what two calls append to one part is no file
-            if download.done:  # by another call, while this one waited
+            lock(f)  # two runs must not append to the same part
+            if download.done:  # by another run, while this one waited
                 part.unlink(missing_ok=True)
                 return
             resume(f, size, etag)
@@ -160,11 +160,11 @@ def in_parts(where, url, file, size, headers, sha256=None, etag=None):
 
 
 def resume(f, size, etag):
-    """Goes to the end of what an earlier call has left, or empties the part if it cannot be of this file."""
+    """Seeks to the end of what an earlier run left, or empties the part if it cannot belong to this file."""
     kept = etag_of(Path(f.name))
     known = kept.read_text() if kept.exists() else None
     f.seek(0, 2)
-    # of an unknown size, nobody can tell how much of it is missing
+    # if the size is unknown, so is how much is missing
     if size is None or f.tell() > size or known != etag:
         f.seek(0)
         f.truncate()
@@ -174,7 +174,7 @@ def resume(f, size, etag):
 
 
 def check_sum(part, where, sha256):
-    """ValueError if a complete part is not what the hub has; it is removed."""
+    """Removes a complete part that is not what the hub has, and raises ValueError."""
     if not sha256:
         return
     with part.open("rb") as f:
@@ -190,12 +190,12 @@ def part_of(file):
 
 
 def etag_of(part):
-    """The file that keeps the ETag of what a part is of."""
+    """The file that keeps the ETag of the file that a part belongs to."""
     return part.with_name(part.name + ".etag")
 
 
 def sum_sizes(downloads):
-    """Bytes, as far as the servers give them."""
+    """In bytes, of those whose sizes the servers give."""
     return sum(download.size or 0 for download in downloads)
 
 
@@ -212,7 +212,7 @@ def check_space(out, missing):
 
 
 def list_files(names, out):
-    """Prints which files would be fetched, their sizes, and the addresses of what could not be asked for."""
+    """Prints which files would be fetched, their sizes, and URLs where the server could not be asked."""
     total = 0
     guessed = False
     for name in names:
@@ -231,7 +231,7 @@ def list_files(names, out):
 
 
 def show(sizes, there, addresses=None):
-    """A line a file. sizes: {file: bytes or None}; there: the downloaded ones; addresses: {file: URL}."""
+    """One line per file. sizes: {file: bytes or None}; there: the downloaded ones; addresses: {file: URL}."""
     for file, size in sizes.items():
         amount = "unknown" if size is None else f"{size / 1e9:8.3f} GB"
         address = f"  {addresses[file]}" if addresses else ""
@@ -239,8 +239,8 @@ def show(sizes, there, addresses=None):
 
 
 def list_known(name, out):
-    """The same for one name, from KNOWN -> bytes to download. Shards stand in one line: nobody was asked how
-    many there are."""
+    """Prints the same for one name, from KNOWN -> bytes to download. Shards share one line: how many there
+    are is not known."""
     repo, _ = HUB.get(name, ("", ""))
     folder = out / repo.split("/")[1] if repo else out
     sizes = {folder / file: size for file, size in KNOWN[name].items()}

@@ -9,19 +9,19 @@
 
 Each line of the output is one prediction: video, task (describe, answer or detect), question, answer,
 reference, source, the kind if the row has one, and the answer's tokens. Decoding is greedy, or a search with
---beams; never random. What decides the answers (SHA-256 of the weights and of the index, options) is written
-to OUT.options.json before the first clip. Start a run that was killed again and it resumes, to the same file;
-with other weights or options it refuses. Under torchrun each process takes every n-th batch into OUT.rank0,
+--beams; never random. What determines the answers (SHA-256 of weights and index, options) is written to
+OUT.options.json before the first clip. A killed run resumes when started again with the same --out; it
+refuses other weights or options. Under torchrun each process takes every n-th batch into OUT.rank0,
 OUT.rank1, …, and the first process merges them in the order of the index.
 
 With --task detect the model says how likely it is that the video is abnormal, by P(yes) against P(no) or as
 apps/timeline.py does (--detect contrast). The line then has a score and a label, 1 for abnormal, which each
 row of the index must say: "label": 0 or 1, "abnormal": [] or intervals, or "kind": "normal" or another.
 
-In the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source in the layout of the paper's
+At the end it prints, and writes to OUT.scores.json: corpus BLEU-1…4 per source in the layout of the paper's
 Table 1, ROUGE-L and the length of the answers; for detect ROC AUC, average precision, accuracy and F1; what
-was left out, and where the rows have a kind (phrases from a kinds.json beside the index or the weights, else
-the toy world's) how often the right one is named and what is confused. For a toy world also how often the
+was left out; and, if the rows have a kind (phrases from a kinds.json beside the index or the weights, else
+the toy world's), how often the right one is named and which are confused. For a toy world also how often the
 colour, object and place of the main actor are in the description.
 
 In this file: the questions, the files that survive a kill, the predictions, the command line.
@@ -99,7 +99,7 @@ from sample import (
     print_error,
 )
 
-MEETING = timedelta(minutes=10)  # in which all processes start: those of a torchrun that was killed then end
+MEETING = timedelta(minutes=10)  # for all processes to start; those of a killed torchrun end after it
 
 # ------------------------------------------------------------------------------------------------------------
 # What is asked
@@ -112,7 +112,7 @@ def refused(row):
 
 
 def questions(row, name, args):
-    """The predictions that a row of an index asks for, with empty answers. name: what they call the video."""
+    """The predictions that a row of an index asks for, with empty answers. name: what to call the video."""
     asked = []
     if args.task == "detect":
         asked.append(("detect", YES_QUESTION, "yes" if row["label"] else "no"))
@@ -175,7 +175,7 @@ def sha256(*files):
 
 
 def weights_options(args):
-    """What decides what a model says, whatever it is asked: the weights, and the arithmetic."""
+    """What determines a model's answers, whatever the questions: the weights and the arithmetic."""
     config, folders = read_chain(args.weights)
     files = []
     for source in folders:  # weights may build on others; all of them count
@@ -191,11 +191,11 @@ def weights_options(args):
     for name in ("int8", "compile"):
         if getattr(args, name):
             options[name] = True
-    return json.loads(json.dumps(options))  # as it will be when it is read again
+    return json.loads(json.dumps(options))  # as it will be when read back
 
 
 def decisive_options(args):
-    """Everything that decides the answers, and for the reader the two paths that they came from."""
+    """Everything that determines the answers and, for the reader, the two paths that they came from."""
     options = weights_options(args) | {
         "annotations": os.path.abspath(args.annotations),
         "annotations_sha256": sha256(args.annotations),
@@ -244,7 +244,7 @@ def record_options(args):
     options."""
     options = decisive_options(args)
     settled = options_file(args.out).exists() and is_begun(args.out)
-    # Until then locked, so that no other run begins between the look and the writing
+    # Until then locked, so that no other run begins between the check and the writing
     with nullcontext() if settled else locked(args.out):
         check_begun(args.out, options)
         write_json(options_file(args.out), options)
@@ -365,11 +365,11 @@ def answer_batch(model, tokenizer, clips, asked, args):
 
 
 def predict(rows, asked, args, options, rank=0, world=1):
-    """Adds to the output what it lacks. Returns [(row, video)] of those that cannot be read. ValueError if
-    another run has begun the output with other than the `options` that this run recorded.
+    """Adds what is missing to the output. Returns [(row, video)] of those that cannot be read. ValueError if
+    another run has begun the output with options other than the `options` that this run recorded.
 
-    Batches are the same no matter what is done already and how many processes share them, and they are
-    answered whole, so every run computes what an undisturbed one does, to the last bit (on the CPU: with the
+    Batches do not depend on what is done already or on how many processes share them, and they are answered
+    as a whole, so every run computes what an uninterrupted one does, to the last bit (on the CPU: with the
     same number of threads).
     """
     done = read_done(args.out, asked)
@@ -391,7 +391,7 @@ def predict(rows, asked, args, options, rank=0, world=1):
     out = args.out if world == 1 else f"{args.out}.rank{rank}"
     unreadable = []
     with named_death(), appendable(out) as file, bar:
-        # once more: another run may have recorded its options, and written, before this one had the lock
+        # check again: another run may have recorded its options, and written, before this one had the lock
         with locked(args.out) if world > 1 else nullcontext():  # which is what record_options locks
             check_still_ours(args.out, options)
         done = read_done(args.out, asked)
@@ -432,8 +432,8 @@ def write_answers(file, i, made, done, world):
 
 
 def start_processes(args):
-    """(rank, processes): torchrun sets RANK; without it this is one process. Only short messages pass between
-    them. Raises ValueError if they do not find each other."""
+    """(rank, processes): torchrun sets RANK; without it this is one process. They exchange only short
+    messages. Raises ValueError if they cannot connect."""
     if "RANK" not in os.environ:
         return 0, 1
     try:
@@ -448,7 +448,7 @@ def start_processes(args):
 
 @cache
 def patient_group():
-    """All processes. The first to finish waits for the last."""
+    """A group of all processes with a long timeout: the first to finish waits for the last."""
     return dist.new_group(timeout=timedelta(days=7))
 
 
@@ -465,8 +465,8 @@ def prepare_run(args):
 
 
 def first_alone(prepare, rank, world):
-    """What prepare() returns in the first process, for all of them; the others wait for it. An error there
-    ends all of them, and only the first one names it."""
+    """Calls prepare() in the first process and returns its result in all of them; the others wait. An error
+    there ends all of them, and only the first one reports it."""
     message = [None, None]  # result, error
     if rank == 0:
         try:
@@ -482,7 +482,7 @@ def first_alone(prepare, rank, world):
 
 
 def gather(numbered, world):
-    """The (number, …) pairs of all processes, by number. Waits for all processes."""
+    """The (number, …) pairs of all processes, sorted by number. Waits for all processes."""
     if world == 1:
         return sorted(numbered, key=lambda pair: pair[0])
     gathered = [None] * world
@@ -496,7 +496,7 @@ def gather(numbered, world):
 
 
 def predict_index(args):
-    """All that --annotations asks for: (predictions, scores so far), or None in all processes but the
+    """Everything that --annotations asks for: (predictions, scores so far), or None in all processes but the
     first."""
     rank, world = start_processes(args)
     options, kinds = first_alone(lambda: prepare_run(args), rank, world)
@@ -539,9 +539,7 @@ def parse_args(argv=None):
     add_model_options(p)
     add = p.add_argument_group("decoding").add_argument
     add("--max-new-tokens", type=number(int, 1, 4096), default=300, help="longest answer (default: 300)")
-    add(
-        "--beams", type=number(int, 1, 64), default=1, help="continuations followed side by side (default: 1)"
-    )
+    add("--beams", type=number(int, 1, 64), default=1, help="width of a beam search (default: 1)")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
     add = p.add_argument_group("--task detect").add_argument
     add_score_options(add, "--detect")
@@ -550,15 +548,15 @@ def parse_args(argv=None):
         "OUT.judge.jsonl, and none is paid for twice. The key is read from OPENAI_API_KEY."
     )
     add = p.add_argument_group("judge", about).add_argument
-    add("--judge", metavar="MODEL", help="the endpoint's name of the model that marks the answers")
-    add("--judge-prompts", metavar="FILE", help="other prompts than ours: JSON {criterion: text}")
+    add("--judge", metavar="MODEL", help="the model that marks the answers, as the endpoint calls it")
+    add("--judge-prompts", metavar="FILE", help="prompts to replace ours: JSON {criterion: text}")
     add("--judge-url", metavar="URL", help="default: OPENAI_BASE_URL, else https://api.openai.com/v1")
     add(
         "--judge-rate",
         type=number(float, 0.01),
         default=60.0,
         metavar="N",
-        help="requests a minute (default: 60)",
+        help="requests per minute (default: 60)",
     )
     add(
         "--dry-run",
@@ -584,8 +582,7 @@ def parse_args(argv=None):
 
 
 def dry_run(args, prompts):
-    """Prints the cost of --judge; an answer that is still to be made is taken to be as long as its
-    reference."""
+    """Prints the cost of --judge; a missing answer is assumed to be as long as its reference."""
     predictions = read_lines(args.out)
     if args.annotations:
         asked = load_index(args)[1]
@@ -610,7 +607,7 @@ def read_scores(path):
 def score(args):
     if not args.annotations and int(os.environ.get("RANK", 0)):
         return  # one process is enough to score
-    prompts = Prompts(args.judge_prompts)  # a wrong file ends the run before its hours
+    prompts = Prompts(args.judge_prompts)  # a bad file ends the run now, not after hours
     if args.dry_run:
         return dry_run(args, prompts)
     out = Path(f"{args.out}.scores.json")
@@ -643,7 +640,7 @@ def score(args):
 
 def main(argv=None):
     with suppress(AttributeError):  # a notebook's stdout has no encoding
-        sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal that is not UTF-8 cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what a non-UTF-8 terminal cannot show
     try:
         score(parse_args(argv))
     except BrokenPipeError:  # run_program ends it quietly

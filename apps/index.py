@@ -1,26 +1,26 @@
 """Clips of your own -> an index to train on, and one to test with.
 
-    python -m apps.index clips --out data/mine                   # a folder a kind: clips/normal, clips/fall …
+    python -m apps.index clips --out data/mine                   # a folder per kind: normal, fall …
     python -m apps.index clips --out data/mine --csv clips.csv   # or a table: video, description, kind, group
 
 A clip is a video file, or a folder of numbered pictures. Each is read once, the same way as in training. What
-cannot be read is left out, counted, and listed with the reason in OUT/report.json. What was read stands in
-OUT/checked.jsonl: the next run, or one after a kill, reads only what is new, has changed, or could not be
-read before.
+cannot be read is left out, counted, and listed with the reason in OUT/report.json. What was read is noted in
+OUT/checked.jsonl: the next run, even after a kill, reads only what is new, has changed, or could not be read
+before.
 
-Every description begins with the sentence of its kind, and text from the table follows. The first run writes
-the sentences to OUT/sentences.json. Edit them and run again, or give a file of your own (--sentences). From
-them comes OUT/kinds.json, {kind: phrase}, by which evaluation and timeline know the kinds: what follows the
-words with which all sentences begin, or else the whole sentence. A phrase must stand in no description of
-another kind. Sentences that begin alike are learned fastest.
+Every description begins with the sentence of its kind, followed by text from the table. The first run writes
+the sentences to OUT/sentences.json. Edit them and run again, or give a file of your own (--sentences). They
+yield OUT/kinds.json, {kind: phrase}, by which evaluation and timeline recognise the kinds: the phrase is what
+follows the words that all sentences begin with, or else the whole sentence. A phrase must not occur in a
+description of another kind. Sentences that begin alike are learned fastest.
 
-Clips cut from one recording stay on one side of the split. What a recording is, the table says (column
-"group"), or --group REGEX, the part of each name that it matches, or else the name before its last number:
-cam3_0007.mp4 is of cam3_. If that makes all clips of a kind one recording, each clip of this kind counts as
-its own. Only clips that can be read count. The last lines of the output say which rule was used.
+Clips cut from one recording stay on one side of the split. The recording of a clip is given by the table
+(column "group"), or by --group REGEX (the part of the name that matches), or else by the name before its last
+number: cam3_0007.mp4 is from cam3_. If that makes all clips of a kind one recording, each of them counts as a
+recording of its own. Only readable clips count. The last lines of the output say which rule was used.
 
-A run with more clips keeps those of the run before on their sides (OUT/split.json), so that no clip to test
-with was trained on before. Another --seed, --test or --group draws all of them anew.
+If clips are added, the next run keeps the earlier ones on their sides (OUT/split.json), so that no test clip
+was trained on before. A different --seed, --test or --group draws a new split.
 """
 
 import csv
@@ -48,11 +48,11 @@ from sample import PROBLEMS, make_parser, note, number, print_error
 
 NORMAL = "normal"  # the kind in which nothing is abnormal
 KIND_QUESTION = "What kind of event is it?"
-TRIES = 20  # of the split
+TRIES = 20  # attempts at the split
 COLUMNS = ("video", "description", "kind")
 PICTURE = r"(?i).*\.(jpe?g|png|tiff?|bmp)"
 SHOWS = "The clip shows {}."
-SHOWN = {  # a start for OUT/sentences.json; for other kinds the name of the folder must do
+SHOWN = {  # to begin OUT/sentences.json with; for other kinds, the name of the folder is used
     NORMAL: "nothing unusual",
     "accident": "an accident",
     "collision": "a collision",
@@ -74,7 +74,7 @@ class Clip(NamedTuple):
     video: Path
     kind: str
     text: str  # about this clip alone; "" for none
-    name: str  # how the folder or the table calls it
+    name: str  # in the folder or the table
     group: str  # the recording that it was cut from; "" until that is known
 
 
@@ -113,7 +113,7 @@ def check_kinds(clips, where):
 
 
 def check_copies(clips):
-    """ValueError for one clip in two class folders under the same name: one of them is the wrong folder.
+    """ValueError for one clip in two class folders under the same name: one of them is in the wrong folder.
     clips: those that can be read; the same Thumbs.db may be everywhere."""
     earlier = {}
     for clip in clips:
@@ -124,7 +124,7 @@ def check_copies(clips):
 
 
 def same_content(one, other):
-    """Whether two files, or two folders of files, are the same to the byte."""
+    """Whether two files, or two folders of files, are the same, byte for byte."""
     if one.is_dir() != other.is_dir():
         return False
     if one.is_file():
@@ -140,8 +140,8 @@ def find_in_table(file, folder):
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{file}: is not UTF-8; save it as such") from None
-    semicolons = ";" in text.partition("\n")[0]  # as spreadsheets write where the comma is for decimals
-    # spaces after commas are no part of a name, nor do they keep quotes from being quotes
+    semicolons = ";" in text.partition("\n")[0]  # as spreadsheets write where the comma is the decimal mark
+    # a space after a comma is not part of a name, and a quote after it still counts as a quote
     options = {"delimiter": ";" if semicolons else ",", "skipinitialspace": True, "strict": True}
     reader = csv.DictReader(io.StringIO(text, newline=""), **options)
     separators = "semicolons" if semicolons else "commas"
@@ -179,7 +179,7 @@ def table_clip(row, folder):
     return Clip(folder / video, kind.lower(), " ".join(text.split()), video, group)
 
 
-# ---- Which recording a clip is of --------------------------------------------------------------------------
+# ---- Which recording a clip comes from ---------------------------------------------------------------------
 def find_groups(clips, pattern):
     """([Clip] with groups, the rule in words). pattern: of --group, or None."""
     if pattern:
@@ -226,10 +226,10 @@ def groups_of_kinds(clips):
 
 
 def held_out(clips, share, seed, before=None):
-    """The groups to test with. In random order each is taken that brings the shares of the kinds closer to
-    the wanted one, and every kind keeps a group to train on. Of some orders the first counts that leaves the
-    fewest kinds without a clip to test with, and comes within 0.1 of the wanted shares if any does.
-    before: {name: "train" or "test"} of clips that stay there; of a group that has both, all are trained on.
+    """The groups to test with. In random order, each is taken that brings the shares of the kinds closer to
+    the wanted one and leaves every kind a group to train on. Of TRIES such choices, the best is taken: with
+    the fewest kinds without a test clip and, among those, the shares closest to the wanted one (in steps of
+    0.1). before: {name: "train" or "test"} of clips that stay there; a group that has both is trained on.
     """
     total = Counter(clip.kind for clip in clips)
     groups = {}
@@ -263,8 +263,8 @@ def held_out(clips, share, seed, before=None):
 
 
 def read_split(file, drawn):
-    """{name of a clip: "train" or "test"} as an earlier run wrote it; {} if there is none, or it was drawn in
-    another way. Raises ValueError if the file holds something else."""
+    """{name of a clip: "train" or "test"} as an earlier run wrote it; {} if there is none, or it was drawn
+    with other options. Raises ValueError if the file holds something else."""
     if not file.exists():
         return {}
     try:
@@ -281,7 +281,7 @@ def check_clips(clips, out, fps):
     file = out / "checked.jsonl"
     known = {line["video"]: line for line in read_lines(file, lambda line: line["video"] + line["error"])}
     stamps = {str(clip.video): stamp(clip.video, fps) for clip in clips}
-    # what could not be read is read again: a repair need not show in the stamp
+    # what could not be read is tried again: a repair need not show in the stamp
     good = {video: line.get("stamp") for video, line in known.items() if not line["error"]}
     fresh = [video for video in stamps if good.get(video) != stamps[video]]
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -299,12 +299,12 @@ def check_clips(clips, out, fps):
 
 
 def stamp(video, fps):
-    """What differs once the video, a picture of it, or their speed has changed; [] if there is no file."""
+    """A value that changes with the video, any of its pictures, or their fps; [] if there is no file."""
     try:
         status = os.stat(video)
         if not video.is_dir():
             return [status.st_size, status.st_mtime_ns, None]
-        # a picture that is written anew changes neither size nor time of its folder
+        # rewriting a picture changes neither the size nor the time of its folder
         times = [entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir(video)]
         return [len(times), max([status.st_mtime_ns, *times]), fps]
     except (OSError, ValueError):
@@ -320,7 +320,7 @@ def check(video, fps):
     n = len(clip.seconds)
     seconds = (
         (clip.seconds[-1] - clip.seconds[0]) * n / max(n - 1, 1)
-    )  # the last one is shown for a while, too
+    )  # the last frame is shown for a while, too
     return {"seconds": round(float(seconds), 1), "notes": clip.notes, "error": ""}
 
 
@@ -346,7 +346,7 @@ def read_sentences(file, kinds):
 
 
 def all_sentences(args, kinds):
-    """({kind: sentence}, the file they are from). OUT/sentences.json gets those that it lacks."""
+    """({kind: sentence}, the file they are from). Adds missing ones to OUT/sentences.json."""
     file = args.sentences or args.out / "sentences.json"
     if args.sentences and not file.exists():
         raise ValueError(f"{file}: there is no such file; without --sentences, sentences are made up")
@@ -369,7 +369,7 @@ def without_stop(sentence):
 
 
 def make_row(clip, sentence, fps, yes_no):
-    """A line of the index. yes_no: whether it also asks what apps.detect asks weights without phrases."""
+    """A line of the index. yes_no: also ask what apps.detect asks weights without phrases."""
     if clip.text.lower().startswith(without_stop(sentence).lower()):
         text = clip.text
     else:
@@ -387,8 +387,8 @@ def make_row(clip, sentence, fps, yes_no):
 
 
 def find_phrases(sentences, rows, file):
-    """{kind: phrase}: of each sentence what follows the words with which all begin, as far as apps.detect
-    tries them, or, if that does not tell the kinds apart, all of it. ValueError if that does not either."""
+    """{kind: phrase}: what follows the words that all sentences begin with (no more words than apps.detect
+    tries) or, if that does not tell the kinds apart, whole sentences. ValueError if those do not, either."""
     split = [without_stop(sentence).split() for sentence in sentences.values()]
     alike = min(len(os.path.commonprefix(split)), SUBJECT_WORDS)
     for start in (alike, 0):
@@ -400,7 +400,7 @@ def find_phrases(sentences, rows, file):
 
 
 def find_clash(phrases, rows):
-    """Says which phrase stands in a description of another kind; "" if none does."""
+    """Says which phrase occurs in a description of another kind; "" if none does."""
     for kind, phrase in phrases.items():
         for row in rows:
             if row["kind"] != kind and phrase.lower() in " ".join(row["description"].lower().split()):
@@ -408,7 +408,7 @@ def find_clash(phrases, rows):
     return ""
 
 
-# ---- All of it ---------------------------------------------------------------------------------------------
+# ---- Putting it together -----------------------------------------------------------------------------------
 def make_index(args):
     folder = args.folder or args.csv.parent
     clips = find_in_table(args.csv, folder) if args.csv else find_in_folders(folder, args.out)
@@ -416,7 +416,7 @@ def make_index(args):
     kinds = sorted({clip.kind for clip in clips})
     sentences, file = all_sentences(args, kinds)
     rows = {clip.video: make_row(clip, sentences[clip.kind], args.fps, args.yes_no) for clip in clips}
-    phrases = find_phrases(sentences, rows.values(), file)  # before the long part
+    phrases = find_phrases(sentences, rows.values(), file)  # before the slow part
 
     checked = check_clips(clips, args.out, args.fps)
     errors = {clip: checked[str(clip.video)]["error"] for clip in clips}
@@ -426,7 +426,7 @@ def make_index(args):
         raise ValueError(f"not one clip of {kind} can be read; the first: {first}")
     if not args.csv:
         check_copies(good)
-    good, rule = find_groups(good, args.group)  # a stray file is no recording
+    good, rule = find_groups(good, args.group)  # a stray file is not a recording
     drawn = {"seed": args.seed, "test": args.test, "group": args.group}
     before = read_split(args.out / "split.json", drawn)
     chosen = held_out(good, args.test, args.seed, before)
@@ -434,7 +434,7 @@ def make_index(args):
     splits = {"train": [], "test": []}
     for clip in good:
         splits[side[clip.name]].append(rows[clip.video])
-    # kinds take turns: the held-out loss of training is that of the first clips
+    # kinds alternate, because training computes its held-out loss on the first clips
     of_kinds = [[row for row in splits["test"] if row["kind"] == kind] for kind in kinds]
     splits["test"] = [row for turn in zip_longest(*of_kinds) for row in turn if row]
 
@@ -458,12 +458,12 @@ def make_index(args):
 
 
 def write(out, splits, phrases, about, report):
-    """All files of OUT. train.jsonl disappears first and comes last, so that a run that is killed in between
-    leaves nothing to train on with the other half of another split."""
+    """Writes all files of OUT. train.jsonl is removed first and written last, so that a run killed in between
+    does not leave halves of two different splits."""
     files = {"report.json": as_json(report), "kinds.json": as_json(phrases), "clips.json": as_json(about)}
     for split in ("test", "train"):
         files[f"{split}.jsonl"] = b"".join(map(as_line, splits[split]))
-    # what cannot be written as JSON has failed by now, while the earlier index is still there
+    # what cannot be written as JSON has failed by now, while the earlier index is still intact
     (out / "train.jsonl").unlink(missing_ok=True)
     (out / "test.jsonl").unlink(missing_ok=True)
     for name, content in files.items():
@@ -472,8 +472,8 @@ def write(out, splits, phrases, about, report):
 
 
 def as_json(value):
-    """Bytes, in which letters stay as they are. Only what is not UTF-8 in the name of a file is escaped:
-    Python shows it as lone surrogates, and what backslashreplace makes of these is how JSON escapes them."""
+    """JSON as bytes, with letters of all languages as they are. Only what is not UTF-8 in a file name is
+    escaped: Python turns it into lone surrogates, which backslashreplace writes just as JSON would."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
@@ -518,8 +518,8 @@ def parse_args(argv=None):
     add("--csv", type=Path, metavar="FILE", help="a table with columns video, description, kind (and group)")
     add("--sentences", type=Path, metavar="FILE", help="JSON {kind: sentence} (default: OUT/sentences.json)")
     add("--test", type=number(float, 0, 0.9), default=0.2, help="share that is held out (default: 0.2)")
-    add("--group", type=regex, metavar="REGEX", help="what names the recording in KIND/FILE or in the table")
-    add("--fps", type=number(float, 0.001), default=25.0, help="pictures a second of folders (default: 25)")
+    add("--group", type=regex, metavar="REGEX", help="matches the recording in KIND/FILE or the table's path")
+    add("--fps", type=number(float, 0.001), default=25.0, help="frames per second of folders (default: 25)")
     add("--yes-no", action="store_true", help="also ask whether anything unusual happens (needs more steps)")
     add("--seed", type=number(int, 0), default=0, help="of the split (default: 0)")
     args = p.parse_args(argv)

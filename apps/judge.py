@@ -8,14 +8,14 @@ to 1.
 
 One request for each answer and criterion. The form is the paper's (a reply such as {'score': 0.675}); the
 wording of the prompts is our own, so marks compare with each other, but only roughly with the paper's.
---judge-prompts FILE takes other ones: JSON {"reasonability": text, "detail": text, "consistency": text} in
-which {question}, {reference} and {answer} stand for these.
+--judge-prompts FILE replaces them: JSON {"reasonability": text, "detail": text, "consistency": text}, in
+which {question}, {reference} and {answer} are placeholders.
 
-Every reply is added to PREDICTIONS.judge.jsonl as it arrives, with the SHA-256 of that file of prompts: a run
-that was stopped resumes there, nothing that has its mark is asked again, and marks from different prompts do
-not mix. Passing failures (429, 5xx, time-outs, broken replies) are retried after longer and longer waits. A
-reply without a clear number in 0…1 is asked for again. What still has no mark counts as failed, and the next
-run asks for it anew.
+Every reply is added to PREDICTIONS.judge.jsonl as it arrives, with the SHA-256 of that file of prompts: an
+interrupted run resumes there, nothing that has its mark is asked again, and marks from different prompts do
+not mix. Transient failures (429, 5xx, time-outs, broken replies) are retried after longer and longer waits.
+If a reply has no clear number in 0…1, another one is requested. What still has no mark counts as failed, and
+the next run asks for it again.
 
 In this order: prompt and reply, the endpoint, all marks of a file of predictions.
 """
@@ -40,15 +40,15 @@ from tqdm import tqdm
 from apps.scores import CRITERIA, appendable, as_line, per_source, read_lines
 
 OPENAI = "https://api.openai.com/v1"
-TRIES = 6  # of one request
+TRIES = 6  # per request
 FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
 LONGEST_WAIT = 600.0
 TIMEOUT = 60.0  # seconds to wait for a server that sends nothing
-REPLIES = 3  # requests until one reply has a mark
+REPLIES = 3  # requests, at most, until a reply has a mark
 THREADS = 8  # requests in flight at once
 TAGS = ("question", "reference", "answer")
 PLACEHOLDER = r"\{(question|reference|answer)\}"
-MOST_FAILURES = 10  # in a row: then something is wrong with all of them
+MOST_FAILURES = 10  # in a row: more would fail as well
 
 MEANING = {
     "reasonability": "does the answer reason soundly? Its claims should fit together, follow from what is "
@@ -125,8 +125,8 @@ SCORE = rf"(?<!\w)[\"'*`]*score[\"'*`]*\s*(?:is\b\s*:?|[:=])[\s\"'*`]*{NUMBER}"
 
 def read_mark(reply):
     """The mark in a reply, regardless of the words around it. What a reasoning model thinks aloud
-    (<think>…</think>) does not count, also where the prompt has opened the tag already, or the reply was
-    cut before it is closed. ValueError if there is no mark, more than one, or one outside 0…1."""
+    (<think>…</think>) does not count, even if the prompt had opened the tag already, or the reply was cut
+    off before it was closed. ValueError if there is no mark, more than one, or one outside 0…1."""
     reply = reply.rpartition("</think>")[2].partition("<think>")[0].strip()
     marks = []
     for braces in re.findall(r"\{[^{}]*\}", reply):  # the form that was asked for
@@ -183,7 +183,7 @@ class Pace:
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):
-        return None  # the key is for the address that was given
+        return None  # the key is only for the given address
 
 
 class Endpoint:
@@ -223,11 +223,11 @@ class Endpoint:
         return text
 
     def without_key(self, text):
-        """What a server says, which may repeat the key: errors are recorded."""
-        return text.replace(self.key, "[key]") if len(self.key) > 7 else text  # a shorter one is no secret
+        """Removes the key, which a server may repeat, from its message: errors are recorded."""
+        return text.replace(self.key, "[key]") if len(self.key) > 7 else text  # a shorter one is not secret
 
     def ask(self, messages):
-        """`post`, retried while the failure may pass. ValueError if it does not, Hopeless if no request could
+        """`post`, retried after transient failures. ValueError if they persist, Hopeless if no request could
         work."""
         for attempt in range(TRIES):
             self.pace.wait()
@@ -242,7 +242,7 @@ class Endpoint:
                 if error.code == 400 and "temperature" in reason and "temperature" in body:
                     self.body.pop(
                         "temperature", None
-                    )  # some models take only their own; other threads may know already
+                    )  # some models allow only their default; another thread may have removed it
                     continue
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     raise ValueError(reason) from None
@@ -288,14 +288,14 @@ def read_marks(record):
 
 
 def missing(predictions, model, marks, digest=None):
-    """{key: (criterion, prediction)} of the marks that are still missing; the same words are asked about
+    """{key: (criterion, prediction)} of the marks that are still missing; identical requests are made
     once."""
     jobs = {key_of(model, name, p, digest): (name, p) for p in predictions for name in CRITERIA}
     return {key: job for key, job in jobs.items() if key not in marks}
 
 
 def cost(predictions, model, record, rate, prompts=None):
-    """One line that says what `judge` would do, counting 4 characters a token and 10 tokens a reply."""
+    """One line that says what `judge` would do, assuming 4 characters per token and 10 tokens per reply."""
     prompts = prompts or Prompts()
     jobs = missing(predictions, model, read_marks(record), prompts.digest)
     done = len(missing(predictions, model, {}, prompts.digest)) - len(jobs)
@@ -374,8 +374,8 @@ def judge(predictions, model, record, url=None, rate=60.0, prompts=None):
 
 
 def summary(predictions, model, marks, digest=None):
-    """{task: {source or "all": {criterion: mean mark or None, "n": predictions, "marks": how many marks there
-    are}}}"""
+    """{task: {source or "all": {criterion: mean mark or None, "n": number of predictions, "marks": number of
+    marks}}}"""
     table = {}
     for task, name, chosen in per_source(predictions):
         line = {"n": len(chosen), "marks": 0}

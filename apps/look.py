@@ -58,7 +58,7 @@ FRAMES_PER_PAGE = 4
 
 
 def all_frames(path, image_size, stdin=None, fps=25, log=None):
-    """As data.stream_frames, also of a folder of pictures, of which `fps` are a second."""
+    """Like data.stream_frames, but also for a folder of pictures, `fps` of them per second."""
     if not os.path.isdir(path):
         yield from stream_frames(path, image_size, stdin=stdin, log=log)
         return
@@ -68,9 +68,9 @@ def all_frames(path, image_size, stdin=None, fps=25, log=None):
 
 
 def read_flow(path, indices, image_size=224):
-    """Flow from the frame before to each of the frames with these numbers -> (T, H, W, 2) float32, in pixels.
+    """Flow to each of these frames (by number) from the one before it -> (T, H, W, 2) float32, in pixels.
 
-    The video is decoded once more. Raises VideoError."""
+    The video is decoded a second time. Raises VideoError."""
     current = np.maximum(indices, 1)  # frame 0 has no frame before it, so frame 1 stands in, as in read_clip
     wanted = {*current.tolist(), *(current - 1).tolist()}
     frames = {}
@@ -89,7 +89,7 @@ def flow_colours(flow):
     """Flow (…, 2) -> (…, 3) uint8. The hue is the direction: right is red, down green, left cyan, up violet.
 
     The brightness is the square root of the speed. The fastest pixel of all gets full brightness, unless it
-    moves less than a pixel a frame: noise should stay dark."""
+    moves less than a pixel per frame: noise should stay dark."""
     x = flow[..., :1]  # (…, 1)
     y = flow[..., 1:]
     angle = np.arctan2(y, x)
@@ -111,7 +111,7 @@ def spread(T, count):
 def motion_sheet(path, clip, columns=8):
     """A picture (H, W, 3) of up to `columns` frames of a clip: a row for each stream, then their flow.
 
-    Raises VideoError, because the flow needs the video once more."""
+    Raises VideoError, because the flow decodes the video a second time."""
     chosen = spread(len(clip.indices), columns)
     rows = [stream[chosen] for stream in clip.streams.values()]  # each (columns, H, W, 3)
     image_size = rows[0].shape[1]
@@ -171,7 +171,7 @@ def place_of(function):
 
 
 def caller_in_hawk():
-    """The function of hawk.py that is running, as "hawk.py:function": it called a module of torch."""
+    """The function of hawk.py that is running, as "hawk.py:function": it has called a torch module."""
     frame = sys._getframe()
     while frame.f_code.co_filename != hawk.__file__:
         frame = frame.f_back
@@ -179,7 +179,7 @@ def caller_in_hawk():
 
 
 class Trace:
-    """Steps in the order in which they were made. Equal layers, one after the other, share a line."""
+    """Steps, in the order in which they ran. Consecutive equal layers share a line."""
 
     def __init__(self):
         self.steps = []
@@ -211,14 +211,14 @@ class Trace:
 
 @contextmanager
 def traced(model, trace):
-    """While this is open, what the modules of OUTPUTS and INPUTS make is added to the trace."""
+    """While this is open, outputs of the modules in OUTPUTS and inputs of those in INPUTS are added."""
     branches = "|".join(map(re.escape, model.config.branches))
 
     def before(what, name, argument, made_by, module, inputs):
         trace.add(what, name, inputs[argument], made_by)
 
     def after(what, name, module, inputs, output):
-        ours = type(module).__module__ == hawk.__name__  # else torch's, and called by a function of ours
+        ours = type(module).__module__ == hawk.__name__  # else it is torch's, called by a function of ours
         made_by = type(module).forward if ours else caller_in_hawk()
         trace.add(what, name, output, made_by)
 
@@ -240,7 +240,7 @@ def traced(model, trace):
 
 
 def trace_streams(trace, clip, flow, config):
-    """Adds what lies between the file and the streams. The flow is computed again, as a whole."""
+    """Adds the steps from the file to the streams. flow: of all frames, computed a second time."""
     trace.add("numbers of the sampled frames", "clip.indices", clip.indices, data.sample_frames)
     trace.add("frames, RGB", 'clip.streams["appearance"]', clip.appearance, data.decode)
     trace.add("optical flow, pixels a frame", "flow", flow, data.farneback)
@@ -284,8 +284,8 @@ def look_at(model, tokenizer, path, question=data.DESCRIBE_QUESTIONS[0], max_new
 
 
 def attention_weights(module, x, context):
-    """How much each query of a QFormerAttention reads of each token of its context: softmax(q kᵀ / √d), by
-    the module's own layers. x (B, Sq, C), context (B, Sk, context_dim) -> (B, h, Sq, Sk) float32."""
+    """How much each query of a QFormerAttention attends to each token of its context: softmax(q kᵀ / √d),
+    by the module's own layers. x (B, Sq, C), context (B, Sk, context_dim) -> (B, h, Sq, Sk) float32."""
     q = hawk.split_heads(module.query(x), module.heads).float()
     k = hawk.split_heads(module.key(context), module.heads).float()
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
@@ -318,8 +318,8 @@ def layers_of(attention, tower):
 def patch_maps(weights):
     """Weights (T, h, Q, 1 + patches) -> maps (T, Q, side, side), and the class token's share (T, Q).
 
-    Mean over the heads. The class token is no place in the frame: it is left out, and the weights of the
-    patches are scaled to the sum 1."""
+    Mean over the heads. The class token is not a place in the frame: it is left out, and the weights of the
+    patches are scaled to sum to 1."""
     mean = weights.mean(1)  # (T, Q, 1 + patches)
     patches = mean[..., 1:]
     patches = patches / patches.sum(-1, keepdim=True).clamp(min=1e-12)
@@ -343,10 +343,10 @@ def still_clip(clip, motion_mask):
 
 
 def without_motion(model, look):
-    """The soft tokens (1, N, D) of a clip, those of the motion branch taken from the clip standing still.
+    """The soft tokens (1, N, D) of a clip, but with those of the motion branch for a clip that stands still.
 
-    Zeros in their place would be something that LLaMA has never seen; these are what it reads of any video
-    in which nothing moves. The tokens of other branches stay."""
+    Zeros instead would be something that LLaMA has never seen; these are what it gets for any video in which
+    nothing moves. The tokens of other branches stay."""
     n = model.config.n_video_queries
     start = model.config.branches.index("motion") * n
     still = sample.encode_clips(model, [still_clip(look.clip, model.config.motion_mask)])
@@ -367,7 +367,7 @@ def word_probabilities(model, look, tokens):
 
 
 def new_figure(width, height, title, caption):
-    """A matplotlib figure of these inches with a title and a caption below."""
+    """A matplotlib figure of this size, in inches, with a title above and a caption below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
@@ -378,8 +378,8 @@ def new_figure(width, height, title, caption):
 
 
 def save(figure, path, coarse=False):
-    """PNG of 256 colours: a fifth of the size, and hardly a difference to be seen. coarse: a palette that does
-    for frames, and halves the size once more."""
+    """Writes a PNG with 256 colours: a fifth of the size, with hardly any visible difference. coarse: a palette
+    that is good enough for frames and halves the size again."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -446,7 +446,7 @@ def draw_queries(look, branch, layer, queries, trained):
         f"Frame Q-Former, layer {layer + 1} of those that read the frame: cross-attention over the {side} × "
         f"{side} patches and the class token, mean over the heads. The class token is left out and the rest "
         "scaled to the sum 1; the number is the class token's share. Red: patches that get more than an even "
-        "share. Dark: the class token has more than half, so the query looks at no place."
+        "share. Dark: the class token has more than half, so the query looks at no place in particular."
     )
     if any(trained[k] for k in queries):
         caption += (
@@ -470,7 +470,7 @@ def draw_queries(look, branch, layer, queries, trained):
 
 
 def draw_map(axes, frame, weights, class_share):
-    """A frame in grey, over it weights (side, side), one square a patch, and the class token's share. If that
+    """A grey frame overlaid with weights (side, side), a square per patch; and the class token's share. If that
     is more than half, the frame is dark and no patch is drawn."""
     height, width, _ = frame.shape
     grey = frame.mean(-1, keepdims=True).repeat(3, -1) / 255
@@ -598,7 +598,7 @@ def write_pictures(folder, *drawn):
 
 
 def look_into_folder(args):
-    """The trace of one clip and its pictures, in the folder --out."""
+    """Writes the trace of one clip and its pictures into the folder --out."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -629,7 +629,7 @@ def look_into_folder(args):
 
 
 def look_into_picture(args):
-    """The streams of a clip and its flow as one picture, the file --out."""
+    """Writes the streams of a clip and its flow as one picture, the file --out."""
     config, _ = hawk.read_chain(args.weights)
     clip = read_clip(args.video, **clip_options(config))
     write_picture(motion_sheet(args.video, clip), args.out)
@@ -644,7 +644,7 @@ def main(argv=None):
     add("--out", required=True, help="folder to write to, or FILE.png for frames, streams and flow only")
     add("--question", default=data.DESCRIBE_QUESTIONS[0], help=f"default: {data.DESCRIBE_QUESTIONS[0]}")
     add("--words", type=number(int, 1, 100), default=16, help="words of the answer to look at (default: 16)")
-    told = "which of the frame Q-Former's layers that read the frame is drawn (default: 1)"
+    told = "which of the frame Q-Former's cross-attention layers to draw (default: 1)"
     add("--layer", type=number(int, 1), default=1, help=told)
     sample.add_model_options(p)
     args = p.parse_args(argv)

@@ -1,5 +1,5 @@
-"""From predictions to numbers: what apps/evaluate.py, apps/judge.py and apps/compare.py share. It has no
-command.
+"""From predictions to numbers: shared by apps/evaluate.py, apps/judge.py and apps/compare.py. It is not a
+program.
 
 In this order: files of JSON lines that survive a kill, BLEU, ROUGE-L, groups of predictions by source, the
 toy world's kinds and facts, and the printed table.
@@ -24,7 +24,7 @@ PAPER = {  # Hawk's row of Table 1 in arXiv 2405.16886: BLEU-1…4, then the thr
 }
 TOKENISATION = "lower-cased, mteval-v13a"
 ROUGE_TOKENISATION = "lower-cased, runs of a-z and 0-9, not stemmed, as rouge-score"
-LOCK_SECONDS = 10.0  # to wait for a lock: the loader workers of a run that was killed hold it until they end
+LOCK_SECONDS = 10.0  # to wait for a lock: loader workers of a killed run hold it until they end
 
 # ------------------------------------------------------------------------------------------------------------
 # Files of JSON lines that survive a kill
@@ -66,7 +66,7 @@ def read_lines(path, check=check_prediction):
 
 
 def locked(path):
-    """The file, opened and locked until it is closed; what it holds stays. ValueError if another process has
+    """The file, opened and locked until it is closed; its content is kept. ValueError if another process has
     locked it."""
     file = open(path, "ab+")
     lock(file)
@@ -92,7 +92,7 @@ def lock(file):
                 file.close()
                 text = "another process is writing to it; wait until that has ended"
                 raise ValueError(f"{file.name}: {text}") from None
-        except OSError:  # some network file systems know no locks
+        except OSError:  # some network file systems have no locks
             return
         time.sleep(0.1)
 
@@ -163,8 +163,8 @@ def bleu(hypotheses, references):
     """Corpus BLEU with one reference each: [BLEU-1, BLEU-2, BLEU-3, BLEU-4], 0 to 1, over lists of texts.
 
     Without smoothing: BLEU-n is what `sacrebleu --lowercase --smooth-method none` gives with that n. An empty
-    answer has no n-grams and length 0, so it costs through the brevity penalty; nothing but empty answers is
-    0.
+    answer has no n-grams and length 0, so it costs through the brevity penalty; if all answers are
+    empty, the score is 0.
     """
     return bleu_from_counts(bleu_counts(hypotheses, references).sum(0)).tolist()
 
@@ -221,8 +221,8 @@ def rouge_per_source(predictions):
 def lengths_per_source(predictions):
     """{task: {source or "all": {"words", "tokens", "reference_words"}}}: means.
 
-    Words are what stands between spaces, tokens what the model made, without the end; None if no line has
-    them."""
+    Words are split at spaces; tokens are those that the model made, without the end token; None if no line
+    has them."""
     table = {}
     for task, name, chosen in per_source(predictions):
         of = [predictions[i] for i in chosen]
@@ -276,7 +276,7 @@ def kind_scores(predictions, kinds):
 
 
 def none_named(kinds):
-    """What stands for no kind at all among the kinds that were named: "none", unless a kind is called so."""
+    """The label for an answer that names no kind: "none", unless there is a kind of that name."""
     return "no kind" if "none" in kinds else "none"
 
 
@@ -306,8 +306,8 @@ def fact_scores(predictions, rows, names):
 
 
 def print_scores(scores):
-    """The layout of the paper's Table 1 and, behind it, ROUGE-L and the length of the answers, one task after
-    the other; then what was left out and what only toys have."""
+    """Prints, for each task, the layout of the paper's Table 1 followed by ROUGE-L and the length of the
+    answers; then what was left out, and the scores that only toy worlds have."""
     for task, sources in scores["bleu"].items():
         judged = scores.get("judge", {}).get("scores", {}).get(task, {})
         print_task(task, sources, judged, scores["rouge_l"][task], scores["lengths"][task])
@@ -339,7 +339,7 @@ def print_task(task, sources, judged, rouge, lengths):
         marks = [judged.get(source, {}).get(name) for name in CRITERIA]
         length = [lengths[source][name] for name in ("words", "tokens")]
         print_row(source or "(no source)", [*score["bleu"], *marks, rouge[source]], length, score["n"])
-    if task in PAPER and not SOURCES.isdisjoint(sources):  # beside other people's videos it says nothing
+    if task in PAPER and not SOURCES.isdisjoint(sources):  # for other videos it says nothing
         print_row("Hawk, paper, its data", [*PAPER[task], None], [None, None], "")
 
 
@@ -362,9 +362,9 @@ def print_kinds(kinds, facts):
 
 
 def confusion_table(kinds):
-    """Lines of a table of what `kind_scores` counted: a row for each kind that a clip had or an answer named
-    alone, a column for each of them, numbered like the rows; of several kinds at once; of none. No line if no
-    clip had a kind."""
+    """Yields the lines of a confusion table from `kind_scores`: a row for each kind that a clip had or that
+    an answer named alone; a column for each of these, numbered like the rows, one for several kinds at once,
+    and one for none. No lines if no clip had a kind."""
     counts = {(kind, named): count for kind, named, count in kinds["confusions"]}
     counts |= {(kind, kind): right for kind, (right, _) in kinds["kinds"].items() if right}
     had = [kind for kind, (_, n) in kinds["kinds"].items() if n]

@@ -1,17 +1,17 @@
 """When does it happen? A video of any length in overlapping windows, each with an anomaly score from 0 to 1.
 
-    python -m apps.timeline long.mp4                           # a curve, and in words what stands out
-    python -m apps.timeline --video long.mp4 --json            # one object a window, while it reads on
+    python -m apps.timeline long.mp4                           # a curve, and descriptions of what stands out
+    python -m apps.timeline --video long.mp4 --json            # one object per window, as they close
     python -m apps.timeline --video long.mp4 --plot curve.png --out-video with_curve.mp4
     tail -c +1 -f growing.ts | python -m apps.timeline --video - --json    # a stream, or a growing file
     python -m apps.timeline --annotations data/long/long.jsonl # how well it finds what was annotated
     torchrun --standalone --nproc_per_node=4 -m apps.timeline --annotations INDEX --scores DIR
 
-The video is decoded once, from front to back, and only the frames of the open window are held. The frames of
-a window are sampled as read_clip samples those of a clip, so the model sees what it was trained on. The score
-says how likely the model is to say something abnormal, in one of three ways:
+The video is decoded once, from start to end, and only the frames of the open window are kept. The frames of a
+window are sampled as read_clip samples those of a clip, so the model sees what it was trained on. The score
+says how likely the model is to report something abnormal, in one of three ways:
 
-    contrast  It begins to describe the window by itself ("A red car ..."). The score is the probability that
+    contrast  The model begins to describe the window ("A red car ..."). The score is the probability that
               a phrase of an abnormal kind ("drives the wrong way", ...) comes next, added over the kinds, at
               the word where that is highest.
     choice    The probability of the sentences of the abnormal kinds among those of all kinds, for weights
@@ -20,10 +20,10 @@ says how likely the model is to say something abnormal, in one of three ways:
 
 Windows that share frames are seldom wrong together, so each score is averaged with those of the earlier
 windows that it overlaps, and with that of the next one, for which it waits. Times are those of the frames
-themselves, also where the frame rate varies.
+themselves, even where the frame rate varies.
 
-With --annotations it prints how often the highest window is on an event, the AUC of the windows, and the
-field's frame-level AUC and average precision. --scores DIR writes the scores of each video's frames to
+With --annotations it prints how often the window with the highest score is on an event, the windows' AUC,
+and the usual frame-level AUC and average precision. --scores DIR writes the scores of each video's frames to
 DIR/NAME.npy; a run that was killed and is started again with the same DIR scores only what is missing.
 
 In this file: windows, scores, agreement with annotations, files of scores, pictures, the command line. The
@@ -75,10 +75,10 @@ from data import (
 from hawk import read_chain
 from sample import PROBLEMS, add_model_options, encode_clips, load, make_parser, note, number, print_error
 
-MAX_BYTES = 1 << 30  # of the frames that are held
+MAX_BYTES = 1 << 30  # of frames that are kept at a time
 PICTURE = (640, 360)  # pixels of --out-video
 STRIP = 96  # height of the curve below it
-EPSILON = 1e-6  # seconds that do not matter
+EPSILON = 1e-6  # seconds: no smaller difference matters
 
 # ---- Windows -----------------------------------------------------------------------------------------------
 
@@ -91,20 +91,20 @@ class Window:
     start: float  # seconds
     end: float
     score: float  # 0 to 1, see shared_score
-    description: str | None  # of windows that stand out
+    description: str | None  # only of windows that stand out
 
 
 def windows(frames, length, stride, max_frames=math.inf):
     """(seconds, frame) pairs -> yields (end, pairs of one window) as windows close.
 
-    Windows of `length` seconds begin at multiples of `stride`, or after a gap. Nothing is left out if
-    stride <= length. A last one reaches back from the end, unless one closed there. Where frames are so
-    far apart that windows would hold the same ones, one of these windows is yielded. A gap of more than
-    `length`, in which nothing was recorded, ends a recording: no window spans it. Raises OverflowError
+    Windows of `length` seconds begin at multiples of `stride`, or after a gap. If stride <= length,
+    nothing is left out. A last window reaches back from the end, unless one closed there. Where frames are so
+    far apart that several windows would hold the same ones, only one is yielded. A gap of more than `length`,
+    in which nothing was recorded, ends a recording: no window spans it. Raises OverflowError
     beyond max_frames."""
     held = deque()
     start = 0.0  # of the next window to close
-    duration = 0.04  # of the newest frame: taken to be the time since the one before it
+    duration = 0.04  # of the newest frame: assumed to be the time since the one before it
     interval = math.inf  # between the last two frames
     end = 0.0  # of the newest frame
     closed = True  # whether a window has closed there
@@ -114,12 +114,12 @@ def windows(frames, length, stride, max_frames=math.inf):
             interval = seconds - held[-1][0]
             if interval <= max(length, 2 * before):
                 duration = interval
-            else:  # a gap: of a lower rate, the next interval would be as long
+            else:  # a gap; had the frame rate dropped, the next interval would be as long
                 if not closed:
                     yield end, [pair for pair in held if pair[0] >= end - length - EPSILON]
                 held.clear()
                 start = seconds
-        start = min(start, seconds)  # after a long interval the next window was put too late
+        start = min(start, seconds)  # after a long interval the next window had been set to start too late
         held.append((seconds, frame))
         end = seconds + duration
         while held[0][0] < min(start, end - length) - EPSILON:
@@ -136,8 +136,8 @@ def windows(frames, length, stride, max_frames=math.inf):
 
 
 def read_windows(path, config, length, stride, fps=25):
-    """Yields (start, end, Clip) as windows close; path "-" is standard input. Raises VideoError, for a file
-    that is cut short only after its last whole window. fps: pictures a second of a folder."""
+    """Yields (start, end, Clip) as windows close; path "-" is standard input. Raises VideoError; if a
+    file is cut short, only after its last complete window. fps: frames per second of a folder."""
     size = config.image_size
     stdin = sys.stdin if path == "-" else None
     log = []
@@ -162,8 +162,8 @@ def read_windows(path, config, length, stride, fps=25):
 
 
 def watch(model, tokenizer, path, score, length=4.0, stride=1.0, threshold=0.5, fps=25):
-    """Yields a Window for each, when the next one has closed. score(model, tokenizer, clip, encoding) -> 0 to
-    1; from `threshold` on the window is described. fps: pictures a second of a folder. Raises VideoError."""
+    """Yields each Window once the next one has closed. score(model, tokenizer, clip, encoding) -> 0 to 1;
+    windows from `threshold` on are described. fps: frames per second of a folder. Raises VideoError."""
     owns = []  # (start, end, own score) of windows that overlap `seen`
     seen = None  # the window that waits for the next one
 
@@ -205,20 +205,20 @@ def shared_score(start, end, owns):
 
 @dataclass
 class Annotated:
-    """An annotated video, and what is said of it."""
+    """An annotated video, and its results."""
 
     path: str
     intervals: list  # abnormal [(start, end), …] in seconds; none in a normal video
     times: np.ndarray | None = None  # of the frames (N,), in seconds; None until it is opened
     windows: list | None = None  # None until it is scored
-    file: str | None = None  # of its scores, without the ending
-    options: dict | None = None  # that decide them
-    fps: float | None = None  # pictures a second of a folder, if the index says
+    file: str | None = None  # of its scores, without the extension
+    options: dict | None = None  # that determine them
+    fps: float | None = None  # frames per second of a folder, if the index says so
 
 
 def read_annotations(path):
-    """An index with rows {"video", "abnormal"} -> an Annotated for each video, of all rows about it. Raises
-    ValueError that names the line."""
+    """An index with rows {"video", "abnormal"} -> an Annotated for each video, from all rows about it.
+    Raises a ValueError that names the line."""
     found = {}
     folder = os.path.dirname(path)
     for row in read_rows(path, annotated_row):
@@ -229,7 +229,7 @@ def read_annotations(path):
 
 
 def annotated_row(row):
-    """The row with a list of (start, end) as "abnormal". {"kind": "normal"} is as good as []."""
+    """The row with a list of (start, end) as "abnormal". {"kind": "normal"} counts as []."""
     normal = "abnormal" not in row and is_normal(row.get("kind") or "")
     return row | {"abnormal": read_intervals([] if normal else row.get("abnormal"))}
 
@@ -246,7 +246,7 @@ def united(intervals):
 
 
 def check_intervals(video):
-    """Raises ValueError for an interval beyond the end of the video: frame numbers, perhaps, for seconds."""
+    """Raises ValueError for an interval beyond the end of the video: perhaps in frames, not in seconds."""
     times = video.times
     last = times[-1] - times[-2] if len(times) > 1 else 0.04  # how long the last frame is shown
     length = times[-1] + last
@@ -258,7 +258,7 @@ def check_intervals(video):
 
 def open_annotated(video, size, fps):
     """Sets the times of the frames and checks the intervals, before the model runs. Prints what is wrong, and
-    returns whether nothing is."""
+    returns whether all is well."""
     try:
         video.fps = video.fps or fps
         video.times = open_video(video.path, size, video.fps).seconds
@@ -369,7 +369,7 @@ def print_agreement(result):
 
 
 def score_names(paths):
-    """The names of the videos' files of scores: each video's own without its ending. Videos that share it get
+    """The names of the videos' files of scores: the video's own, without extension. Videos that share it get
     their path below the folder common to all, with _ for /."""
     shared = Counter(Path(path).stem.casefold() for path in paths)
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
@@ -387,7 +387,7 @@ def score_names(paths):
 
 
 def decisive_options(args, config):
-    """What decides the scores of a video, but for the video."""
+    """What determines the scores of a video, apart from the video itself."""
     phrases = phrases_of(choose_score(args.score, find_kinds(args)))
     size = {"window": args.window, "stride": args.stride, "next": 1}  # next: windows that a score waits for
     return weights_options(args) | {"phrases": phrases} | size
@@ -411,7 +411,7 @@ def read_record(video):
 
 
 def options_of(video):
-    """Everything that decides the scores of a video."""
+    """Everything that determines the scores of a video."""
     about = {"video": os.path.abspath(video.path), "video_bytes": os.path.getsize(video.path)}
     if os.path.isdir(video.path):
         about["fps"] = video.fps
@@ -431,12 +431,12 @@ def save_scores(video):
 
 
 def curve(seen, n):
-    """n scores at equal distances over the video, each as of a frame there."""
+    """n scores, evenly spaced over the video, as of frames at these times."""
     return frame_scores(seen, (np.arange(n) + 0.5) * seen[-1].end / n)
 
 
 def events(seen, threshold):
-    """Windows that stand out, neighbours as one -> [(start of the first, end of the last, the highest)]"""
+    """Windows that stand out, neighbours merged -> [(start of the first, end of the last, the highest)]"""
     found = []
     for stands_out, run in groupby(seen, lambda window: window.score >= threshold):
         run = list(run)
@@ -497,7 +497,7 @@ def draw_strip(seen, threshold, width=PICTURE[0], height=STRIP):
 
 
 def write_video(seen, threshold, path):
-    """The video with the curve below the picture, and a line that walks over it: one run of ffmpeg."""
+    """The video with the curve below the picture, and a line that moves across it: one run of ffmpeg."""
     width, height = PICTURE
     filters = (
         f"[0:v]scale={width}:{height}:force_original_aspect_ratio=decrease,setsar=1,"
@@ -527,7 +527,7 @@ def write_video(seen, threshold, path):
 
 
 def clip_seconds(weights):
-    """How long the clips were that the weights were trained on, as apps.index measured and training noted."""
+    """The length of the clips that the weights were trained on: measured by apps.index, saved by training."""
     file = Path(weights) / "clips.json"
     try:
         seconds = float(json.loads(file.read_bytes())["seconds"]) if file.exists() else 4.0
@@ -557,18 +557,18 @@ def parse_args(argv=None):
         "--threshold",
         type=number(float, 0, 1),
         default=0.5,
-        help="what stands out, from this on (default: 0.5)",
+        help="scores from this on stand out (default: 0.5)",
     )
     add(
         "--scores",
         metavar="DIR",
         help="with --annotations: scores per frame, DIR/NAME.npy; resumed if it exists",
     )
-    add("--fps", type=number(float, 0.001), default=25.0, help="pictures a second of a folder (default: 25)")
+    add("--fps", type=number(float, 0.001), default=25.0, help="frames per second of a folder (default: 25)")
     add(
         "--json",
         action="store_true",
-        help="one JSON object a window; the figures of --annotations go to stderr",
+        help="one JSON object per window; the results of --annotations go to stderr",
     )
     add("--plot", metavar="FILE.png", help="also draw the curve (needs matplotlib)")
     add("--out-video", metavar="FILE.mp4", help="also write the video with the curve below the picture")
@@ -613,7 +613,7 @@ def parse_args(argv=None):
 
 
 def show_video(path, found, args):
-    """Shows the windows of one video, an iterator, as the options say -> those that are needed later."""
+    """Shows the windows of one video, an iterator, as the options say -> those that are kept."""
     seen = []
     problem = None
     keep = not args.json or args.plot or args.out_video  # a stream has no end
@@ -654,8 +654,8 @@ def print_window(window):
 
 
 def score_videos(videos, args, rank):
-    """Scores those of the videos that no earlier run has scored. Prints the faults of those that fail; they
-    keep None as their windows."""
+    """Scores those of the videos that no earlier run has scored. Prints the errors of those that fail; their
+    windows stay None."""
     if all(video.windows for video in videos):
         return
     model, tokenizer = load(args.weights, args.device, args.dtype, args.int8, args.compile)
@@ -682,8 +682,8 @@ def score_videos(videos, args, rank):
 
 
 def score_annotated(annotated, args, rank, world):
-    """Scores every world-th of the annotated videos from number `rank` on -> [(number, Annotated)]. What
-    failed has no windows."""
+    """Scores every world-th of the annotated videos from number `rank` on -> [(number, Annotated)]. Those
+    that failed have no windows."""
     config = read_chain(args.weights)[0]
     if args.scores:
         Path(args.scores).mkdir(parents=True, exist_ok=True)
@@ -701,7 +701,7 @@ def score_annotated(annotated, args, rank, world):
 
 
 def check_run(args):
-    """Raises what is wrong with the index or the phrases."""
+    """Raises an error if something is wrong with the index or the phrases."""
     if not (args.score or find_kinds(args)):
         note(f"note: {NO_PHRASES}")
     read_annotations(args.annotations)
@@ -709,7 +709,7 @@ def check_run(args):
 
 
 def measure_agreement(args):
-    """All of --annotations -> exit status. Under torchrun the processes share the videos."""
+    """Everything for --annotations -> exit status. Under torchrun the processes share the videos."""
     rank, world = start_processes(args)
     first_alone(lambda: check_run(args), rank, world)
     results = gather(score_annotated(read_annotations(args.annotations), args, rank, world), world)

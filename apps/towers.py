@@ -10,10 +10,10 @@ Hawk starts from EVA-CLIP, BLIP-2 and LLaMA-2. The task *towers* (stage 0) stand
 ViT and the Q-Former what single frames show (which objects, where, in which colour), and LLaMA the language
 of the toy world, from text alone. The task *facts* trains what lies between them, as stages 1 and 2 do, but
 also asks the soft tokens directly for facts about the clip: through LLaMA alone, the video Q-Formers take
-long to find out what is worth telling.
+long to learn what matters.
 
-All need the toy world's annotations (apps/toy.py); clips that it wrote without a video are drawn here. Both
-trainings throw their heads away afterwards.
+All need the toy world's annotations (apps/toy.py); clips that it wrote without a video are drawn here. The
+heads of both tasks are discarded after training.
 """
 
 import argparse
@@ -48,7 +48,7 @@ FACTS = ("kind", "object", "colour", "place", "moment", "scene")  # fields of a 
 
 def attention_by_steps(device):
     """A context for attention over few tokens: there, in bfloat16 on a CPU, the backward pass of the fused
-    kernel takes twice as long as that of its single steps."""
+    kernel takes twice as long as that of separate operations."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
@@ -71,8 +71,8 @@ class DrawnFeatures(DrawnClips, prepare.FeatureDataset):
 
 # ---- Stage 0: samples --------------------------------------------------------------------------------------
 class FrameDataset(DrawnClips, HawkDataset):
-    """All frames of a clip's two streams with what is in them, and the row's text without its video. Raises
-    ValueError for a row that lacks what the toy world writes."""
+    """All frames of a clip's two streams, labelled with what is in them, and the row's text, to be learned
+    without the video. Raises ValueError for a row that lacks what the toy world writes."""
 
     def __init__(self, rows, tokenizer, config, seed=0):
         for row in rows:
@@ -92,7 +92,7 @@ class FrameDataset(DrawnClips, HawkDataset):
         last = max(clip.indices[-1], 1)
         if any(len(entry["x"]) <= last for entry in row["objects"]):
             raise VideoError(row["video"], 'has more frames than positions in "objects"')
-        # the language: the description as an answer half of the time, else the annotated questions
+        # the text: the description as an answer half of the time, else the annotated questions
         question = DESCRIBE_QUESTIONS[generator.integers(len(DESCRIBE_QUESTIONS))]
         described = [{"q": question, "a": row["description"]}]
         qa = described if generator.random() < 0.5 else row["qa"]
@@ -126,7 +126,7 @@ def things_of_frames(objects, indices, image_size):
     First the T appearance frames, then the T motion frames.
 
     The motion frame of index i shows the step from frame i - 1 to i (from 0 to 1 for i = 0), so only what
-    moved counts as being there."""
+    moved counts as present."""
     frames = [(int(i), False) for i in indices] + [(max(int(i), 1), True) for i in indices]
     things = torch.full((len(frames), MOST_THINGS, 5), -1.0)
     for number, entry in enumerate(objects):
@@ -141,7 +141,7 @@ def things_of_frames(objects, indices, image_size):
 
 
 def moved(entry, j, image_size):
-    """Whether an object that is in frame j moved since frame j - 1. What just came into view did."""
+    """Whether an object that is in frame j moved since frame j - 1. What just came into view counts."""
     x = entry["x"]
     y = entry["y"]
     if entry["object"] in FLICKERING or x[j - 1] is None:
@@ -151,17 +151,17 @@ def moved(entry, j, image_size):
 
 # ---- Stage 0: losses ---------------------------------------------------------------------------------------
 def leave_out_model(module, state, prefix, metadata):
-    """A hook of state_dict(): train.py saves the model by itself, and beside it only the heads."""
+    """A hook of state_dict(): train.py saves the model separately, so only the heads belong here."""
     for name in [name for name in state if name.startswith(f"{prefix}hawk.")]:
         del state[name]
 
 
 class Pretraining(nn.Module):
-    """What a frame shows: is there an object of kind k, where, in which colour, and does it lie down?
+    """What a frame shows: is there an object of kind k, where, in which colour, and is it lying down?
 
-    Query k of the Q-Former has to answer for all objects of kind k together, and each ViT patch that holds an
-    object for that one: the patch learns fast, and a query can only pass on what a patch knows. LLaMA learns
-    beside it, from text alone."""
+    Query k of the Q-Former has to answer for all objects of kind k together, and each ViT patch that contains
+    an object, for that one: patches learn fast, and a query can only pass on what a patch knows. LLaMA learns
+    at the same time, from text alone."""
 
     def __init__(self, hawk, branch):
         super().__init__()
@@ -198,7 +198,7 @@ class Pretraining(nn.Module):
         losses["patches"] = sum(answer_losses(self.patch_head(patches).float(), targets[there]).values())
         losses["patches"] += F.cross_entropy(self.patch_kind(patches).float(), things[there][:, 0].long())
         losses["pointing"] = self.pointing_loss(branch, features, things, patch)
-        # the language: the texts of half of the clips are enough
+        # language modelling: the texts of half of the clips are enough
         llama = self.hawk.llama
         n = (len(input_ids) + 1) // 2
         logits = llama.lm_head(llama(llama.embed_tokens(input_ids[:n]))[:, :-1]).float()
@@ -225,7 +225,7 @@ class Pretraining(nn.Module):
 
     def pointing_loss(self, branch, features, things, patch):
         """-log of the weight that the first cross-attention of query k gives to the patches with objects of
-        kind k, or to the class token. Attention that has to find its object by itself takes very long."""
+        kind k, or to the class token. Without it, attention takes very long to find its object."""
         layer = branch.qformer.layers[0]
         heads = layer.cross_attention.heads
         x = branch.qformer.norm(branch.queries)
@@ -244,8 +244,8 @@ class Pretraining(nn.Module):
 def place_cells(xy):
     """Positions (…, 2) in 0 to 1 -> (…, 36): how near each of 12 columns and 24 rows is, 1 at the object.
 
-    Asked for x and y themselves, a query learns a code whose average over the frames is the mean position, in
-    which all movement is lost. The average of place cells is a histogram of where an object has been."""
+    Trained on x and y themselves, a query learns a code whose average over the frames is the mean position,
+    in which all movement is lost. The average of place cells is a histogram of where an object has been."""
     distances = []
     for z, n in zip(xy.split(1, dim=-1), PLACE_CELLS, strict=True):
         distances.append((z - torch.linspace(0, 1, n, device=xy.device)) * (n - 1))  # in cells
@@ -311,7 +311,7 @@ class WithFacts(torch.utils.data.Dataset):
 
     def __init__(self, dataset, words):
         self.dataset = dataset
-        self.rows = dataset.rows  # as every dataset has them: train.load counts their videos
+        self.rows = dataset.rows  # required of every dataset: train.load counts their videos
         self.words = words  # {fact: the words that the training rows have for it}
         self.facts = []
         for row in dataset.rows:
@@ -332,13 +332,13 @@ class WithFacts(torch.utils.data.Dataset):
 
 
 class ClipFacts(nn.Module):
-    """Hawk's losses, and the facts: each is asked of a share of every branch's soft tokens."""
+    """Hawk's losses, and those of the facts: each is predicted from a share of every branch's soft tokens."""
 
     def __init__(self, hawk, words, weight, alone):
         super().__init__()
         self.hawk = hawk
         self.weight = weight
-        self.alone = alone  # facts and nothing else: no words, and many times as fast
+        self.alone = alone  # the facts and nothing else: no text, and many times faster
         self.register_state_dict_post_hook(leave_out_model)
         width = len(hawk.config.branches) * hawk.config.llama_dim
         self.heads = nn.ModuleList(nn.Linear(width, len(words[fact])) for fact in FACTS)
@@ -369,7 +369,7 @@ class FactsTask(train.HawkTask):
         super().add_options(parser)
         add = parser.add_argument_group("facts").add_argument
         add("--ask-facts", type=float, default=1.0, metavar="WEIGHT", help="of the facts' losses (default 1)")
-        add("--facts-only", action="store_true", help="no words: only the facts, many times as fast")
+        add("--facts-only", action="store_true", help="only the facts, no text: many times faster")
 
     def dataset(self, args, model, tokenizer, split):
         rows = read_index(Path(args.data) / "train.jsonl")
@@ -385,7 +385,7 @@ class FactsTask(train.HawkTask):
         super().objective(args, model, train_set)
         for name, p in model.named_parameters():
             if args.facts_only and (name.startswith("llama.") or ".encoder_1." in name):
-                p.requires_grad_(False)  # no fact reaches it
+                p.requires_grad_(False)  # no loss of the facts reaches it
         return ClipFacts(model, train_set.words, args.ask_facts, args.facts_only)
 
 

@@ -2,7 +2,7 @@
 
     python -m apps.toy --out data/toy --n-train 5000 --n-test 200 --seed 0   # 4 s clips, texts, tokenizer
     python -m apps.toy --out data/long --n-long 50 --seed 7                  # 40 s videos with one event
-    python -m apps.toy --out data/bare --n-train 5000 --clutter 0            # nothing that never moves
+    python -m apps.toy --out data/bare --n-train 5000 --clutter 0            # no stationary objects
 
 The street crosses the picture in four bands:
 
@@ -18,7 +18,7 @@ text mentions: who moves is then hard to see in one frame.
 
 In this file: the tables of the world; plan() decides who is where in each frame; describe() puts the plan
 into words; draw() makes sprites from simple shapes; render() makes the frames; files and command line.
-(seed, split, index) alone decides a clip, regardless of how many are made and by how many processes.
+A clip depends on (seed, split, index) alone, not on how many are made or by how many processes.
 """
 
 import argparse
@@ -118,7 +118,7 @@ MOMENTS = {
 WALK = (0.28, 0.4)
 DRIVE = (0.38, 0.5)
 RACE = (0.95, 1.2)
-# The actor's speed during the event, where it is not the one before
+# The actor's speed during the event, where it differs from that before
 PACE = {"sudden_stop": 0, "fire": 0, "falling": 0, "collision": 0, "crossing": 0.02}
 # What appears, and how far below the actor's centre
 EFFECTS = {"collision": ("crash", 0), "fire": ("fire", -0.06), "left_bag": ("bag", 0.04)}
@@ -162,7 +162,7 @@ KINDS = {
         reason="nobody knows the reason for it",
         consequences=("Someone should keep an eye on this.", "It looks suspicious.",
                       "There seems to be no goal.")),
-    # where it crosses the centre line, where nobody else drives, a single frame shows it
+    # a single frame shows it only where it crosses the centre line, as nobody else does
     "swerving": Kind("swerves from side to side", VEHICLES, motion_only=True,
         reason="the driver has lost control",
         consequences=("The driver seems to have lost control.", "Others have to keep their distance.",
@@ -361,7 +361,7 @@ def new_actor(rng, event, x, t):
         other_side = BANDS[3 - event.band]
         actor.y = actor.y + (other_side.y - band.y) * np.clip(progress / 0.8 - 0.125, 0, 1)
         actor.scale = 1.35
-    if event.kind == "falling":  # lies after four frames: a person on the side, a dog on its back
+    if event.kind == "falling":  # lying down takes four frames: a person lies on the side, a dog on its back
         fallen = np.where(event.lasts(t), np.clip(progress * FRAMES / 4, 0, 1), 0)
         actor.y = actor.y + 0.03 * fallen
         actor.pose = fallen * event.forward * (180 if actor.object == "dog" else 90)
@@ -392,13 +392,13 @@ def new_effect(event, actor, t):
 
 
 def add_traffic(rng, video, t):
-    """Adds the others, who behave."""
+    """Adds the other road users, who behave."""
     if len(t) == FRAMES:
         # A clip has 0 to 3 others (a victim is one of them), each in view for a quarter of it or more.
         count = int(rng.choice(4, p=[0.2, 0.4, 0.3, 0.1]))
         add_bystanders(rng, video, t, count - (video.kind == "collision"), in_view=-0.25)
     else:
-        # In a long video somebody starts to pass every two clips, and is in view for two or three of them.
+        # In a long video, somebody enters every two clip lengths, and stays in view for two or three of them.
         for shift in range(int(t[0]) - 1, int(t[-1]) + 2, 2):
             add_bystanders(rng, video, t - shift, 1, in_view=1)
 
@@ -418,7 +418,7 @@ def add_bystanders(rng, video, t, count, in_view):
         direction = band.direction or rng.choice([-1, 1])
         speed = draw_speed(rng, band)
         if len(added) >= count:
-            continue  # after the draws above: those of later calls depend on them
+            continue  # only after the draws above, which must not depend on `count`
         taken = [track.object for track in video.tracks + added]
         names = [name for name in band.users if name not in taken] or band.users
         for _ in range(30):  # attempts to find room
@@ -506,7 +506,7 @@ def questions(video, rng):
     what = what_happens(video)
     count = ["is one road user", "are two road users", "are three road users", "are four road users"]
     count = count[len(video.tracks) - 1]
-    # what is parked does not count
+    # parked vehicles do not count
     how_many = ("How many road users take part in the traffic?", "How many road users are on their way?")
     involved = f"A {who}"
     why = "Because"
@@ -758,7 +758,7 @@ def render(video, rng, numbers=None):
 
 @cache
 def camera_noise():
-    """16 pictures of it, (16, SIZE, SIZE, 1), the same for all videos."""
+    """16 images of noise, (16, SIZE, SIZE, 1), the same for all videos."""
     return np.random.default_rng(0).standard_normal((16, SIZE, SIZE, 1)).astype(np.float32)
 
 
@@ -866,7 +866,7 @@ def fire_shapes(rng):
 
 def toy_clip(seed, split, index, clutter=(0, 0)):
     """(plan, texts, generator to render it with) of one video. A long video has no texts. clutter: the least
-    and the most things that stand around; they change nothing else.
+    and the greatest number of stationary objects; they change nothing else.
 
     Kinds are drawn in shuffled rounds, so that even a small set has them all. In training, 4 of the 15 clips
     of a round are normal: an anomaly is only recognised by someone who knows normal traffic well.
@@ -889,7 +889,7 @@ def toy_clip(seed, split, index, clutter=(0, 0)):
 
 def draw_clip(drawn, n_frames, image_size, branches, motion_mask, **sampling):
     """The Clip of an index row that --no-videos wrote, from its "drawn": what `data.read_clip` would read
-    from the video, but for the losses of its codec. Only the frames that count are drawn."""
+    from the video, except for compression losses. Only the frames that are needed are drawn."""
     video, _, rng = toy_clip(*drawn)
     indices = sample_frames(FRAMES, n_frames, **sampling)
     current = np.maximum(indices, 1)  # motion is seen between a frame and the one before it
@@ -909,7 +909,7 @@ def make_toy_clip(folder, seed, split, index, clutter=(0, 0), drawn=False):
     video, texts, rng = toy_clip(seed, split, index, clutter)
     actor = video.tracks[0]
     row = {"video": f"videos/{split}_{index:06d}.mp4", "source": "toy"}
-    if drawn:  # its name says all that decides it: a feature cache knows clips by their names
+    if drawn:  # its name contains all that determines it: a feature cache identifies clips by name
         row["drawn"] = [seed, split, index, clutter]
         row["video"] = f"drawn/{split}_{index:06d}_seed{seed}_clutter{clutter[0]}-{clutter[1]}"
     else:
@@ -938,7 +938,7 @@ def object_facts(track):
 
 
 def write_video(path, frames):
-    """Writes H.264 whose bytes depend on the frames alone, atomically; OSError if ffmpeg cannot."""
+    """Writes H.264 whose bytes depend on the frames alone, atomically; OSError if ffmpeg fails."""
     temporary = path.with_name(path.name + ".tmp")
     source = f"-f rawvideo -pix_fmt rgb24 -s {SIZE}x{SIZE} -r {FPS} -i -"
     codec = "-c:v libx264 -preset veryfast -crf 20 -pix_fmt yuv420p -threads 1"
@@ -969,8 +969,8 @@ def write_split(pool, folder, seed, split, count, clutter, drawn):
 
 @contextmanager
 def ctrl_c_waits():
-    """For what a ctrl-C must not meet: workers that have not called set_signals yet, and calls from C++ or
-    around a fork, in which the exception would get lost."""
+    """Delays ctrl-C where it must not strike: while workers have not called set_signals yet, and during calls
+    from C++ or around a fork, in which the exception would get lost."""
     caught = []
     before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
     try:
@@ -1004,7 +1004,7 @@ def toy_tokenizer():
 
 
 def set_signals():
-    """Of a worker: ctrl-C is for the main process, which then ends it; it ends at once when it is told to."""
+    """In a worker: ctrl-C is for the main process, which then ends its workers; SIGTERM ends it at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1053,7 +1053,7 @@ def parse_args(argv):
         "--seed",
         type=number(int, 0),
         default=0,
-        help="of all that is drawn; two splits share nothing (default: 0)",
+        help="of all random choices; splits share none (default: 0)",
     )
     add("--workers", type=number(int, 1), default=os.cpu_count(), metavar="N",
         help="processes; they do not change the result (default: one per core)")  # fmt: skip

@@ -1,7 +1,7 @@
 """Ask about a video in the browser: upload one, see what the branches see of it, chat.
 
     python -m apps.web                                    # http://127.0.0.1:7860, this machine only
-    python -m apps.web --host 0.0.0.0 --port 8000         # for everyone who reaches the port: no password
+    python -m apps.web --host 0.0.0.0 --port 8000         # for everyone who can reach the port: no password
     python -m apps.web --weights weights/hawk-7b --max-upload-mb 1000
 
 Needs Gradio (`pip install gradio`; written for version 6). Each user has a chat of their own,
@@ -47,7 +47,7 @@ from sample import (
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # those that the small weights know
 QUESTIONS = [DESCRIBE_QUESTIONS[0], *re.findall(r"\w[^?:]*\?", " ".join(HELP.splitlines()[1:]))]
-MAX_USERS = 32  # whose clips are held, 10 MB each at the real size; beyond it the oldest user is forgotten
+MAX_USERS = 32  # whose clips are kept, 10 MB each at the 7B size; beyond that, the oldest user is forgotten
 MAX_BEAMS = 8
 MAX_CHARACTERS = 4000  # of a question
 CSS = (
@@ -80,10 +80,10 @@ def message(role, content):
 
 
 class Page:
-    """A chat for each user; users are known by any key.
+    """A chat for each user; any key may identify a user.
 
     The model works in one thread only: questions are answered one after the other, and CUDA graphs belong to
-    the thread that recorded them. Files are written and removed in the folder `uploads` only."""
+    the thread that captured them. Files are written and removed in the folder `uploads` only."""
 
     def __init__(self, model, tokenizer, uploads, max_new_tokens=300):
         self.model = model
@@ -100,7 +100,7 @@ class Page:
         return self.work
 
     def open(self, key, path):
-        """Another video, or None -> (path of the motion sheet or None, what to say). The chat starts anew."""
+        """Another video, or None -> (path of the motion sheet or None, what to say). The chat starts over."""
         self.leave(key, kept=path)
         if path is None:
             return None, ""
@@ -171,7 +171,7 @@ class Page:
             if stop.is_set():
                 raise Stopped
             made.extend(tokens)
-            turn[1] = self.tokenizer.decode(made).rstrip("\ufffd")  # a character of which bytes are missing
+            turn[1] = self.tokenizer.decode(made).rstrip("\ufffd")  # a character whose bytes are incomplete
             write(turn[1])
 
         if user.seen is None:
@@ -182,11 +182,11 @@ class Page:
         try:
             answer = ask(self.model, self.tokenizer, user.seen, question, rounds, on_token=show, **options)
             turn[1] = answer.answer
-            write(turn[1])  # beam search shows nothing before its end
+            write(turn[1])  # a beam search shows nothing until it ends
         finally:  # an answer that was stopped counts as far as it got
             if turn[1]:
                 rounds.append(turn)
-        user.seen = user.seen._replace(seconds={})  # later rounds need not read and encode the video
+        user.seen = user.seen._replace(seconds={})  # later rounds do not read and encode it again
         tell(remarks(answer))
 
     def stop(self, key):
@@ -197,7 +197,7 @@ class Page:
         """Forgets the rounds, keeps the video -> messages to show"""
         user = self.users.get(key)
         if user is not None and user.seen is not None:
-            user.stop()  # what is still being said goes to the old rounds
+            user.stop()  # an answer in progress goes to the old rounds
             self.users[key] = User(user.path, user.folder, user.seen)
         return []
 
@@ -213,7 +213,7 @@ class Page:
             Path(user.path).unlink(missing_ok=True)
 
     def close(self):
-        """At the end of the program. An answer that is being made stops at its next word."""
+        """At the end of the program. An answer in progress stops at its next token."""
         for user in list(self.users.values()):
             user.stop()
         self.thread.shutdown(cancel_futures=True)
@@ -231,7 +231,7 @@ def build(gr, page, examples):
 
     def ask(question, beams, temperature, request: gr.Request):
         for shown in page.ask(request.session_hash, question, beams, temperature):
-            # Gradio takes messages for HTML
+            # Gradio treats messages as HTML
             yield [m | {"content": escape(m["content"], quote=False)} for m in shown], ""
 
     def stop(request: gr.Request):
@@ -316,7 +316,7 @@ def serve(gr, page, args):
             share=False, prevent_thread_lock=True, quiet=True, footer_links=[], ssr_mode=False,
             mcp_server=False, css=CSS, theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
         )  # fmt: skip
-    except OSError:  # whose message is about settings that this program does not have
+    except OSError:  # its message is about settings that this program does not have
         text = f"cannot listen at {args.host}, port {args.port}; if it is in use, choose another --port"
         raise OSError(text) from None
     note(f"{url}  (ctrl-C ends)")

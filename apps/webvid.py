@@ -5,8 +5,8 @@
 
 The videos are expected at VIDEOS/<page_dir>/<videoid>.mp4; the folders may be links. Many copies of WebVid
 lack some of them: such rows are counted and left out. `python -m apps.captions OUT` adds motion captions
-afterwards. The rows wait in a temporary database on the disk: memory does not grow with their number, which
-is 10 million in all of WebVid.
+afterwards. The rows are kept in a temporary database on disk, so that memory use does not grow with their
+number, which is 10 million in all of WebVid.
 """
 
 import csv
@@ -30,14 +30,14 @@ def csv_files(path):
     """The file itself, or the CSV files of a folder, sorted."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.glob("*.csv") if not file.name.startswith("._"))  # of macOS
+    files = sorted(file for file in path.glob("*.csv") if not file.name.startswith("._"))  # macOS's
     if not files:
         raise ValueError(f"{path}: holds no .csv file")
     return files
 
 
 def new_table():
-    """A database that lives until it is closed. `digest`, of a video's name, decides what is held out."""
+    """A database that vanishes when closed. `digest`, of the video's name, decides what is held out."""
     table = sqlite3.connect("")
     table.execute("CREATE TABLE captions (path BLOB PRIMARY KEY, caption TEXT, digest BLOB) WITHOUT ROWID")
     return table
@@ -60,7 +60,7 @@ def read_captions(file, videos, table, counts):
                     raise ValueError("has more or fewer fields than the first line, or no videoid")
                 path = video_path(videos, Path(row["page_dir"], row["videoid"] + ".mp4"))
                 counts[add_row(table, path, row["name"].strip())] += 1
-        except (csv.Error, ValueError, OSError, RuntimeError) as error:  # RuntimeError: a circle of links
+        except (csv.Error, ValueError, OSError, RuntimeError) as error:  # RuntimeError: a cycle of links
             line = reader.reader.line_num
             if isinstance(error, UnicodeDecodeError):  # the reader never received this line
                 line += 1
