@@ -91,7 +91,7 @@ class HawkConfig:  # all sizes and options; the defaults are those of the publis
         require(known, f"motion_mask {self.motion_mask}, consistency {self.consistency}, {self.lora_targets}")
         words = {name for name in self.branches if str(name).isidentifier() and not hasattr(Hawk, name)}
         known = 0 < len(self.branches) == len(words - {"vit", "llama", "config", "steps", *vars(nn.Module())})
-        require(known, f"branches {self.branches} must be distinct names that the model does not use")
+        require(known, f"branches {self.branches} must be distinct words that the model does not use")
 
     image_id = property(lambda self: self.vocab_size)  # token id of the placeholder that soft tokens replace
     n_visual = property(lambda self: len(self.branches) * self.n_video_queries)  # soft tokens of a clip
@@ -139,7 +139,7 @@ def linears(**sizes):  # named Linears, each (in, out) or (in, out, bias); other
     return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
 
-def drawn(std, *shape):  # normal; not on the meta device, where normal_ makes torch load its compiler
+def drawn(std, *shape):  # normal; no draw on the meta device, where it would load torch's compiler
     x = torch.empty(shape)
     return nn.Parameter(x if x.is_meta else x.normal_(0, std))
 
@@ -297,7 +297,7 @@ class KVCache:
         slots = self.length + torch.arange(S, device=self.length.device)
         self.length += S
         seen = (self.padding <= self.slots) & (self.slots <= slots[:, None])
-        seen = seen | (self.slots == slots[:, None])  # padding attends to itself: no softmax may be 0 / 0
+        seen = seen | (self.slots == slots[:, None])  # padding sees itself, to avoid a softmax of 0 / 0
         mask = torch.zeros_like(seen, dtype=self.layers[0].dtype).masked_fill(~seen, -torch.inf)
         return (slots - self.padding[..., 0]).clamp_min(0), slots, mask
 
@@ -363,7 +363,7 @@ class DecodingStep:
         if compiled:  # inductor fuses small kernels; it compiles once for all layers and cache sizes
             options = {"coordinate_descent_tuning": True}
             self.run_layer = torch.compile(LlamaBlock.forward, fullgraph=True, dynamic=True, options=options)
-        if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # it would keep its copies of weights
+        if like.is_cuda and not torch.is_autocast_enabled("cuda"):  # a graph would keep autocast's copies
             self.run()  # warm-up: a capture must not load or compile kernels
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(like.device), torch.cuda.graph(graph):
@@ -518,7 +518,7 @@ class Hawk(nn.Module):
     def generate(self, encoding, input_ids, max_new_tokens=300, temperature=0.0, top_p=1.0,
                  repetition_penalty=1.0, seed=0, eos_id=2, on_token=None):  # fmt: skip
         """Continues rows of input_ids ((B, S), or unequal lists) to `eos_id` (included) or max_new_tokens
-        -> lists of new ids. See `choose`. on_token(B ids) may return False to stop. ValueError as `embed`."""
+        -> new ids (lists). See `choose`. on_token(B ids) may return False to stop. ValueError: as `embed`."""
         rows = [torch.as_tensor(row, device=self.device) for row in input_ids]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # zeros in front
         x = self.embed(ids, encoding.tokens)  # (B, S, D)

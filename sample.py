@@ -78,7 +78,7 @@ class RowLinear(torch.nn.Module):
             y = x.new_empty(*x.shape[:-1], N)
             row_product[((N + 7) // 8,)](x, self.weight, self.scale, y, N, K, ROWS=8, BLOCK=1024)
             return y
-        if self.scale is not None and x.is_cpu and x.numel() <= 8 * K and K % 16 == 0:  # else wrong
+        if self.scale is not None and x.is_cpu and x.numel() <= 8 * K and K % 16 == 0:  # else it can be wrong
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], N)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype))
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
@@ -145,7 +145,7 @@ def generate(model, encoding, prompts, beams=1, **options):
 
 
 @torch.no_grad()
-def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):  # _: for sampling
+def beam_search(model, soft, ids, beams, max_new_tokens=300, eos_id=2, **_):  # _: sampling options
     """Follows the `beams` best continuations of a prompt, soft (1, N, D) and ids (S,), until as many finished
     ones score better than the best unfinished one. The score is the mean log-probability per token. Returns
     the new ids of the best; at max_new_tokens it may be unfinished."""
