@@ -187,7 +187,7 @@ def open_folder(path, fps):
         raise VideoError(path, getattr(error, "strerror", None) or error) from None
     numbers = sorted(numbered)
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
-    notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; missing first: {gaps[0]}"] if gaps else []
+    notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; first missing: {gaps[0]}"] if gaps else []
     return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n].path for n in numbers])
 
 
@@ -845,7 +845,7 @@ class CachedFeatures:
             raise ValueError(f"{folder}: not a feature cache ({error}); run `prepare.py features`") from error
         for key, value in cache_meta(rows, config, fingerprint).items():
             found = f"{folder}: made with {key} {meta.get(key)!r}"
-            require(meta.get(key) == value, f"{found}, this run has {value!r}; make another folder")
+            require(meta.get(key) == value, f"{found}, this run has {value!r}; use another folder")
         clips = [(i, choice) for i in range(len(rows)) if i not in self.bad for choice in range(self.choices)]
         missing = [clip for clip in clips if not cache_file(folder, *clip).exists()]
         require(not missing, f"{folder}: {len(missing)} clips are missing; run `prepare.py features` again")

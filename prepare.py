@@ -434,11 +434,11 @@ def main(argv=None):
         if run in (weights, merge):
             about = "fields of config.json, such as vit_heads=16"
             add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=about)
-            about = "of the files; default: as stored; converted LLaMA in bfloat16, merged LoRA in float32"
+            about = "dtype of files; default: as stored; converted LLaMA in bfloat16, merged LoRA in float32"
             add("--dtype", choices=("float16", "bfloat16", "float32"), help=about)
         if run is features:
             add("--crops", type=int, default=1, help="variants per training clip, the first not cropped")
-            add("--dtype", choices=("float16", "float32"), default="float16", help="of the files")
+            add("--dtype", choices=("float16", "float32"), default="float16", help="dtype of files")
             add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
             add("--workers", type=int, default=2, help="processes (on a GPU: threads) that read videos")
             add("--device", help="default: the best available")

@@ -117,7 +117,7 @@ def encode_clips(model, clips):
 def encode_video(model, path, fps=25):
     """Reads and encodes a video -> Seen. fps: pictures per second, in a folder. Raises VideoError."""
     no_path = not os.path.exists(path) and ("://" in str(path) or "*" in str(path))
-    require(not no_path, f"{path}: no such file; download a URL first, or do not quote a pattern")
+    require(not no_path, f"{path}: no such file; download a URL first; give a pattern without quotes")
     start = time.perf_counter()
     clip = data.read_clip(path, **data.clip_options(model.config), fps=fps, device=model.device)
     middle = time.perf_counter()
@@ -127,7 +127,7 @@ def encode_video(model, path, fps=25):
     if len(clip.seconds) < 3:
         clip.notes.append("the video has too few frames to see how anything moves")
     if span > 600 or span > 20 * len(clip.seconds):
-        clip.notes.append(f"too few frames for {span / 60:.0f} minutes; python -m apps.timeline sees it all")
+        clip.notes.append(f"too few frames for {span / 60:.0f} minutes; use python -m apps.timeline")
     return Seen(str(path), clip, encoding, {"read": middle - start, "encode": time.perf_counter() - middle})
 
 
@@ -289,7 +289,7 @@ def main(argv=None):
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the likeliest, up to this share")
     add("--beams", type=number(int, 1, 64), default=1, help="width of a beam search")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
-    add("--seed", type=number(int, 0), default=0, help="of the sampling that --temperature asks for")
+    add("--seed", type=number(int, 0), default=0, help="random seed, if --temperature is above 0")
     args = p.parse_intermixed_args(argv)
     if not args.video or (args.chat and (args.json or len(args.video) > 1)):
         p.error("give the path of a video; --chat takes only one, and no --json")

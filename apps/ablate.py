@@ -259,7 +259,7 @@ def check_options(args):
     old = json.loads(path.read_text()) if path.exists() else new
     differ = [name for name in new if old.get(name) != new[name]]
     if differ:
-        raise ValueError(f"{args.out}: was begun with another {', '.join(differ)}; give another --out")
+        raise ValueError(f"{args.out}: was begun with another {', '.join(differ)}; use another --out")
     write_json(path, new)
 
 
@@ -440,15 +440,15 @@ def parse_args(argv=None):
         "--steps",
         default=[5000, 500, 650],
         **three,
-        help="facts, captions, questions (default: 5000 500 650)",
+        help="training steps: facts, captions, questions (default: 5000 500 650)",
     )
-    add("--batch-size", default=[64, 32, 32], **three, help="of these three (default: 64 32 32)")
+    add("--batch-size", default=[64, 32, 32], **three, help="of the same three (default: 64 32 32)")
     add(
         "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of training (default: bfloat16)"
     )
     add("--limit", type=positive, default=200, help="held-out clips to describe (default: 200)")
     add("--jobs", type=positive, default=2, help="runs in parallel (default: 2)")
-    add("--threads", type=positive, default=1, help="per run (default: 1)")
+    add("--threads", type=positive, default=1, help="threads per run (default: 1)")
     args = p.parse_args(argv)
     for name in ("weights", "features", "data", "out"):  # the programs run in the repository
         setattr(args, name, getattr(args, name).resolve())

@@ -213,7 +213,7 @@ def parse_args(argv=None):
     p.add_argument("files", nargs="+", metavar="FILE", help="A, or A and B, written by apps.evaluate")
     p.add_argument("--kinds", metavar="FILE", help="kinds.json of the index, to compare the kinds named")
     p.add_argument("--resamples", type=number(int, 1), default=1000, help="in the bootstrap (default: 1000)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="for the bootstrap (default: 0)")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of the bootstrap (default: 0)")
     p.add_argument("--json", action="store_true", help="one JSON object per line")
     args = p.parse_args(argv)
     if len(args.files) > 2:

@@ -521,7 +521,7 @@ def parse_args(argv=None):
     add("--group", type=regex, metavar="REGEX", help="matches the recording in KIND/FILE or the table's path")
     add("--fps", type=number(float, 0.001), default=25.0, help="frames per second of folders (default: 25)")
     add("--yes-no", action="store_true", help="also ask whether anything unusual happens (needs more steps)")
-    add("--seed", type=number(int, 0), default=0, help="of the split (default: 0)")
+    add("--seed", type=number(int, 0), default=0, help="random seed of the split (default: 0)")
     args = p.parse_args(argv)
     if not args.folder and not args.csv:
         p.error("give the folder that holds a folder for each kind, or --csv FILE")

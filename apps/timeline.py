@@ -546,7 +546,7 @@ def parse_args(argv=None):
     add(
         "--annotations",
         metavar="INDEX",
-        help='instead: rows {"video", "abnormal": [start, end] in seconds, a list of such, or []}',
+        help='instead: rows {"video", "abnormal": [start, end] in seconds, a list of these, or []}',
     )
     told = "seconds (default: as long as the clips that the weights were trained on, else 4)"
     add("--window", type=number(float, 0.05), metavar="S", help=told)

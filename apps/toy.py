@@ -1053,7 +1053,7 @@ def parse_args(argv):
         "--seed",
         type=number(int, 0),
         default=0,
-        help="of all random choices; splits share none (default: 0)",
+        help="random seed; splits share no random numbers (default: 0)",
     )
     add("--workers", type=number(int, 1), default=os.cpu_count(), metavar="N",
         help="processes; they do not change the result (default: one per core)")  # fmt: skip
