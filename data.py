@@ -47,10 +47,9 @@ SEEK_MARGIN = 24  # a seek aims this many frames early: decoding may depend on s
 CLEAN_KEYFRAMES = {"h264": "5", "hevc": "16-21", "vp9": None, "av1": None}
 PACKETS = " -c copy -copyinkf -copypriorss 1 -f framecrc pipe:1"  # lists packets without decoding
 
-# `seconds`: time of each frame, since the first; `log`: ffmpeg's messages, one text per run; `notes` for the
-# user; all `frames` if they are few, or the `files` of a folder. If the packet table can be trusted: `stamps`
-# in ticks, a `tick` in seconds, frame numbers of the `keys` (keyframes), the `codec` if seeks may be exact.
-# If the table proved wrong: the number of frames that it had `promised`.
+# `seconds` of each frame since the first; `log`: ffmpeg's messages, one text per run; `notes` for the user;
+# all `frames` if they are few, or the `files` of a folder. If the packet table can be trusted: `stamps` in
+# ticks, `tick` in seconds, `keys` (keyframes), the `codec` if seeks may be exact; else the `promised` length.
 FIELDS = "path seconds log notes frames files stamps tick keys codec promised"
 Video = namedtuple("Video", FIELDS, defaults=(None,) * 8)
 PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a bad file or question, or too little memory
@@ -76,11 +75,10 @@ def check_file(path):
 
 
 def ffmpeg(path, log, size=None, terms=("1",), before="", after="", stdin=None, threads=0, patient=False):
-    """Runs ffmpeg on one file, without shell or network, and yields lines (bytes): headers, then one for each
-    packet; or, given a size, frames that match any of the terms (of ffmpeg's `select`): (timestamp in
-    seconds, (size, size, 3) uint8 RGB). VideoError, possibly only after the last item. log: a list to which
-    all messages are added as one text, or None. before, after: options around the input. stdin: an open file
-    to read instead, without a time limit. patient: no time limit. threads: 0 for as many as torch uses."""
+    """Runs ffmpeg on one file, without shell or network, and yields lines (bytes): headers, then one per
+    packet; or, given a size, frames that match a term of ffmpeg's `select`: (time in seconds, (size, size, 3)
+    uint8 RGB). VideoError, maybe after the last item. log: a list that gets all messages as one text. before,
+    after: options around the input. stdin: an open file instead. patient, stdin: no time limit."""
     seconds = threading.TIMEOUT_MAX if stdin else 120 + check_file(path) / 2e4  # a file's time limit
     source = "pipe:0" if stdin else "file:" + os.fsdecode(path)
     threads = min(threads or torch.get_num_threads(), 8)
@@ -159,9 +157,9 @@ def damage(video):
     bad += (total - decoded - failed) * (bad > 0)  # lost silently; if bad is 0, the table was just wrong
     if 2 * bad > total:
         raise VideoError(video.path, f"{bad} of {total} frames are damaged or encrypted")
-    cut = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # also if intact
-    cut += "|[PS]PS|Error (?:con|par)|Skipping" * bool(re.search("PPS id o|SPS . does", text))  # of cut HEVC
-    errors = re.findall(rf"\[error\] (?!{cut})(.+)|(corrupt input packet)", text)
+    mild = r"mmco|co located|Application|.*\bref|no frame!|Invalid frame dim|decode_slice"  # if intact, too
+    mild += "|[PS]PS|Error (?:con|par)|Skipping" * bool(re.search("PPS id o|SPS . does", text))  # cut HEVC
+    errors = re.findall(rf"\[error\] (?!{mild})(.+)|(corrupt input packet)", text)
     notes = list(video.notes or ())
     if bad:
         notes.append(f"{bad} of {total} frames did not decode without errors: the video is damaged")
@@ -203,7 +201,7 @@ def read_files(video, size, numbers):
             listing.write(b"file 'file:%s'\nduration 1\n%s" % (quoted, PICTURES))
         listing.seek(0)
         before = "-f concat -safe 0 -format_whitelist concat"
-        frames = ffmpeg(video.path, video.log, size, "1", before, stdin=listing)
+        frames = ffmpeg(video.path, video.log, size, ("1",), before, stdin=listing)
         with suppress(VideoError), closing(frames):  # the error below names the picture
             for (stamp, frame), number in zip(frames, numbers, strict=False):
                 if stamp != count:
@@ -309,14 +307,14 @@ def decode(video, size, numbers):
         # In a short video, optical flow, computed meanwhile, takes as long: each gets half of the threads.
         threads = torch.get_num_threads() // (2 if len(video.seconds) < 300 else 1)
         # ffmpeg's n restarts when the frame size changes: if packets proved wrong, we count all frames here.
-        here = video.stamps is None
-        wanted = ["1"] if here else [f"eq(n,{number})" for number in numbers]
+        all_here = video.stamps is None
+        wanted = ["1"] if all_here else [f"eq(n,{number})" for number in numbers]
         frames = ffmpeg(video.path, video.log, size, wanted, threads=threads)
-        for (_, frame), number in zip(frames, range(sys.maxsize) if here else numbers, strict=False):
+        for (_, frame), number in zip(frames, range(sys.maxsize) if all_here else numbers, strict=False):
             if number in numbers:
                 yield number, frame
         whole = next(frames, None) is None and f"; {len(video.seconds)} frames decoded;" in video.log[-1]
-        if not whole or (not here and len(re.findall("input from stream .*? w:", video.log[-1])) > 1):
+        if not whole or (not all_here and len(re.findall("input from stream .*? w:", video.log[-1])) > 1):
             raise EOFError
 
 
@@ -818,11 +816,14 @@ def cache_meta(rows, config, fingerprint):
 
 
 def frozen_fingerprint(model):
-    """{branch: hash of the ViT and of the branch's frozen part}: other weights make other features."""
+    """{branch: hash of the ViT, the branch's frozen part and its mask}: others make other features."""
     digests = {tower: hashlib.sha256() for tower in ("vit", *model.config.branches)}
     for name, tensor in sorted(model.state_dict().items()):
         if is_frame_level(name):
             digests[name.split(".")[0]].update(name.encode() + tensor.cpu().float().numpy().tobytes())
+    speeds = torch.linspace(0, 5, 101).view(1, -1, 1, 1)
+    for name in filter(MASKS.get, model.config.branches):
+        digests[name].update(MASKS[name](speeds, model.config.motion_mask).float().numpy().tobytes())
     vit = digests.pop("vit").hexdigest()[:8]
     return {branch: vit + digest.hexdigest()[:8] for branch, digest in digests.items()}
 

@@ -174,8 +174,8 @@ class ViT(nn.Module):  # equals the released `forward_features`: no pixel normal
         self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.vit_depth)))
 
     def forward(self, images):
-        """N images (N, 3, H, W) in [0, 1] -> (N, 1 + patches, C)"""
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (N, patches, C)
+        """B·T images (B·T, 3, H, W) in [0, 1] -> (B·T, 1 + patches, C)"""
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B·T, patches, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         return self.blocks(x)
 
@@ -250,11 +250,11 @@ class Branch(nn.Module):
         self.video_qformer = QFormer(config, config.video_layers, dim, every=1)
         self.proj_0 = nn.Linear(dim, D)
         self.encoder_0 = nn.Linear(D, D)
-        self.encoder_1 = nn.Linear(D, config.tight_dim) if compared else None
+        self.encoder_1 = nn.Linear(D, config.tight_dim) if compared else None  # a side exit for the loss
         self.decoder_2 = nn.Linear(D, D)
 
     def frames(self, features):
-        """Each frame on its own: ViT features (N, 1 + patches, C) -> (N, Q, C). Frozen, so cacheable."""
+        """Each frame on its own: ViT features (B·T, 1 + patches, vit_dim) -> (B·T, Q, C). Cacheable."""
         return self.qformer(self.queries, self.ln_vision(features))
 
     def video(self, frames):
@@ -528,7 +528,7 @@ class Hawk(nn.Module):
         step.cache.clear(torch.tensor([ids.shape[1] - len(row) for row in rows], device=self.device))
         step.read(x)
         for n in range(max_new_tokens):
-            if n and not x.is_cuda:
+            if n and not x.is_cuda:  # a GPU has done it already, below
                 step.run()
             if temperature > 0 or repetition_penalty != 1:  # else the step has already chosen
                 new = torch.tensor(answers, dtype=torch.long, device=self.device)  # (B, n)

@@ -442,7 +442,7 @@ def start_processes(args):
         raise ValueError(f"the processes did not find each other ({str(error).splitlines()[0]})") from None
     patient_group()
     if args.device in (None, "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return dist.get_rank(), dist.get_world_size()
 
 

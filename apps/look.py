@@ -378,8 +378,9 @@ def new_figure(width, height, title, caption):
 
 
 def save(figure, path, coarse=False):
-    """Writes a PNG with 256 colours: a fifth of the size, with hardly any visible difference. coarse: a palette
-    that is good enough for frames and halves the size again."""
+    """Writes a PNG with 256 colours: a fifth of the size, with hardly any visible difference.
+
+    coarse: a palette that is good enough for frames and halves the size again."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -406,8 +407,8 @@ def draw_streams(look, branches):
     fastest = np.hypot(*look.flow[chosen].reshape(-1, 2).T).max()
     title = "What each branch sees, and the optical flow"
     caption = (
-        "Optical flow: how far each pixel has moved since the frame before. The wheel shows the colour of each "
-        f"direction; the faster, the brighter, up to {max(fastest, 1):.1f} pixels a frame at its edge."
+        "Optical flow: how far each pixel has moved since the frame before. The wheel shows the colour of "
+        f"each direction; the faster, the brighter, up to {max(fastest, 1):.1f} pixels a frame at its edge."
     )
     figure = new_figure(max(6.5, 1.35 * len(chosen) + 2.2), 1.35 * len(rows) + 1.2, title, caption)
     grid = figure.subplots(len(rows), len(chosen) + 1, squeeze=False)
@@ -470,8 +471,8 @@ def draw_queries(look, branch, layer, queries, trained):
 
 
 def draw_map(axes, frame, weights, class_share):
-    """A grey frame overlaid with weights (side, side), a square per patch; and the class token's share. If that
-    is more than half, the frame is dark and no patch is drawn."""
+    """A grey frame overlaid with weights (side, side), a square per patch; and the class token's share. If
+    that is more than half, the frame is dark and no patch is drawn."""
     height, width, _ = frame.shape
     grey = frame.mean(-1, keepdims=True).repeat(3, -1) / 255
     grey = (grey * 16).round() / 16  # without the finest texture the file is half as large
@@ -497,8 +498,8 @@ def draw_video_queries(look, branches):
     depth = len(towers[0])
     title = "Which frames the queries of the video Q-Formers read"
     caption = (
-        "Cross-attention, mean over the heads, summed over the tokens of a frame. Each row of a map is a query; "
-        "its sum is 1."
+        "Cross-attention, mean over the heads, summed over the tokens of a frame. Each row of a map is a "
+        "query; its sum is 1."
     )
     width = max(8, 4 * len(branches) + 1)
     figure = new_figure(width, 2.9 * depth + 1.1, title, caption)
@@ -540,7 +541,8 @@ def draw_words(look, tokenizer, moving, still):
     labels = [piece(tokenizer, token) for token in likely.tolist()]
     draw_bars(candidates, labels, moving[place][likely].numpy(), still[place][likely].numpy())
     before = tokenizer.decode(look.answer[:place])
-    before = f"after “{before if len(before) < 22 else '…' + before[-20:]}”" if before else "the first word"
+    short = before if len(before) < 22 else "…" + before[-20:]
+    before = f"after “{short}”" if before else "the first word"
     candidates.set_title(f"likeliest words where the two differ most:\n{before}")
     words.set_ylabel("probability")
     return figure

@@ -155,7 +155,7 @@ def read_windows(path, config, length, stride, fps=25):
             raise VideoError(path, f"has too many frames to hold, {error}; use a shorter --window") from None
     video = open_video(path, size, fps) if os.path.isdir(path) else Video(path, None, log)
     for remark in damage(video._replace(log=log)):
-        note(f"{path}: {remark}")
+        print_above(note, f"{path}: {remark}")
 
 
 # ---- Scores ------------------------------------------------------------------------------------------------
@@ -264,15 +264,15 @@ def open_annotated(video, size, fps):
         video.times = open_video(video.path, size, video.fps).seconds
         check_intervals(video)
     except PROBLEMS as error:
-        print_above(error)
+        print_above(print_error, error)
         return False
     return True
 
 
-def print_above(error):
-    """Prints an error above the progress bar."""
+def print_above(say, what):
+    """Prints a note or an error (say: the function that does) above the progress bar."""
     with tqdm.external_write_mode(file=sys.stderr):
-        print_error(error)
+        say(what)
 
 
 def frame_scores(seen, times):
@@ -675,7 +675,7 @@ def score_videos(videos, args, rank):
                     bar.update(window.end - bar.n)
             video.windows = windows
         except PROBLEMS as error:
-            print_above(error)
+            print_above(print_error, error)
             continue
         if video.file:
             save_scores(video)

@@ -104,6 +104,15 @@ def test_another_cache_is_refused(world, folder):
         features(world, folder / "cache")
 
 
+def test_another_mask_makes_other_features(world, folder, monkeypatch):
+    features(world, folder)
+    monkeypatch.setitem(data.MASKS, "motion", lambda speed, kind: speed > 0.3)
+    with pytest.raises(SystemExit, match="train: has weights .*; use another --out"):
+        features(world, folder)
+    with pytest.raises(ValueError, match="made with weights .*; use another folder"):
+        cache(world, folder)
+
+
 def test_videos_none_of_which_can_be_read(world, folder):
     for name in ("a b", "c"):
         shutil.copy(folder / "broken.mp4", folder / f"{name}.mp4")
