@@ -58,8 +58,8 @@ PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a bad file or questi
 class VideoError(ValueError):
     """A video that yields no clip or no sample. The message is one line: "PATH: reason"."""
 
-    def __init__(self, path, reason):
-        super().__init__(" ".join(f"{os.fsdecode(path)}: {reason}".splitlines()))
+    def __init__(self, path, *reason):  # without a reason where it comes from another process
+        super().__init__(" ".join(": ".join([os.fsdecode(path), *map(str, reason)]).splitlines()))
 
 
 def check_file(path):
@@ -718,9 +718,10 @@ class HawkDataset(torch.utils.data.Dataset):
         self.augment = augment and train
         self.features = features
         self.max_tokens = max_tokens
-        self.motion_targets = motion_targets or stage == 1
+        self.motion_targets = (motion_targets or stage == 1) and "motion" in config.branches
         without = [row["video"] for row in rows if self.motion_targets and row.get("motion") is None]
-        require(not without, f'{len(without)} rows have no "motion" caption, such as that of {without[:1]}')
+        advice = f"(such as that of {without[:1]}); python -m apps.captions DIR adds them"
+        require(not without, f'{len(without)} rows have no "motion" caption {advice}')
 
     def __len__(self):
         return len(self.rows)
@@ -760,7 +761,8 @@ class HawkDataset(torch.utils.data.Dataset):
             ids, labels = self.tokenizer.encode_conversation(qa, clip.message, n_visual, self.max_tokens)
         if all(label == IGNORE for label in labels):
             raise VideoError(row["video"], f"its text leaves no room for an answer in {len(ids)} tokens")
-        sample = {"index": i, "indices": clip.indices, "input_ids": ids, "labels": labels}
+        sample = {"index": i, "indices": clip.indices, "counts": len(clip.indices)}
+        sample |= {"input_ids": ids, "labels": labels}
         if self.motion_targets:
             ids, labels = self.tokenizer.encode_caption(row["motion"], self.config.n_video_queries)
             sample |= {"motion_input_ids": ids, "motion_labels": labels}
@@ -787,17 +789,13 @@ def collate(samples, pad_id=0):
 
 
 def stack(values, pad_id, key=""):
-    """B dicts or tensors -> one, of the greatest length. Texts are padded. A clip of fewer frames repeats its
-    last one: the encoders have seen still images, and the model needs no mask."""
+    """B dicts or tensors -> one, padded to the greatest length. Hawk.encode cuts clips to their `counts`."""
     if isinstance(values[0], dict):
         return {name: stack([value[name] for value in values], pad_id, name) for name in values[0]}
-    if key.endswith(("input_ids", "labels")) and values[0].dim() == 1:  # not a stream
-        padding = IGNORE if key.endswith("labels") else pad_id
-        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     if values[0].dim() == 0:
         return torch.stack(values)
-    numbers = torch.arange(max(map(len, values)))
-    return torch.stack([value[numbers.clamp(max=len(value) - 1)] for value in values])
+    padding = IGNORE if key.endswith("labels") and values[0].dim() == 1 else pad_id  # not of a stream
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
 
 
 # ---- 4. Feature cache: what `prepare.py features` wrote ----------------------------------------------------
@@ -816,14 +814,11 @@ def cache_meta(rows, config, fingerprint):
 
 
 def frozen_fingerprint(model):
-    """{branch: hash of the ViT, the branch's frozen part and its mask}: others make other features."""
+    """{branch: hash of the ViT and of the branch's frozen part}: other weights make other features."""
     digests = {tower: hashlib.sha256() for tower in ("vit", *model.config.branches)}
     for name, tensor in sorted(model.state_dict().items()):
         if is_frame_level(name):
             digests[name.split(".")[0]].update(name.encode() + tensor.cpu().float().numpy().tobytes())
-    speeds = torch.linspace(0, 5, 101).view(1, -1, 1, 1)
-    for name in filter(MASKS.get, model.config.branches):
-        digests[name].update(MASKS[name](speeds, model.config.motion_mask).float().numpy().tobytes())
     vit = digests.pop("vit").hexdigest()[:8]
     return {branch: vit + digest.hexdigest()[:8] for branch, digest in digests.items()}
 
@@ -860,6 +855,7 @@ class CachedFeatures:
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata()
+                about = json.loads(about["about"]) if "about" in about else about
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
         except SafetensorError as error:
             raise VideoError(video, f"damaged features ({error}); remove {file} and make it again") from error

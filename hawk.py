@@ -454,9 +454,13 @@ class Hawk(nn.Module):
         pairs = zip(self.config.branches, features, strict=True)  # features: (B·T, 1 + patches, C)
         return {name: self.branch(name).frames(x).unflatten(0, streams[name].shape[:2]) for name, x in pairs}
 
-    def encode(self, streams):
-        """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding. ValueError
-        if a branch has no stream, streams differ in shape, or have more frames than the model takes."""
+    def encode(self, streams, counts=None):
+        """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding. counts
+        (B,): frames of each clip, if padded. ValueError if streams are missing, unequal, or too long."""
+        if counts is not None and counts.unique().numel() > 1:  # one by one: padding would change tokens
+            out = [self.encode({k: x[i, None, :n] for k, x in streams.items()}) for i, n in enumerate(counts)]
+            tight = {name: torch.cat([clip.tight[name] for clip in out]) for name in out[0].tight}
+            return Encoding(torch.cat([clip.tokens for clip in out]), tight)
         for name in self.config.branches:
             require(name in streams, f"no stream for the model's branch {name}: there are {list(streams)}")
         alike = len({streams[name].shape for name in self.config.branches}) == 1
@@ -511,8 +515,8 @@ class Hawk(nn.Module):
         losses = {"video_language": video_language, "motion_language": motion_language}
         return losses | {"consistency": consistency, "total": total}
 
-    def forward(self, streams, input_ids, labels, **targets):
-        return self.losses(self.encode(streams), input_ids, labels, **targets)
+    def forward(self, streams, input_ids, labels, *motion, counts=None, **options):
+        return self.losses(self.encode(streams, counts), input_ids, labels, *motion, **options)
 
     @torch.no_grad()
     def generate(self, encoding, input_ids, max_new_tokens=300, temperature=0.0, top_p=1.0,

@@ -336,7 +336,7 @@ def features(args, dataset=None):
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.bfloat16):
                     found = model.frame_features(streams)  # {branch: (1, T, Q, C)}
                 found = {name: x[0].to("cpu", getattr(torch, args.dtype)) for name, x in found.items()}
-                data.replace_file(file, safetensors.torch.save(found, sample["about"]))
+                data.replace_file(file, safetensors.torch.save(found, {"about": json.dumps(sample["about"])}))
         data.replace_file(folder / "bad_videos.jsonl", "".join(bad))
         require(len(bad) < len(rows), f"{folder}: none of the {len(rows)} videos can be read")
 
@@ -446,7 +446,7 @@ def main(argv=None):
         taken = args.run in (weights, merge) and args.out.exists() and any(args.out.iterdir())
         require(not taken, f"{args.out}: is not empty; choose another name, or delete it first")
         args.run(args)
-    except (OSError, ValueError, safetensors.SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError, RuntimeError) as error:
         died = isinstance(error, ConnectionResetError) or "DataLoader worker (pid" in str(error)
         sys.exit("error: " + ("a worker died; start again" if died else str(error).strip().split("\n")[-1]))
 

@@ -22,7 +22,7 @@ import torch
 
 import data
 from data import PROBLEMS, note, print_error
-from hawk import Encoding, Hawk, KVCache, require
+from hawk import Hawk, KVCache, require
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 WEIGHTS = TINY.with_name("hawk-7b" if TINY.with_name("hawk-7b").is_dir() else "tiny")  # the default
@@ -107,11 +107,11 @@ def load(weights, device=None, dtype=None, int8=False, compile=False):
 
 @torch.no_grad()
 def encode_clips(model, clips):
-    """Clips -> Encoding of the batch; one by one if lengths differ, since padding would change answers."""
-    if len({len(clip.indices) for clip in clips}) > 1:
-        return Encoding(torch.cat([encode_clips(model, [clip]).tokens for clip in clips]), {})
-    frames = torch.utils.data.default_collate([clip.streams for clip in clips])  # {name: (B, T, H, W, 3)}
-    return model.encode({name: x.to(model.device).permute(0, 1, 4, 2, 3) / 255 for name, x in frames.items()})
+    """Clips -> Encoding of the batch; one by one if clips differ in length."""
+    streams = [{name: torch.from_numpy(x) for name, x in clip.streams.items()} for clip in clips]
+    frames = {name: x.to(model.device) / 255 for name, x in data.stack(streams, 0).items()}  # (B, T, H, W, 3)
+    counts = torch.tensor([len(clip.indices) for clip in clips])
+    return model.encode({name: x.permute(0, 1, 4, 2, 3) for name, x in frames.items()}, counts)
 
 
 def encode_video(model, path, fps=25):

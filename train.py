@@ -35,7 +35,7 @@ class HawkTask:
 
     def add_options(self, parser):
         add = parser.add_argument_group("stages 1 and 2").add_argument
-        add("--stage", type=int, choices=[1, 2], default=2, help="1: captions, 2: questions")
+        add("--stage", type=int, choices=[1, 2], default=2, help="1: captions, 2: questions (default 2)")
         about = "what to train (see Hawk.set_trainable); default: paper, or all with --preset"
         add("--train", choices=["released", "paper", "lora", "all"], help=about)
         add("--features", help="folder that `prepare.py features` wrote: no video is read and no ViT runs")

@@ -343,9 +343,9 @@ class ClipFacts(nn.Module):
         width = len(hawk.config.branches) * hawk.config.llama_dim
         self.heads = nn.ModuleList(nn.Linear(width, len(words[fact])) for fact in FACTS)
 
-    def forward(self, streams, facts, **texts):
+    def forward(self, streams, facts, counts=None, **texts):
         with attention_by_steps(facts.device):
-            encoding = self.hawk.encode(streams)
+            encoding = self.hawk.encode(streams, counts)
         losses = {"total": 0.0} if self.alone else self.hawk.losses(encoding, **texts)
         if not self.alone and encoding.tight and self.hawk.config.consistency == "cosine":
             # for the log: what the loss would be without the biases

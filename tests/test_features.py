@@ -54,6 +54,14 @@ def test_cached_features_are_those_of_the_model(world, folder, capsys):
     assert "note: " in capsys.readouterr().err
 
 
+def test_the_same_command_gives_the_same_bytes(world, folder):
+    features(world, folder)
+    files = {file: file.read_bytes() for file in (folder / "cache").rglob("*.*")}
+    shutil.rmtree(folder / "cache")
+    features(world, folder)
+    assert {file: file.read_bytes() for file in (folder / "cache").rglob("*.*")} == files
+
+
 def test_what_is_there_is_done(world, folder):
     features(world, folder)
     files = {file: file.stat().st_mtime_ns for file in (folder / "cache/train").glob("*.safetensors")}
@@ -102,15 +110,6 @@ def test_another_cache_is_refused(world, folder):
         features(world, folder)
     with pytest.raises(SystemExit, match="holds neither train.jsonl nor test.jsonl"):
         features(world, folder / "cache")
-
-
-def test_another_mask_makes_other_features(world, folder, monkeypatch):
-    features(world, folder)
-    monkeypatch.setitem(data.MASKS, "motion", lambda speed, kind: speed > 0.3)
-    with pytest.raises(SystemExit, match="train: has weights .*; use another --out"):
-        features(world, folder)
-    with pytest.raises(ValueError, match="made with weights .*; use another folder"):
-        cache(world, folder)
 
 
 def test_videos_none_of_which_can_be_read(world, folder):

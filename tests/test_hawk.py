@@ -238,6 +238,19 @@ def test_cached_features_give_the_same():
         model.encode(clips(frames=5))
 
 
+def test_padding_changes_nothing():
+    """Clips of other lengths in a batch: each is encoded as if it were alone."""
+    model, frames = build(), clips(batch=3)
+    padded = {name: torch.cat([x[:, :2], torch.rand_like(x[:, :1])], dim=1) for name, x in frames.items()}
+    padded = {name: torch.stack([x[0], frames[name][1], x[2]]) for name, x in padded.items()}
+    encoding = model.encode(padded, counts=torch.tensor([2, 3, 2]))
+    for b, n in enumerate((2, 3, 2)):
+        alone = model.encode({name: x[b : b + 1, :n] for name, x in frames.items()})
+        close(encoding.tokens[b : b + 1], alone.tokens)
+        for name in COMPARED:
+            close(encoding.tight[name][b : b + 1], alone.tight[name])
+
+
 def test_branches_by_name():
     """Another order, one branch, three: each is computed by itself, and two of them have tight features."""
     model = build(branches=("motion", "background", "appearance"))
@@ -535,6 +548,7 @@ def test_losses_by_hand():
     losses = model(**b, motion_input_ids=ids, motion_labels=labels)
     own = reference(inputs_embeds=model.embed(ids, e.tokens[:, 2:]), labels=labels).loss
     close(losses["motion_language"], own)
+    assert model(*b.values(), ids, labels) == losses  # by position, too
     close(losses["total"], wanted + 0.1 * own + 0.1 * losses["consistency"])
     with pytest.raises(ValueError, match="without a single supervised token"):
         model(**b | {"labels": torch.full_like(b["labels"], -100)})

@@ -360,15 +360,15 @@ def test_collate_pads_and_keeps_errors_apart(make):
         ROWS[1] | {"description": "A much longer text, it is."},
     ]
     samples = [make(rows, train=False)[i] for i in range(3)]
-    samples[0]["indices"] = samples[0]["indices"][:2]
+    samples[0]["counts"] = torch.tensor(2)
     samples[0]["streams"] = {name: frames[:2] for name, frames in samples[0]["streams"].items()}
     batch = collate(samples, pad_id=9)
     assert [(error["video"], error["index"]) for error in batch["errors"]] == [("bad.mp4", 1)]
     assert "no frames" in batch["errors"][0]["error"]
     appearance = batch["streams"]["appearance"]
     assert appearance.shape == (2, 4, 3, 16, 16) and appearance.dtype == torch.uint8
-    assert torch.equal(batch["streams"]["motion"][0, 2], samples[0]["streams"]["motion"][1])
-    assert batch["indices"][0].tolist() == [0, 1, 1, 1] and batch["index"].tolist() == [0, 2]
+    assert torch.equal(batch["streams"]["motion"][0, :2], samples[0]["streams"]["motion"])
+    assert batch["counts"].tolist() == [2, 4] and batch["index"].tolist() == [0, 2]
     n = len(samples[0]["input_ids"])
     assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].shape[1] > n
     assert (batch["input_ids"][0, n:] == 9).all() and (batch["labels"][0, n:] == IGNORE).all()

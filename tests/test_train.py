@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
+import imageio_ffmpeg
 import pytest
 import torch
 
@@ -213,6 +215,27 @@ def test_two_processes_compute_what_one_does(world, tmp_path):
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for name in ("total", "video_language", "consistency", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=2e-3), (one["step"], name)
+
+
+def test_a_clip_counts_the_same_whatever_is_in_its_batch(world, tmp_path):
+    """Two clips of four and two of two frames: in one batch, or one after the other; from the cache, too."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["video"] = str(world / row["video"])
+        if i % 2:
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", row["video"], "-frames:v", "2"]
+            subprocess.run([*command, tmp_path / f"{i}.mp4"], check=True)
+            row["video"] = str(tmp_path / f"{i}.mp4")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_features(world / "weights", tmp_path, tmp_path / "features")
+    for features in (tmp_path / "features", ""):
+        more = ["--stage", 2, "--data", tmp_path, "--features", features, "--train", "paper"]
+        one, four = (tmp_path / f"{name}{bool(features)}" for name in ("one", "four"))
+        run_here(*options(world, one, 3, *more))
+        run_here(*options(world, four, 3, *more, "--accumulate", 4))
+        for a, b in zip(log_of(one), log_of(four), strict=True):
+            for name in ("total", "grad_norm"):
+                assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name, features)
 
 
 def test_two_processes_train_three_branches(world, tmp_path, monkeypatch):
