@@ -282,7 +282,7 @@ def write_folder(out, config, held, dtypes, source):
         for number, (name, (origin, read)) in enumerate(tqdm(held.items(), desc="writing"), 1):
             dtype = dtypes.get(name.partition(".")[0])
             tensors[name] = read().to(getattr(torch, dtype) if dtype else None, copy=True)
-            require(tensors[name].isfinite().all(), f"{origin}: NaN, or a number too large for {dtype}")
+            require(tensors[name].isfinite().all(), f"{origin}: NaN or too large for {dtype or 'its type'}")
             if number == len(held) or sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
                 part = f"-{number}" if number < len(held) else ""  # of a shard: its last tensor's number
                 save_tensors(tensors, folder / f"model{part}.safetensors")

@@ -540,7 +540,12 @@ def parse_args(argv=None):
     add = p.add_argument_group("decoding").add_argument
     add("--max-new-tokens", type=number(int, 1, 4096), default=300, help="longest answer (default: 300)")
     add("--beams", type=number(int, 1, 64), default=1, help="width of a beam search (default: 1)")
-    add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: fewer repeated words")
+    add(
+        "--repetition-penalty",
+        type=number(float, 0.01),
+        default=1.0,
+        help="above 1: repeat less (default: 1)",
+    )
     add = p.add_argument_group("--task detect").add_argument
     add_score_options(add, "--detect")
     about = (

@@ -1,6 +1,7 @@
 """prepare.py hawk: the published annotations, with all their faults, become index files."""
 
 import json
+import sys
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,12 @@ def test_renamed_folders(world):
     assert [row["video"] for row in rows] == [str(world.videos / place) for place in PLACES.values()]
     assert [row["source"] for row in rows] == [place.split("/")[0] for place in PLACES.values()]
     assert {"description", "qa", "flags"} <= rows[0].keys() and rows[0]["qa"] == QA
+
+
+def test_the_job_needs_its_program(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apps.annotations", None)
+    with pytest.raises(SystemExit, match="^error: .*apps.annotations"):
+        prepare.main(["hawk", "--annotations", "x", "--videos", "y", "--out", "z"])
 
 
 def test_faults_are_left_out_and_listed(world, capsys):

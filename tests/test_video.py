@@ -2,6 +2,7 @@
 streams, and files that are no video."""
 
 import os
+import pickle
 import re
 import subprocess
 import threading
@@ -394,6 +395,11 @@ def test_an_unknown_kind_of_mask(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Files that are no video
+
+
+def test_an_error_comes_whole_from_another_process():
+    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is empty")))
+    assert type(error) is VideoError and str(error) == "a.mp4: is empty"
 
 
 def refused(path, pattern):
