@@ -398,8 +398,8 @@ def merge(args):
 def hawk(args):
     """Converts Hawk's annotations into index files, and finds each video (in apps/annotations.py).
 
-    In a folder of --annotations, only all_videos_train.json and all_videos_test.json are read; else all JSON
-    files, those named "..test" as the test split. OUT/report.json lists what is missing or broken."""
+    A folder's all_videos_train.json and all_videos_test.json are read; without them, all JSON files, those
+    named "..test" as the test split. OUT/report.json lists what is missing or broken."""
     importlib.import_module("apps.annotations").make_index(args)
 
 
@@ -436,10 +436,10 @@ def main(argv=None):
             about = "dtype of files; default: as stored; converted LLaMA in bfloat16, merged LoRA in float32"
             add("--dtype", choices=("float16", "bfloat16", "float32"), help=about)
         if run is features:
-            add("--crops", type=int, default=1, help="variants per training clip, the first not cropped")
-            add("--dtype", choices=("float16", "float32"), default="float16", help="dtype of files")
+            add("--crops", type=int, default=1, help="variants per clip, the first uncropped (default 1)")
+            add("--dtype", choices=("float16", "float32"), default="float16", help="default: float16")
             add("--bfloat16", action="store_true", help="compute in bfloat16: about twice as fast")
-            add("--workers", type=int, default=2, help="processes (on a GPU: threads) that read videos")
+            add("--workers", type=int, default=2, help="processes (on a GPU: threads) that read (default 2)")
             add("--device", help="default: the best available")
     args = parser.parse_args(argv)
     try:
