@@ -291,7 +291,7 @@ def sample_frames(total, n_frames, sampling="uniform", generator=None):
 
 def decode(video, size, numbers):
     """Yields (number, frame) of these frames (ascending), bit for bit those of `ffmpeg -i PATH -vf
-    scale=S:S:flags=bilinear -fps_mode passthrough`. EOFError if the packet table turns out wrong."""
+    scale=S:S:flags=bilinear -fps_mode passthrough`, no others. EOFError if the packet table is wrong."""
     # Seeking is exact from clean keyframes and, if there are many, faster than decoding everything.
     seeks = video.codec in CLEAN_KEYFRAMES and len(video.keys) >= len(numbers)
     if seeks and (clean := CLEAN_KEYFRAMES[video.codec]):
@@ -448,7 +448,7 @@ def polynomial_expansion(images, n, sigma):
 def improve(flow, first, second, winsize):
     """Refines the flow (2, B, h, w). first: coefficients (5, B, h, w). second: (B, 5, padded h, w), sampled
     where the flow points. A is the mean of both; Δb = (b₁ - b₂)/2 + A·flow adds the d found so far.
-    Outside, A is the first frame's, and b₂ = 0. The normal equations AᵀA d = AᵀΔb, summed over
+    Outside the image, A is the first one's, and b₂ = 0. The normal equations AᵀA d = AᵀΔb, summed over
     windows of 2·(winsize//2) + 1 pixels, are a 2x2 system at each pixel."""
     h, w = flow.shape[-2:]
     dx, dy = flow

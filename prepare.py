@@ -196,7 +196,7 @@ def replay_motion_qformer(config, seed=42):
 
 
 def made_here(config, motion, new):
-    """{our name: Held} of no file: motion's ln_vision; its Q-Former, if replayed; trained parts, if `new`."""
+    """{our name: Held} of no file: motion's ln_vision; Q-Former and queries, if replayed; the rest if new."""
     made = torch.nn.LayerNorm(config.vit_dim).state_dict(prefix="motion.ln_vision.")  # as released
     if new:  # from a fixed seed
         torch.manual_seed(0)
@@ -410,7 +410,7 @@ PATHS = {  # options that name files and folders
     "hawk": "finetune.pth or pretrained.pth", "video-llama": "VL_LLaMA_2_7B_Finetuned.pth",
     "weights": "folder of weights, such as runs/x/last", "base": "the base of --weights, if it has moved",
     "data": "folder of train.jsonl and test.jsonl", "annotations": "JSON file, or a folder of such files",
-    "videos": "folder of UCF_Crime, DoTA and so on", "tokenizer": "to count texts too long for training",
+    "videos": "folder of UCF_Crime, DoTA and so on", "tokenizer": "its model, to count texts too long",
 }  # fmt: skip
 OPTIONAL = ("hawk", "video-llama", "base", "tokenizer")
 JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights data out",

@@ -38,7 +38,7 @@ class HawkTask:
         add("--stage", type=int, choices=[1, 2], default=2, help="1: captions, 2: questions (default 2)")
         about = "what to train (see Hawk.set_trainable); default: paper, or all with --preset"
         add("--train", choices=["released", "paper", "lora", "all"], help=about)
-        add("--features", help="folder that `prepare.py features` wrote: nothing frame-level runs or trains")
+        add("--features", help="folder that `prepare.py features` wrote: reads no video, runs no ViT")
         add("--augment", action="store_true", help="random crops, as released")
         add("--motion-targets", action="store_true", help="stage 2: motion captions as targets (paper)")
         add("--max-tokens", type=int, default=512, help="stage 2: cut longer texts (default 512)")

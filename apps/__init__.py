@@ -9,8 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in sample.py, before t
 
 
 def run_program(main):
-    """Exits with the status that `main` returns, or with 130 after ctrl-C, 143 after SIGTERM (an orderly end,
-    too), or 141 if nobody reads the output any more (`… | head`): `main` must let BrokenPipeError pass."""
+    """Exits with the status that `main` returns, or with 130 after ctrl-C, 143 after SIGTERM (which also ends
+    it cleanly), or 141 if nobody reads the output any more (`… | head`). `main` lets BrokenPipeError pass."""
     with suppress(AttributeError):  # a notebook's stdout has no encoding
         sys.stdout.reconfigure(errors="backslashreplace")  # for what a non-UTF-8 terminal cannot show
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

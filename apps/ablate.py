@@ -172,7 +172,8 @@ def fewer_frames(file, every):
     """The bytes of a file of the feature cache, reduced to one in `every` frames."""
     with safe_open(file, "pt") as opened:
         streams = {name: opened.get_tensor(name)[::every].contiguous() for name in opened.keys()}
-        about = json.loads(opened.metadata()["about"])
+        about = opened.metadata()
+    about = json.loads(about["about"]) if "about" in about else about  # caches used to have three entries
     seconds = re.findall(r"\d+\.\d+", about["message"])[::every]
     about["message"] = f"The video contains {len(seconds)} frames sampled at {', '.join(seconds)} seconds. "
     about["indices"] = json.dumps(json.loads(about["indices"])[::every])

@@ -22,7 +22,7 @@ NO_PHRASES = (
 )
 TOY_KINDS = Path(__file__).parent.parent / "examples" / "kinds.json"
 YES_QUESTION = "Does anything unusual or dangerous happen in this video? Answer yes or no."
-SUBJECT_WORDS = 5  # a phrase is tried after each of this many first words of an answer
+SUBJECT_WORDS = 5  # a phrase is tried after each of so many first words: "A red car" is three
 PHRASES_PER_BATCH = 16
 THRESHOLD = 0.5  # a clip with this score or more is called abnormal
 METRICS = {"auc": "ROC AUC", "ap": "av. prec.", "accuracy": "accuracy", "f1": "F1"}
@@ -213,7 +213,7 @@ def find_kinds(args):
 @torch.no_grad()
 def choice_score(model, tokenizer, clip, encoding, sentences):
     """The probability that the description is the sentence of an abnormal kind, if it is one of them at all.
-    sentences: {kind: sentence}. (Absolute probabilities would be low if there are many ways to say it.)"""
+    sentences: {kind: sentence}. (Alone, it is low if the sentence can be split into tokens in many ways.)"""
     prompt = tokenizer.encode_prompt(DESCRIBE_QUESTIONS[0], clip.message, model.config.n_visual)
     answers = [tokenizer.sp.encode(sentence) for sentence in sentences.values()]
     p = log_likelihoods(model, encoding, prompt, answers, [0] * len(answers)).softmax(0)

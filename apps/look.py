@@ -425,10 +425,14 @@ def draw_streams(look, branches):
 
 
 def draw_wheel(axes, fastest):
-    """The colours of flow_colours as a disc: a pixel's place is its motion, its distance the speed."""
-    y, x = np.mgrid[-1:1:101j, -1:1:101j]
-    disc = flow_colours(np.stack([x, y], axis=-1) * fastest)
-    axes.imshow(np.where(np.hypot(x, y)[..., None] <= 1, disc, 255))
+    """The colours of flow_colours as a disc: the direction of a pixel is that of its motion, its distance the
+    speed. In 12 flat sectors of 3 rings, which a palette of few colours can show."""
+    y, x = np.mgrid[-1:1:201j, -1:1:201j]
+    angle = np.round(np.arctan2(y, x) / (np.pi / 6)) * (np.pi / 6)
+    speed = np.ceil(np.hypot(x, y) * 3) / 3 * (np.hypot(x, y) <= 1)
+    motion = np.stack([speed * np.cos(angle), speed * np.sin(angle)], axis=-1)
+    disc = flow_colours(motion * fastest)
+    axes.imshow(np.where(speed[..., None] > 0, disc, 255))
     title = axes.text(0.5, 1.05, "direction", transform=axes.transAxes, ha="center")
     title.set_in_layout(False)  # else it would push the row down
 
@@ -543,7 +547,7 @@ def draw_words(look, tokenizer, moving, still):
     before = tokenizer.decode(look.answer[:place])
     short = before if len(before) < 22 else "…" + before[-20:]
     before = f"after “{short}”" if before else "the first word"
-    candidates.set_title(f"likeliest words where the two differ most:\n{before}")
+    candidates.set_title(f"where the two differ most:\n{before}")
     words.set_ylabel("probability")
     return figure
 

@@ -90,6 +90,8 @@ class FrameDataset(DrawnClips, HawkDataset):
         row = self.rows[i]
         streams, clip = self.read(i, "uniform", generator)
         last = max(clip.indices[-1], 1)
+        if len(clip.indices) < self.config.n_frames:  # "things" cannot be padded
+            raise VideoError(row["video"], f"has fewer than {self.config.n_frames} frames")
         if any(len(entry["x"]) <= last for entry in row["objects"]):
             raise VideoError(row["video"], 'has more frames than positions in "objects"')
         # the text: the description as an answer half of the time, else the annotated questions

@@ -506,7 +506,7 @@ def questions(video, rng):
     what = what_happens(video)
     count = ["is one road user", "are two road users", "are three road users", "are four road users"]
     count = count[len(video.tracks) - 1]
-    # parked vehicles do not count
+    # stationary objects do not count
     how_many = ("How many road users take part in the traffic?", "How many road users are on their way?")
     involved = f"A {who}"
     why = "Because"

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import data
 import prepare
@@ -60,6 +62,16 @@ def test_the_same_command_gives_the_same_bytes(world, folder):
     shutil.rmtree(folder / "cache")
     features(world, folder)
     assert {file: file.read_bytes() for file in (folder / "cache").rglob("*.*")} == files
+
+
+def test_caches_used_to_have_their_texts_apart(world, folder):
+    features(world, folder)
+    file = folder / "cache/train/0.safetensors"
+    expected = cache(world, folder)[1].load(0, 0)
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["about"])
+    save_file(load_file(file), file, about)
+    assert cache(world, folder)[1].load(0, 0).message == expected.message
 
 
 def test_what_is_there_is_done(world, folder):

@@ -243,6 +243,9 @@ def test_padding_changes_nothing():
     model, frames = build(), clips(batch=3)
     padded = {name: torch.cat([x[:, :2], torch.rand_like(x[:, :1])], dim=1) for name, x in frames.items()}
     padded = {name: torch.stack([x[0], frames[name][1], x[2]]) for name, x in padded.items()}
+    both = {name: x[[0, 2]] for name, x in padded.items()}  # one number of frames, and padding all the same
+    alone = model.encode({name: x[:, :2] for name, x in both.items()})
+    close(model.encode(both, counts=torch.tensor([2, 2])).tokens, alone.tokens)
     encoding = model.encode(padded, counts=torch.tensor([2, 3, 2]))
     for b, n in enumerate((2, 3, 2)):
         alone = model.encode({name: x[b : b + 1, :n] for name, x in frames.items()})
