@@ -350,16 +350,18 @@ def answer_batch(model, tokenizer, clips, asked, args):
         limit = model.config.context_length
         if longest >= limit:
             tqdm.write(f"note: a prompt of {longest} tokens; these weights take {limit}", file=sys.stderr)
+        room = [limit - len(prompt) if len(prompt) < limit else limit for prompt in prompts]
         answers = generate(
             model,
             Encoding(encoding.tokens[[i for i, _ in chunk]], {}),
             prompts,
             args.beams,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=min(args.max_new_tokens, max(room)),
             repetition_penalty=args.repetition_penalty,
             eos_id=tokenizer.eos,
         )
-        for (_, prediction), ids in zip(chunk, answers, strict=True):
+        for (_, prediction), ids, most in zip(chunk, answers, room, strict=True):
+            ids = ids[:most]  # prompt and answer together fill the context, as in sample.ask
             prediction["answer"] = tokenizer.decode(ids)
             prediction["tokens"] = len(ids) - ids.count(tokenizer.eos)
 
@@ -581,8 +583,8 @@ def parse_args(argv=None):
         p.error("--detect and --kinds are for --task detect")
     if args.kinds and args.detect == "yes":
         p.error("--kinds is for --detect contrast")
-    if args.beams > 1 and args.compile:
-        p.error("--beams and --compile exclude each other")
+    if args.beams > 1 and (args.compile or args.repetition_penalty != 1):
+        p.error("--beams excludes --compile and --repetition-penalty")
     return args
 
 

@@ -358,7 +358,8 @@ class ClipFacts(nn.Module):
         shares = tokens.tensor_split(len(FACTS), dim=2)
         for i, (fact, head, share) in enumerate(zip(FACTS, self.heads, shares, strict=True)):
             answer = head(share.mean(2).flatten(1)).float()  # of (B, branches · D)
-            losses[fact] = F.cross_entropy(answer, facts[:, i], ignore_index=IGNORE)
+            known = (facts[:, i] != IGNORE).sum().clamp(min=1)  # if none is, the loss is 0
+            losses[fact] = F.cross_entropy(answer, facts[:, i], ignore_index=IGNORE, reduction="sum") / known
             losses["total"] = losses["total"] + self.weight * losses[fact]
         return losses
 

@@ -28,7 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
+import sample
 from apps import compare, detect, evaluate, judge, run_program, scores
+from data import clip_options, read_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -507,6 +509,25 @@ def test_ranks_that_were_killed_leave_their_answers(world, tmp_path, run, monkey
     Path(f"{out}.rank1").write_bytes(ours)
     assert run(out)[0] == 0 and out.read_bytes() == whole.read_bytes() and len(seen) == 3
     assert not evaluate.parts(out)
+
+
+def test_beams_take_no_penalty(world, run, tmp_path):
+    status, printed = run(tmp_path / "out", "--beams", "2", "--repetition-penalty", "2")
+    assert status == 2 and "--beams excludes --compile and --repetition-penalty" in printed.err
+
+
+def test_answers_end_with_the_context(world):
+    """As in sample.ask, also where a longer prompt is answered beside it."""
+    model, tokenizer = sample.load(world / "weights", "cpu")
+    clip = read_clip(world / "c.mp4", **clip_options(model.config))
+    asked = [{"question": question} for question in ("Who?", "Where is the person who runs? " * 3)]
+    prompts = [tokenizer.encode_prompt(p["question"], clip.message, model.config.n_visual) for p in asked]
+    model.config.context_length = max(map(len, prompts)) + 4
+    args = SimpleNamespace(batch_size=2, beams=1, max_new_tokens=300, repetition_penalty=1.0)
+    evaluate.answer_batch(model, tokenizer, [clip], [asked], args)
+    for made, prompt in zip(asked, prompts, strict=True):
+        alone = sample.ask(model, tokenizer, world / "c.mp4", made["question"])
+        assert made["answer"] == alone.answer and len(prompt) + made["tokens"] <= model.config.context_length
 
 
 def test_rows_that_differ_in_their_source_keep_it(tmp_path):

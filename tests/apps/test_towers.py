@@ -222,6 +222,10 @@ def test_unknown_words_are_not_asked():
     dataset = SimpleNamespace(rows=rows)
     words = dict.fromkeys(towers.FACTS, ["a", "c"])
     assert towers.WithFacts(dataset, words).facts == [[0] * 6, [-100] * 6]
+    model = Hawk(replace(HawkConfig.preset("tiny"), **SMALL))  # a batch without a single known word
+    streams = {name: torch.zeros(2, 2, 10, 64) for name in model.config.branches}
+    losses = towers.ClipFacts(model, words, 1.0, alone=True)(streams, torch.full((2, 6), -100))
+    assert all(loss == 0 for loss in losses.values())  # not NaN, of which no mean could be made
     dataset.rows = [{"video": "v.mp4", "kind": "normal"}]
     with pytest.raises(ValueError, match="v.mp4: its row lacks object, colour, place, moment, scene"):
         towers.WithFacts(dataset, words)
