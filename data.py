@@ -58,7 +58,7 @@ PROBLEMS = (ValueError, OSError, torch.OutOfMemoryError)  # a bad file or questi
 class VideoError(ValueError):
     """A video that yields no clip or no sample. The message is one line: "PATH: reason"."""
 
-    def __init__(self, path, *reason):  # without a reason where it comes from another process
+    def __init__(self, path, *reason):  # unpickled, it has its message as path
         super().__init__(" ".join(": ".join([os.fsdecode(path), *map(str, reason)]).splitlines()))
 
 

@@ -457,10 +457,10 @@ class Hawk(nn.Module):
     def encode(self, streams, counts=None):
         """Frames {branch: (B, T, 3, H, W)} in [0, 1] or cached {branch: (B, T, Q, C)} -> Encoding. counts
         (B,): frames of each clip, if padded. ValueError if streams are missing, unequal, or too long."""
-        if counts is not None and counts.min() < max(x.shape[1] for x in streams.values()):  # padding counts
+        if counts is not None and counts.min() < max(x.shape[1] for x in streams.values()):
             out = [self.encode({k: x[i, None, :n] for k, x in streams.items()}) for i, n in enumerate(counts)]
             tight = {name: torch.cat([clip.tight[name] for clip in out]) for name in out[0].tight}
-            return Encoding(torch.cat([clip.tokens for clip in out]), tight)
+            return Encoding(torch.cat([clip.tokens for clip in out]), tight)  # padding would change them
         for name in self.config.branches:
             require(name in streams, f"no stream for the model's branch {name}: there are {list(streams)}")
         alike = len({streams[name].shape for name in self.config.branches}) == 1
@@ -482,7 +482,7 @@ class Hawk(nn.Module):
 
     def language_loss(self, input_ids, labels, soft, per_sample=False):
         """Cross-entropy of the next token, averaged over labelled tokens (not -100); with per_sample, over
-        each row, then over rows. Only labelled tokens go through the head, whose output is so large."""
+        each row, then over rows. Only labelled tokens go through the head, whose output is large."""
         hidden = self.llama(self.embed(input_ids, soft))[:, :-1]
         target = labels[:, 1:]
         kept = target != -100  # (B, S - 1)

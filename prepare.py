@@ -410,7 +410,7 @@ PATHS = {  # options that name files and folders
     "hawk": "finetune.pth or pretrained.pth", "video-llama": "VL_LLaMA_2_7B_Finetuned.pth",
     "weights": "folder of weights, such as runs/x/last", "base": "the base of --weights, if it has moved",
     "data": "folder of train.jsonl and test.jsonl", "annotations": "JSON file, or a folder of such files",
-    "videos": "folder of UCF_Crime, DoTA and so on", "tokenizer": "its model, to count texts too long",
+    "videos": "folder of UCF_Crime, DoTA and so on", "tokenizer": "tokenizer.model: count overlong texts",
 }  # fmt: skip
 OPTIONAL = ("hawk", "video-llama", "base", "tokenizer")
 JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights data out",

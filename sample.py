@@ -288,7 +288,7 @@ def main(argv=None):
     add("--temperature", type=number(float, 0), default=0.0, help="0, the default: take the likeliest token")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="likeliest share to draw from (default: 1)")
     add("--beams", type=number(int, 1, 64), default=1, help="width of a beam search (default: 1)")
-    add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="above 1: repeat less (1: off)")
+    add("--repetition-penalty", type=number(float, 0.01), default=1.0, help=">1: repeat less (default: 1)")
     add("--seed", type=number(int, 0), default=0, help="random seed for --temperature (default: 0)")
     args = p.parse_intermixed_args(argv)
     if not args.video or (args.chat and (args.json or len(args.video) > 1)):

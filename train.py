@@ -38,7 +38,7 @@ class HawkTask:
         add("--stage", type=int, choices=[1, 2], default=2, help="1: captions, 2: questions (default 2)")
         about = "what to train (see Hawk.set_trainable); default: paper, or all with --preset"
         add("--train", choices=["released", "paper", "lora", "all"], help=about)
-        add("--features", help="folder that `prepare.py features` wrote: reads no video, runs no ViT")
+        add("--features", help="folder that `prepare.py features` wrote: no video is read, no ViT runs")
         add("--augment", action="store_true", help="random crops, as released")
         add("--motion-targets", action="store_true", help="stage 2: motion captions as targets (paper)")
         add("--max-tokens", type=int, default=512, help="stage 2: cut longer texts (default 512)")
@@ -340,7 +340,7 @@ def main(argv=None, task=None):
     test_set = task.dataset(args, model, tokenizer, "test") if held_out else None
     objective = task.objective(args, model, train_set).to(device).train()
     for block in model.llama.layers if model.config.gradient_checkpointing else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # recomputes
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # saves memory
     optimizer = make_optimizer(objective, args)
     start, best = restore(last / "state.pt", objective, optimizer) if args.resume else (0, math.inf)
     require(start <= args.steps, f"--steps {args.steps}: this run is at step {start} already")

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import prepare
 from apps import ablate
@@ -142,6 +144,11 @@ def test_variants_differ_in_what_they_should(world, tmp_path, monkeypatch, capsy
     assert (tmp_path / "ablation.png").stat().st_size > 5000
 
 
+def about_of(file):
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["about"])
+
+
 def test_fewer_frames_of_the_same_clips(world, tmp_path, monkeypatch):
     """Their cache holds evenly chosen features, and their towers begin from the same numbers."""
     monkeypatch.setattr(ablate, "launch", Launches())
@@ -160,6 +167,11 @@ def test_fewer_frames_of_the_same_clips(world, tmp_path, monkeypatch):
     for name in ("appearance", "motion"):
         assert torch.equal(few.streams[name], many.streams[name][::n])
     assert few.message == read_clip(rows[0]["video"], 2, 56).message
+    file = world / "features" / "train" / "0.safetensors"  # older caches have their texts apart
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(file), old, about_of(file))
+    old.write_bytes(ablate.fewer_frames(old, n))
+    assert about_of(old) == about_of(tmp_path / "features-2" / "train" / "0.safetensors")
     assert few.indices.tolist() == read_clip(rows[0]["video"], 2, 56).indices.tolist()
     weight = [model.appearance.frame_position.weight for model in models]
     assert torch.equal(weight[1], weight[0][:2])

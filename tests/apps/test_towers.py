@@ -120,6 +120,8 @@ def test_drawn_clips_need_no_video(tmp_path):
     tokenizer = Tokenizer(tmp_path / "drawn/tokenizer.model")
     config = HawkConfig.preset("tiny")
     one, other = (towers.FrameDataset(rows, tokenizer, config)[1] for rows in (drawn, filmed))
+    short = towers.FrameDataset(drawn, tokenizer, replace(config, n_frames=40))[1]  # clips have 32
+    assert short["error"].endswith("has fewer than 40 frames")
     for name in ("things", "input_ids"):
         assert torch.equal(one[name], other[name])
     appearance, motion = (one["streams"]["both"].float() - other["streams"]["both"]).split(8)
