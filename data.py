@@ -172,7 +172,7 @@ def damage(video):
 
 
 def open_folder(path, fps):
-    """Opens a folder of numbered pictures, in the order of the last number in each name -> Video."""
+    """Opens a folder of numbered pictures, in the order of their numbers -> Video."""
     numbered = {}
     try:
         for entry in os.scandir(path):
@@ -183,7 +183,9 @@ def open_folder(path, fps):
         require(numbered, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
     except (OSError, ValueError) as error:
         raise VideoError(path, getattr(error, "strerror", None) or error) from None
-    numbers = sorted(numbered)
+    alike = len({re.sub(r"\d+", "0", entry.name) for entry in numbered.values()}) == 1
+    every = {n: [*map(int, re.findall(r"\d+", entry.name))] for n, entry in numbered.items()}
+    numbers = sorted(numbered, key=every.get if alike else None)  # names may be a date and a time
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; first missing: {gaps[0]}"] if gaps else []
     return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n].path for n in numbers])
@@ -755,8 +757,7 @@ class HawkDataset(torch.utils.data.Dataset):
             streams = random_crop(streams, generator) if self.augment else streams
         n_visual = self.config.n_visual
         if self.stage == 1:
-            caption = row.get("description") or qa[0]["a"]
-            ids, labels = self.tokenizer.encode_caption(caption, n_visual)
+            ids, labels = self.tokenizer.encode_caption(row.get("description") or qa[0]["a"], n_visual)
         else:
             ids, labels = self.tokenizer.encode_conversation(qa, clip.message, n_visual, self.max_tokens)
         if all(label == IGNORE for label in labels):
@@ -824,8 +825,7 @@ def frozen_fingerprint(model):
 
 
 class CachedFeatures:
-    """Frame features of the rows of an index, whose videos are no longer needed. ValueError if they come from
-    other weights, settings or videos, or are incomplete."""
+    """Frame features of the rows of an index. ValueError: other weights, settings, videos, or incomplete."""
 
     def __init__(self, folder, rows, config, fingerprint):
         self.folder = Path(folder)

@@ -61,6 +61,21 @@ def test_gaps_and_other_sizes_are_named(tmp_path):
     assert "96x72" in clip.notes[1] and "40x30" in clip.notes[1]
 
 
+def test_pictures_named_by_date_and_time(tmp_path):
+    """The last number alone would put what came after midnight first; in other names, it alone counts."""
+    folder = pictures(tmp_path / "frames", "png", 4)
+    frames = np.concatenate([decode(file) for file in sorted(folder.iterdir())])
+    times = ("cam9_20240131_235958", "cam9_20240131_235959", "cam9_20240201_000000", "cam9_20240201_000001")
+    for names in (times, ("9a_0", "8b_1", "7c_2", "6d_3")):
+        for file, name in zip(sorted(folder.iterdir()), names, strict=True):
+            file.rename(tmp_path / f"{name}.png")
+        for name in names:
+            (tmp_path / f"{name}.png").rename(folder / f"{name}.png")
+        clip = read_clip(folder, 4, SIZE)
+        np.testing.assert_array_equal(clip.appearance, frames)
+        assert not clip.notes
+
+
 def test_each_picture_is_scaled_in_one_go(tmp_path):
     """Regardless of the colours in which the picture before it is stored."""
     folder = pictures(tmp_path / "frames", "png", 4)
