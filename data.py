@@ -6,6 +6,7 @@
 4. Cache     reading the frame features that `python prepare.py features` wrote
 5. Machine   helpers for the programs that use this file: sample.py, train.py and prepare.py"""
 
+import argparse
 import hashlib
 import json
 import os
@@ -345,8 +346,7 @@ BLOCK = 3  # frame pairs whose flow a thread computes at a time: more do not fit
 
 
 def in_threads(function, items):
-    """As list(map(...)), in as many threads as torch uses, but three at most (each keeps 60 MB). They work on
-    the first items while later ones are still being made."""
+    """As list(map(...)), in up to three threads (60 MB each), which start while later items are made."""
     threads = torch.get_num_threads()
     torch.empty(31 << 20, dtype=torch.uint8)  # and freed: glibc then reuses blocks of this size, 10% faster
     try:
@@ -873,6 +873,12 @@ def print_error(error):  # in one line; returns the exit status
     lines = str(error).strip().splitlines()
     note(f"error: {lines[-1] if 'Traceback' in str(error) else ' '.join(lines)}")  # from a loader worker
     return 2
+
+
+def make_parser(about):  # a parser whose errors are one line that starts with "error:"
+    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"error: {message} (see --help)\n")
+    return p
 
 
 def settings(pairs):

@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import zipfile
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -418,11 +417,12 @@ JOBS = {weights: "llama vit qformer hawk video-llama out", features: "weights da
 
 
 def main(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = data.make_parser(__doc__)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
     for run, names in JOBS.items():
         job = jobs.add_parser(run.__name__, help=run.__doc__.splitlines()[0], description=run.__doc__)
         job.set_defaults(run=run)
+        job.error = parser.error
         add = job.add_argument
         for key in names.split():
             add(f"--{key}", type=Path, required=key not in OPTIONAL, help=PATHS[key])

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads wai
 import torch
 
 import data
-from data import PROBLEMS, note, print_error
+from data import PROBLEMS, make_parser, note, print_error
 from hawk import Hawk, KVCache, require
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
@@ -79,7 +79,8 @@ class RowLinear(torch.nn.Module):
             row_product[((N + 7) // 8,)](x, self.weight, self.scale, y, N, K, ROWS=8, BLOCK=1024)
             return y
         if self.scale is not None and x.is_cpu and x.numel() <= 8 * K and K % 16 == 0:  # else it can be wrong
-            return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], N)
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).contiguous(), self.weight, self.scale)
+            return y.view(*x.shape[:-1], N)
         y = torch.nn.functional.linear(x, self.weight.to(x.dtype))
         # a float32 scale keeps inductor from putting torch's slow CUDA kernel in place of this product
         return y if self.scale is None else (y * self.scale.float()).to(x.dtype)
@@ -246,12 +247,6 @@ def chat(model, tokenizer, seen, questions, **options):
             note("\n(stopped; ctrl-D ends)")
         except PROBLEMS as error:
             status = print_error(error)
-
-
-def make_parser(about):  # a parser whose errors are one line that starts with "error:"
-    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: p.exit(2, f"error: {message} (see --help)\n")
-    return p
 
 
 def number(kind, low, high=sys.maxsize):  # an argparse type

@@ -7,7 +7,6 @@
 Sample randomness is seeded by (seed, epoch, index), model randomness (dropout) by (seed, step, rank): the
 number of loader workers changes nothing, and a resumed run repeats what an uninterrupted one does."""
 
-import argparse
 import fcntl
 import json
 import math
@@ -76,7 +75,7 @@ FREE = "out resume weights set recipe steps accumulate device dtype workers feat
 
 
 def parse_args(argv, task):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.make_parser(__doc__)
     add = p.add_mutually_exclusive_group(required=True).add_argument
     add("--preset", choices=["tiny", "7b"], help="start from random weights of this size")
     add("--weights", type=lambda path: str(Path(path)), help="start from this folder of weights")
