@@ -182,7 +182,7 @@ def pretended_gpu():
     present |= dict(reset_peak_memory_stats=lambda *_: None, empty_cache=lambda: None)
     present |= dict(Stream=Stream, current_stream=Stream, stream=Stream, CUDAGraph=Graph, graph=record)
     present |= dict(device=Stream)  # a context, too
-    present |= dict(is_current_stream_capturing=lambda: False)  # AdamW asks; CUDA's own fails without a driver
+    present |= dict(is_current_stream_capturing=lambda: False)  # AdamW asks
     with (
         patch.multiple(torch.cuda, **present),
         patch.object(torch, "Generator", Generator),
