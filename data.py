@@ -881,6 +881,17 @@ def make_parser(about):  # a parser whose errors are one line that starts with "
     return p
 
 
+def read_json(file, *needed):
+    """The content of a JSON file; ValueError if it cannot be read, or lacks one of the `needed` keys."""
+    try:
+        content = json.loads(file.read_bytes())
+        for key in needed:
+            content[key]
+        return content
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise ValueError(f"{file}: is missing, or not the JSON expected ({type(e).__name__}: {e})") from e
+
+
 def settings(pairs):
     """`--set KEY=VALUE ...` -> {key: value as in config.json, or text}, which HawkConfig.from_dict checks."""
     values = dict(pair.partition("=")[::2] for pair in pairs)

@@ -30,17 +30,6 @@ SHARD_BYTES = 10**9
 CROP_SEED = 42  # of cached clips
 
 
-def read_json(file, *needed):
-    """The content of a JSON file; ValueError if it cannot be read, or lacks one of the `needed` keys."""
-    try:
-        content = json.loads(file.read_bytes())
-        for key in needed:
-            content[key]
-        return content
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-        raise ValueError(f"{file}: is missing, or not the JSON expected ({type(e).__name__}: {e})") from e
-
-
 # ---- 1. weights: the released files -> one folder of ours --------------------------------------------------
 # All of these replacements, in turn, make the released name of a tensor from ours: motion.qformer.norm.bias
 # -> qformer.norm.bias -> Qformer{m}.bert.embeddings.LayerNorm.bias; {m} is "_motion" in that branch, else "".
@@ -229,7 +218,7 @@ def weights(args):
                 require(clear, f"{file}: {key} is in {other}, too; unknown which counts")
                 held[name] = Held(f"{file}: {key}", lambda file=file, name=name: open_tensors(file)[name][1])
     require(not list(args.llama.glob("adapter_*")), f"{args.llama}: holds a LoRA adapter; merge it first")
-    llama = read_json(args.llama / "config.json", *LLAMA.values())
+    llama = data.read_json(args.llama / "config.json", *LLAMA.values())
     config = infer_config(args.llama / "config.json", llama, held, data.settings(args.set))
     data.Tokenizer(args.llama / "tokenizer.model", config.vocab_size)  # before anything large is written
     if llama.get("tie_word_embeddings") and "model.embed_tokens.weight" in held:
@@ -310,7 +299,7 @@ def features(args, dataset=None):
         meta = data.cache_meta(rows, model.config, fingerprint) | {"choices": crops, "seed": CROP_SEED}
         meta |= {"dtype": args.dtype, "bfloat16": args.bfloat16}
         folder.mkdir(parents=True, exist_ok=True)
-        old = read_json(folder / "meta.json", *meta) if (folder / "meta.json").exists() else meta
+        old = data.read_json(folder / "meta.json", *meta) if (folder / "meta.json").exists() else meta
         for key, value in meta.items():
             require(old[key] == value, f"{folder}: has {key} {old[key]!r}, not {value!r}; use another --out")
         data.replace_file(folder / "meta.json", json.dumps(meta, indent=1) + "\n")

@@ -195,7 +195,7 @@ def begin(args):
     if args.resume and not last.exists() and rank == 0:
         data.note(f"note: {last} is not there yet: this run begins")
     args.resume = last.exists()
-    settle(args, json.loads((last / "args.json").read_text()) if args.resume else {})
+    settle(args, data.read_json(last / "args.json", "steps") if args.resume else {})
     even = args.batch_size % (world * args.accumulate) == 0
     require(even, f"--batch-size must be a multiple of {world} processes × --accumulate {args.accumulate}")
     if args.warmup >= args.steps > 1 and rank == 0:

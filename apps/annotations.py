@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 from apps import run_program
 from hawk import require
-from prepare import main, read_json
+from prepare import main
 
 SOURCES = {  # folders of the published videos: how annotations and other copies of the videos spell them
     "UCF_Crime": "UCF[-_]?Crimes?", "ShanghaiTech": "ShanghaiTech(Dataset)?", "UBnormal": "UBnormal",
@@ -120,7 +120,7 @@ def make_index(args):
     for file in annotation_files(args):
         split = split_of(file, args.annotations)
         print(f"{file}: for {split}", file=sys.stderr)
-        entries = read_json(file)
+        entries = data.read_json(file)
         require(isinstance(entries, list), f"{file}: must be a list of {{video, QA, description}}")
         for number, entry in enumerate(tqdm(entries, desc=file.stem, unit="row"), 1):
             state, row = hawk_row(entry, videos, places)

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from apps import run_program
 from apps.scores import lock
-from data import replace_file
-from prepare import read_json
+from data import read_json, replace_file
 from sample import make_parser, note, print_error
 
 SHARDS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"

@@ -754,3 +754,8 @@ def test_a_hostile_state_is_not_resumed_from(world, tmp_path, content):
         and len(str(error.value).splitlines()) == 1
         and not (tmp_path / "ran").exists()
     )
+    options = file.with_name("args.json")
+    for damaged in ("", "[1]", "{}", options.read_text()[:40]):
+        options.write_text(damaged)
+        with pytest.raises(ValueError, match=r"^\S*args.json: is missing, or not the JSON expected .*$"):
+            train.main([*flags, "--resume"])
