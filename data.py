@@ -148,8 +148,8 @@ def check_run(path, code, log, count):
 
 def damage(video):
     """Notes on damage to the decoded frames. VideoError if most of them are damaged."""
-    others = r"^\[(?:aac|ac3|eac3|mp[23]|opus|vorbis|dca).*\n(?: +Last message.*\n)?"  # about sound
-    text = "".join(re.sub(others, "", run, flags=re.M) for run in video.log)
+    sound = r"^\[(?:aac|e?ac3|alac|flac|truehd|mlp|mp[23]|opus|vorbis|dca).*\n(?: +Last message.*\n)?"
+    text = "".join(re.sub(sound, "", run, flags=re.M) for run in video.log)
     runs = re.findall(r"; (\d+) frames decoded; (\d+) decode errors", text)
     decoded, failed = np.array(runs, dtype=int).reshape(-1, 2).sum(0).tolist()
     concealed = re.findall(r"(?:corrupt decoded frame|overread.*)\n(?: +Last message repeated (\d+))?", text)
@@ -173,7 +173,7 @@ def damage(video):
 
 
 def open_folder(path, fps):
-    """Opens a folder of numbered pictures, in the order of their numbers -> Video."""
+    """Opens a folder of numbered pictures -> Video. All numbers in a name count, as in a date and time."""
     numbered = {}
     try:
         for entry in os.scandir(path):
@@ -184,9 +184,7 @@ def open_folder(path, fps):
         require(numbered, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
     except (OSError, ValueError) as error:
         raise VideoError(path, getattr(error, "strerror", None) or error) from None
-    alike = len({re.sub(r"\d+", "0", entry.name) for entry in numbered.values()}) == 1
-    every = {n: [*map(int, re.findall(r"\d+", entry.name))] for n, entry in numbered.items()}
-    numbers = sorted(numbered, key=every.get if alike else None)  # names may be a date and a time
+    numbers = sorted(numbered, key=lambda n: [int(digits) for digits in re.findall(r"\d+", numbered[n].name)])
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; first missing: {gaps[0]}"] if gaps else []
     return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n].path for n in numbers])
@@ -339,6 +337,8 @@ def seek(video, size, numbers):
             if [stamp for stamp, _ in found] != [int(stamp) * video.tick for stamp in video.stamps[wanted]]:
                 raise EOFError  # a damaged frame is missing
             yield from zip(wanted.tolist(), (frame for _, frame in found), strict=True)
+    if len(set(re.findall(" input from stream .*? (w:.*)", "".join(video.log)))) > 1:
+        raise EOFError  # of several sizes: ffmpeg scales frames after a change differently
 
 
 # ---- 1. Video: optical flow --------------------------------------------------------------------------------

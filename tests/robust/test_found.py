@@ -62,18 +62,16 @@ def test_gaps_and_other_sizes_are_named(tmp_path):
 
 
 def test_pictures_named_by_date_and_time(tmp_path):
-    """The last number alone would put what came after midnight first; in other names, it alone counts."""
+    """The last number alone would put what came after midnight first. Exports may add a hash."""
     folder = pictures(tmp_path / "frames", "png", 4)
     frames = np.concatenate([decode(file) for file in sorted(folder.iterdir())])
     times = ("cam9_20240131_235958", "cam9_20240131_235959", "cam9_20240201_000000", "cam9_20240201_000001")
-    for names in (times, ("9a_0", "8b_1", "7c_2", "6d_3")):
+    for names in (times, ("v_8_rf.9a", "v_9_rf.b7", "v_10_rf.3c", "v_11_rf.1d")):
         for file, name in zip(sorted(folder.iterdir()), names, strict=True):
             file.rename(tmp_path / f"{name}.png")
         for name in names:
             (tmp_path / f"{name}.png").rename(folder / f"{name}.png")
-        clip = read_clip(folder, 4, SIZE)
-        np.testing.assert_array_equal(clip.appearance, frames)
-        assert not clip.notes
+        np.testing.assert_array_equal(read_clip(folder, 4, SIZE).appearance, frames)
 
 
 def test_each_picture_is_scaled_in_one_go(tmp_path):
@@ -190,6 +188,21 @@ def test_a_recording_that_changes_its_size(tmp_path, monkeypatch, held):
     monkeypatch.setattr(data, "decode_all", None)  # which others do not need
     clip = read_clip(tmp_path / "b.ts", 8, SIZE)
     np.testing.assert_array_equal(clip.appearance, decode(tmp_path / "b.ts")[clip.indices])
+
+
+def test_a_changed_size_is_the_same_for_seeks(tmp_path, monkeypatch):
+    """ffmpeg scales what comes after a change in two goes, but not if it begins there."""
+    for name, source in {"a": "testsrc2=s=96x72:r=10", "b": "testsrc2=s=160x120:r=10"}.items():
+        make(tmp_path / f"{name}.ts", *X264, "-g", "5", source=source, seconds=4)
+    listing = tmp_path / "list.txt"
+    listing.write_text("file a.ts\nfile b.ts\n")
+    subprocess.run([*FFMPEG, "-f", "concat", "-i", listing, "-c", "copy", tmp_path / "ab.mp4"], check=True)
+    frames = decode(tmp_path / "ab.mp4")
+    monkeypatch.setattr(data, "SMALL_FILE", 0)
+    for n in (8, 32):  # fewer than the keyframes, and more
+        clip = read_clip(tmp_path / "ab.mp4", n, SIZE)
+        np.testing.assert_array_equal(clip.appearance, frames[clip.indices])
+        assert len(frames) == 80 and clip.notes == []
 
 
 # ---- Formats that hold the video in themselves -------------------------------------------------------------
