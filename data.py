@@ -857,11 +857,11 @@ class CachedFeatures:
                 about = opened.metadata()
                 about = json.loads(about["about"]) if "about" in about else about
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
-        except SafetensorError as error:
+            if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
+                raise VideoError(video, f"is another video now; remove {file} and make it again")
+            return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
+        except (SafetensorError, LookupError, TypeError, json.JSONDecodeError) as error:
             raise VideoError(video, f"damaged features ({error}); remove {file} and make it again") from error
-        if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
-            raise VideoError(video, f"is another video now; remove {file} and make it again")
-        return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
 
 
 # ---- 5. Machine --------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class HawkConfig:  # all sizes and options; the defaults are those of the publis
     def __post_init__(self):
         """Raises ValueError for a model that cannot be built: a config file may hold anything."""
         for name, value in vars(self).items():  # type(): for isinstance, a bool is an int
-            least = 1 if type(value) is int and name != "lora_rank" else 0
+            least = 1 if name == "rope_theta" or (type(value) is int and name != "lora_rank") else 0
             require(type(value) not in (int, float) or least <= value < 2**31, f"{name} is {value}")
         depth = max(self.vit_depth, self.qformer_layers, self.video_layers, self.llama_layers)
         require(depth <= 200, f"{depth} layers; at most 200 are possible")

@@ -123,7 +123,7 @@ def infer_config(file, llama, held, overrides):
         require(llama.get(key) in (None, value), f"{file}: {key} must be {value!r}, not {llama.get(key)!r}")
     scaled = {key: value for key, value in rope.items() if value not in ("default", None, 1.0)}
     require(not scaled, f"{file}: rope_scaling or rope_parameters has {scaled}; positions cannot be scaled")
-    c = asdict(published) | {"tight_dim": published.llama_dim // 16}  # unless the files say otherwise
+    c = asdict(published) | {"tight_dim": max(1, published.llama_dim // 16)}  # unless the files say otherwise
     for name, fields in SHAPES.items():
         shape = held[name].read().shape if name in held else ()  # what is missing is reported later
         c |= {field: size for field, size in zip(fields, shape, strict=False) if field}
@@ -226,7 +226,8 @@ def weights(args):
     motion = args.motion_qformer
     if motion == "auto":
         motion = "replay" if args.hawk else "blip2"
-        motion = "checkpoint" if "Qformer_motion.bert.embeddings.LayerNorm.bias" in held else motion
+        theirs = [name for name in held if re.match(r"(Qformer|ln_vision)_motion\.(?!.*_ids)", name)]
+        motion = "checkpoint" if theirs else motion
     print("motion Q-Former:", motion, flush=True)
     rejected = () if motion == "checkpoint" else ("Qformer_motion.", "ln_vision_motion.")
     held = {name: found for name, found in held.items() if not name.startswith(rejected)}
@@ -416,9 +417,8 @@ def main(argv=None):
         for key in names.split():
             add(f"--{key}", type=Path, required=key not in OPTIONAL, help=PATHS[key])
         if run is weights:
-            ways = ["auto", "checkpoint", "replay", "blip2"]
-            about = "auto: the checkpoint's; else, with --hawk, redrawn from the released seed; else BLIP-2's"
-            add("--motion-qformer", choices=ways, default="auto", help=about)
+            text = "auto: the checkpoint's; else, with --hawk, redrawn from the released seed; else BLIP-2's"
+            add("--motion-qformer", choices="auto checkpoint replay blip2".split(), default="auto", help=text)
         if run in (weights, merge):
             about = "fields of config.json, such as vit_heads=16"
             add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=about)

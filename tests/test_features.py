@@ -72,6 +72,10 @@ def test_caches_used_to_have_their_texts_apart(world, folder):
         about = json.loads(opened.metadata()["about"])
     save_file(load_file(file), file, about)
     assert cache(world, folder)[1].load(0, 0).message == expected.message
+    for metadata in ({}, about | {"bytes": 5}, about | {"indices": "["}, {"about": "[]"}, {"about": "{"}):
+        save_file(load_file(file), file, {key: str(value) for key, value in metadata.items()})
+        with pytest.raises(data.VideoError, match="a b.mp4: (damaged features|is another).*remove .*/0.safe"):
+            cache(world, folder)[1].load(0, 0)
 
 
 def test_what_is_there_is_done(world, folder):

@@ -747,6 +747,7 @@ BAD = {
         lambda d: edit(d, lambda t: t.update(extra=torch.zeros(2))),
         ["model.safetensors", "extra", "(2,)"],
     ),
+    "no rotation": (lambda d: configure(d, rope_theta=0.0), ["config.json", "rope_theta is 0.0"]),
     "cut header": (lambda d: cut(d / "model.safetensors", 100), ["model.safetensors", "cannot be read"]),
     "cut file": (lambda d: cut(d / "model.safetensors", -100), ["model.safetensors", "cannot be read"]),
     "empty file": (lambda d: cut(d / "model.safetensors", 0), ["model.safetensors", "cannot be read"]),

@@ -373,11 +373,21 @@ def test_motion_qformer_choices(convert, tensors, capsys):
     }
     torch.save({"model": tensors["hawk"] | saved}, "full.pth")
     _, kept = convert(hawk="full.pth", out="checkpoint")
-    query = saved["Qformer_motion.bert.encoder.layer.0.crossattention.self.query.weight"]
-    assert same(kept["motion.qformer.layers.0.cross_attention.query.weight"], query)
+    query_name = "Qformer_motion.bert.encoder.layer.0.crossattention.self.query.weight"
+    assert same(kept["motion.qformer.layers.0.cross_attention.query.weight"], saved[query_name])
     assert same(kept["motion.ln_vision.bias"], torch.zeros(VIT))
     _, again = convert("--motion-qformer", "replay", hawk="full.pth", out="again")
     assert all(same(again[n], replayed[n]) for n in replayed)
+    for name in saved.keys() & {"Qformer_motion.bert.embeddings.LayerNorm.bias", query_name}:
+        others = {n: t for n, t in saved.items() if n != name}  # not to be replaced because of one that lacks
+        torch.save({"model": tensors["hawk"] | others}, "lacking.pth")
+        with pytest.raises(SystemExit, match=name):
+            convert(hawk="lacking.pth", out="lacking")
+    torch.save(
+        {"model": tensors["hawk"] | {"Qformer_motion.bert.embeddings.position_ids": torch.zeros(1)}},
+        "ids.pth",
+    )
+    assert same(convert(hawk="ids.pth", out="ids")[1]["motion.queries"], replayed["motion.queries"])
 
 
 def test_start_for_training(convert, tensors):
