@@ -119,3 +119,26 @@ print("done")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([path, *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_the_threads_of_the_triton_kernel_do_not_wait_for_each_other(monkeypatch, tmp_path):
+    """Compiled for an H100, it needs barriers for the sums at the end only. A thread that loads 16 numbers of
+    int8 at a time, but 8 of x, would need the rest of them from other threads, in each round."""
+    triton = pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # as ever; else it warns
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    names = sample.row_product.arg_names
+    pointers = {"x": "*bf16", "weight": "*bf16", "scale": "constexpr", "y": "*bf16", "N": "i32", "K": "i32"}
+
+    def barriers(**changes):
+        types = pointers | {"ROWS": "constexpr", "BLOCK": "constexpr"} | changes
+        values = {"ROWS": 8, "BLOCK": 1024} | ({} if changes else {"scale": None})
+        values = {(names.index(name),): value for name, value in values.items()}
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i in range(len(names)) if types[names[i]] != "constexpr"
+        }
+        source = triton.compiler.ASTSource(sample.row_product, types, values, aligned)
+        return triton.compile(source, target=target).asm["ptx"].count("bar.sync")
+
+    assert barriers(weight="*i8", scale="*bf16") == barriers() > 0
