@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+import hawk
 from data import recover_folder, replaced_folder
 from hawk import COMPARED, Encoding, Hawk, HawkConfig, LoRALinear, QFormer, choose
 from sample import beam_search, generate
@@ -30,6 +32,8 @@ SMALL = dict(
     qformer_dim=24, qformer_layers=3, qformer_heads=3, qformer_mlp=40, n_queries=3, n_video_queries=2,
     tight_dim=5, llama_dim=32, llama_layers=2, llama_heads=4, llama_mlp=48, vocab_size=30, dropout=0.0,
 )  # fmt: skip
+ROOT = Path(hawk.__file__).parent
+SOURCE = (ROOT / "hawk.py").read_text()
 IMAGE, N = 30, 4  # the placeholder, and the soft tokens of a clip
 few = settings(deadline=None, max_examples=15, derandomize=True, phases=[Phase.generate, Phase.shrink])
 
@@ -298,6 +302,33 @@ def test_counts_of_the_published_model():
     assert model.config.n_visual == 64 and model.config.image_id == 32000
     with torch.device("meta"):
         assert 4e6 < count(Hawk(HawkConfig.preset("tiny"))) < 6e6
+
+
+def test_the_table_of_shapes_and_parameters():
+    """The one above HawkConfig, computed on the meta device; weights/tiny has the tiny preset's sizes."""
+
+    def tensors(part):
+        return part.parameters() if isinstance(part, torch.nn.Module) else [part]
+
+    for preset, column in (("7b", 0), ("tiny", 1)):
+        with torch.device("meta"):
+            c = HawkConfig.preset(preset)
+            model = Hawk(c)
+            images = torch.zeros(c.n_frames, 3, c.image_size, c.image_size)
+            seen = model.vit(images)
+            frames = model.motion.frames(seen)
+            x = model.motion.video_qformer(model.motion.video_queries, frames[None].flatten(1, 2))
+        m = model.motion
+        parts = [model.vit], [m.ln_vision, m.queries, m.qformer], [m.frame_position]
+        parts += [m.video_qformer, m.video_queries], [m.proj_0, m.encoder_0, m.encoder_1, m.decoder_2]
+        counts = [sum(y.numel() for part in row for y in tensors(part)) for row in (*parts, [model.llama])]
+        passed = (seen, frames, frames.flatten(0, 1), x[0], m.video(frames[None])[0][0])
+        rows = re.findall(r"^# .*?  (\(.+?\)) +([\d,]+)   (\(.+?\)) +([\d,]+)$", SOURCE, re.M)
+        assert [int(row[2 * column + 1].replace(",", "")) for row in rows] == counts
+        shapes = [str(tuple(y.shape)) for y in passed] + [f"(S, {c.llama_dim})"]
+        assert [row[2 * column] for row in rows] == shapes
+    stored = HawkConfig.from_dict(json.loads((ROOT / "weights/tiny/config.json").read_text()))
+    assert stored == HawkConfig.preset("tiny")
 
 
 # ----------------------------------------------------------------------------------------------------------
