@@ -232,7 +232,8 @@ def main(argv=None):
     except PROBLEMS as error:
         return print_error(error)
     if args.json:
-        print("\n".join(map(json.dumps, lines)))
+        for line in lines:  # JSON has no NaN, the ends of an interval of too few resamples
+            print(json.dumps({key: None if value != value else value for key, value in line.items()}))
     else:
         print_table(lines)
     if alone:

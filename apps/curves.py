@@ -29,13 +29,15 @@ def read_curves(run):
     file = Path(run) / "log.jsonl"
     if not file.exists():
         raise ValueError(f"{file}: there is no log; give the folder that train.py wrote, its --out")
-    lines = file.read_text().split("\n")[:-1]  # the last line of a run in progress may be cut short
+    lines = file.read_text(errors="replace").split("\n")[
+        :-1
+    ]  # the last line of a run in progress may be cut short
     curves = {}
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
             step = line["step"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: not a step of train.py ({error})") from None
         for name, value in line.items():
             if type(value) in (int, float) and name != "step":

@@ -187,7 +187,7 @@ def read_phrases(path):
             raise ValueError("a kind has no name")
         if not phrases or not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
             raise ValueError("no phrases")
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f'{path}: must be JSON like {{"kind": "phrase", ...}} ({error})') from None
     return phrases
 

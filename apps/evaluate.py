@@ -604,8 +604,11 @@ def dry_run(args, prompts):
 def read_scores(path):
     """What an earlier run wrote into OUT.scores.json, {} if there is none."""
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (ValueError, TypeError, RecursionError):
+        scores = dict(json.loads(path.read_bytes())) if path.exists() else {}
+        if "kinds" in scores:
+            scores["kinds"]["kinds"], scores["facts"]
+        return scores
+    except (ValueError, TypeError, LookupError, RecursionError):
         raise ValueError(
             f"{path}: cannot be read; remove it, or give --annotations to make it anew"
         ) from None

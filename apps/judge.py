@@ -118,9 +118,9 @@ def key_of(model, criterion, prediction, digest=None):
 
 
 # A number that is not the beginning of something else: 7/10, 70%, 0,7, 0.6-0.8, 1 out of 10, 0.5.2, 3rd
-CONTINUED = r"\w|[.,]\d|\s*(?:/|%|[-–]\s*\.?\d|(?:out\s+of|to|or|of)\b)"
+CONTINUED = r"\w|[.,]\d|[\s,(\[]*(?:points?\s+)?(?:/|%|[-–]\s*\.?\d|(?:out\s+of|to|or|of)\b)"
 NUMBER = rf"((?>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))(?!{CONTINUED})"
-SCORE = rf"(?<!\w)[\"'*`]*score[\"'*`]*\s*(?:is\b\s*:?|[:=])[\s\"'*`]*{NUMBER}"
+SCORE = rf"(?<!\w)[\"'*`“”‘’]*score[\"'*`“”‘’]*\s*(?:is\b\s*:?|[:=])[\s\"'*`“”‘’]*{NUMBER}"
 
 
 def read_mark(reply):
@@ -216,7 +216,7 @@ class Endpoint:
             received = response.read()
         try:
             text = json.loads(received)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise ValueError(f"not a chat completion: {self.without_key(repr(received))[:100]}")
@@ -273,7 +273,7 @@ def seconds_until(retry_after, otherwise):
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return otherwise
 
 
@@ -283,7 +283,13 @@ def seconds_until(retry_after, otherwise):
 
 def read_marks(record):
     """{key: mark} of the record's replies that have one."""
-    lines = read_lines(record, lambda line: (line["key"], line["model"], line["mark"]))
+
+    def check(line):
+        texts = isinstance(line["key"], str) and isinstance(line["model"], str)
+        if not (texts and isinstance(line["mark"], float | int | None)):
+            raise TypeError
+
+    lines = read_lines(record, check)
     return {line["key"]: line["mark"] for line in lines if line["mark"] is not None}
 
 

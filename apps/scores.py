@@ -190,8 +190,8 @@ def rouge_l(hypothesis, reference):
 
 
 def per_source(predictions):
-    """Yields (task, source or "all", indices of its predictions)."""
-    sources = [p.get("source") or "" for p in predictions]
+    """Yields (task, source or "all", indices of its predictions). A source that is called "all" is "all " here."""
+    sources = ["all " if p.get("source") == "all" else p.get("source") or "" for p in predictions]
     for task in sorted({p["task"] for p in predictions}, reverse=True):  # "describe" before "answer"
         of_task = [i for i, p in enumerate(predictions) if p["task"] == task]
         for name in sorted({sources[i] for i in of_task}):
@@ -289,7 +289,11 @@ def fact_scores(predictions, rows, names):
     """{fact: [descriptions that name it, all]} for colour, object and place of the toy rows, matched as whole
     words; in other people's rows these fields may hold anything, and only texts count. names: what the
     predictions call the video of each row."""
-    row_of = dict(zip(names, rows, strict=True))
+    row_of = {}
+    for name, row in zip(
+        names, rows, strict=True
+    ):  # several rows may be about one video, and tell different facts
+        row_of[name] = {fact: row[fact] for fact in FACTS if row.get(fact)} | row_of.get(name, {})
     counts = {fact: [0, 0] for fact in FACTS}
     for p in predictions:
         for fact in FACTS:

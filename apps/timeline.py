@@ -41,7 +41,6 @@ import sys
 from collections import Counter, deque
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -105,7 +104,7 @@ def windows(frames, length, stride, max_frames=math.inf):
     held = deque()
     start = 0.0  # of the next window to close
     duration = 0.04  # of the newest frame: assumed to be the time since the one before it
-    interval = math.inf  # between the last two frames
+    interval = 0.0  # between the last two frames
     end = 0.0  # of the newest frame
     closed = True  # whether a window has closed there
     for seconds, frame in frames:
@@ -113,7 +112,7 @@ def windows(frames, length, stride, max_frames=math.inf):
             before = interval
             interval = seconds - held[-1][0]
             if interval <= max(length, 2 * before):
-                duration = interval
+                duration = max(interval, 0.001)  # as times are rounded: a window has a length
             else:  # a gap; had the frame rate dropped, the next interval would be as long
                 if not closed:
                     yield end, [pair for pair in held if pair[0] >= end - length - EPSILON]
@@ -403,7 +402,7 @@ def read_record(video):
         made = json.loads(record.read_bytes())
         windows = [Window(**window) for window in made["windows"]]
         found = differences(made["options"], options_of(video))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{record}: not what this program writes; give another --scores") from None
     if found:
         raise ValueError(f"{record}: made with other options ({'; '.join(found)}); give another --scores")
@@ -436,12 +435,20 @@ def curve(seen, n):
 
 
 def events(seen, threshold):
-    """Windows that stand out, neighbours merged -> [(start of the first, end of the last, the highest)]"""
+    """Windows that stand out, neighbours merged -> [(start of the first, end of the last, the highest)]. Over a
+    gap in the recording, there are no neighbours."""
+    longest = max(window.end - window.start for window in seen)
     found = []
-    for stands_out, run in groupby(seen, lambda window: window.score >= threshold):
-        run = list(run)
-        if stands_out:
-            found.append((run[0].start, run[-1].end, max(run, key=lambda window: window.score)))
+    previous = None  # the window before, if it stands out
+    for window in seen:
+        if window.score < threshold:
+            previous = None
+            continue
+        if previous is None or window.start > previous.end + longest:
+            found.append((window.start, window.end, window))
+        start, _, top = found[-1]
+        found[-1] = (start, window.end, max(top, window, key=lambda window: window.score))
+        previous = window
     return found
 
 
@@ -534,7 +541,7 @@ def clip_seconds(weights):
         if not 0.05 <= seconds <= sys.maxsize:
             raise ValueError(f"clips of {seconds} s")
         return seconds
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not what apps.index writes ({error}); give --window S") from None
 
 
@@ -696,6 +703,8 @@ def score_annotated(annotated, args, rank, world):
     readable = [video for _, video in bar if open_annotated(video, config.image_size, args.fps)]
     for video in readable:
         video.windows = read_record(video)
+        if video.windows and not os.path.exists(f"{video.file}.npy"):
+            save_scores(video)
     score_videos(readable, args, rank)
     return mine
 

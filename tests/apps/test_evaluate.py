@@ -675,6 +675,17 @@ def test_kinds_and_facts():
     others = [{"colour": 3, "object": ["car"], "place": {"in": "the near lane"}}] + rows[1:]
     facts = evaluate.fact_scores(predictions, others, [row["video"] for row in rows])
     assert facts == {"colour": [0, 4], "object": [0, 0], "place": [1, 4]}
+    again = {"video": rows[1]["video"], "qa": []}  # a row with other questions about the same video
+    assert (
+        evaluate.fact_scores(predictions, [*others, again], [row["video"] for row in [*rows, again]]) == facts
+    )
+
+
+def test_a_source_called_all_has_a_row_of_its_own():
+    predictions = [prediction(0, source="all"), prediction(1, "Fire 1.", source="b")]
+    assert {name: row["n"] for name, row in scores.bleu_per_source(predictions)["describe"].items()} == {
+        "all ": 1, "b": 1, "all": 2
+    }  # fmt: skip
 
 
 def test_kinds_with_awkward_names():
@@ -703,7 +714,13 @@ def test_predictions_of_another_make(tmp_path, capfd):
         assert evaluate.main(["--out", str(path)]) == 2 and capfd.readouterr().err.count("\n") == 1
     written(path, [line | {"answer": ""}])
     damaged = tmp_path / "p.scores.json"
-    for content in (b'{"bleu": ', b"\xff", b"3"):
+    for content in (
+        b'{"bleu": ',
+        b"\xff",
+        b"3",
+        b'{"kinds": 1}',
+        b'{"kinds": {"kinds": {}, "confusions": []}}',
+    ):
         damaged.write_bytes(content)
         assert evaluate.main(["--out", str(path)]) == 2
         assert capfd.readouterr().err.startswith(f"error: {damaged}: cannot be read")
@@ -769,6 +786,7 @@ def prediction(i, answer="A car turns back.", source="toy", task="describe"):
         ("```\n0.25\n```", 0.25),
         ('{"result": {"score": "8e-1"}}', 0.8),
         ("score = 0.3 at first; finally {'score': 0.6}", 0.6),
+        ("{“score”: “0.5”}", 0.5),
     ],
 )
 def test_marks_are_read(reply, mark):
@@ -781,7 +799,8 @@ def test_marks_are_read(reply, mark):
         "", "I cannot judge this.", "{'score': 1.2}", "{'score': -0.1}", "{'score': 7/10}", "score: 70%",
         "score: 0,7", "score: nan", "{'score': 0.2} {'score': 0.9}", "score: 1 out of 10", "score: 0.6-0.8",
         "score: 0 to 1", "{'reasonability_score': 0.5}", "{'score':", "In 3 of 4 cases", "0.5 or 0.6",
-        "score: 0.5.1", "<think>score: 0.1", "{'score': 0.1}</think>",
+        "score: 0.5.1", "<think>score: 0.1", "{'score': 0.1}</think>", "Score: 1 (out of 10)", "score: 1, out of 10",
+        "{'score': 1 point out of 10}", "score: 1 [/10]",
     ],
 )  # fmt: skip
 def test_nonsense_is_no_mark(reply):
@@ -863,6 +882,7 @@ def test_judge_outlives_a_bad_server(tmp_path, server):
         CUT,
         b"<html>",
         b'{"choices": []}',
+        b"[" * 200_000,
         503,
         "drop",
         (429, {"Retry-After": "0.02"}),
@@ -877,7 +897,7 @@ def test_judge_outlives_a_bad_server(tmp_path, server):
         "n": 1,
         "marks": 3,
     }
-    assert len(got) == 13 and {path for _, path, _, _ in got} == {"/v1/chat/completions"}
+    assert len(got) == 14 and {path for _, path, _, _ in got} == {"/v1/chat/completions"}
     assert {key for _, _, key, _ in got} == {"Bearer sk-test"}
     body = got[-1][3]
     assert body["model"] == "m" and body["temperature"] == 0 and "Fire 0." in body["messages"][1]["content"]
@@ -1035,6 +1055,7 @@ def test_judge_keeps_its_rate_and_waits_as_told(tmp_path, server, monkeypatch):
     assert held == [0.02]
     assert judge.seconds_until("Wed, 21 Oct 2015 07:28:00 GMT", 5) == 0
     assert judge.seconds_until("soon", 5) == 5
+    assert judge.seconds_until("Mon, 01 Jan 99999999999999 00:00:00 GMT", 5) == 5
 
 
 def test_judge_gives_up_in_one_line(world, tmp_path, server, capfd, monkeypatch):

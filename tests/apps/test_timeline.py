@@ -134,6 +134,18 @@ def test_no_window_spans_a_gap_in_the_recording():
     spans = [(pairs[0][0], end) for end, pairs in found]
     expected = [(0, 4), (1, 5), (65, 69), (65.04, 69.04), (200, 200.04)]
     assert spans == [pytest.approx(span, abs=0.05) for span in expected]
+    times = [0.0, *np.arange(60, 64, 0.125).tolist()]  # it may have recorded one frame before the gap
+    spans = [(pairs[0][0], end) for end, pairs in timeline.windows(zip(times, times, strict=True), 4, 2)]
+    assert spans == [pytest.approx(span, abs=0.05) for span in [(0, 0), (60, 64)]]
+
+
+def test_a_window_has_a_length(monkeypatch):
+    """Also if all frames bear the same time, as some broken recordings do."""
+    for times in ([0.0, 0.0], [0.0, 0.1, 60.0, 60.0]):
+        found = [(pairs[0][0], end) for end, pairs in timeline.windows(((t, t) for t in times), 4, 2)]
+        assert all(end > start for start, end in found)
+        start, end = found[-1]
+        assert timeline.shared_score(start, end, [(*span, 0.5) for span in found]) == 0.5
 
 
 def test_windows_of_a_rate_that_drops():
@@ -354,6 +366,8 @@ def test_curve_and_events_by_hand():
         (8, 12, "d4"),
     ]
     assert timeline.events(seen, 1.01) == []
+    seen = [Window("v", 0.0, 4.0, 1, "a"), Window("v", 5.0, 9.0, 1, "b"), Window("v", 60.0, 64.0, 1, "c")]
+    assert [event[:2] for event in timeline.events(seen, 0.5)] == [(0, 9), (60, 64)]
 
 
 def test_a_curve_and_what_stands_out(world, cli, monkeypatch):
@@ -635,7 +649,9 @@ def test_annotations(world, cli, tmp_path):
     area = roc_auc_score(labels, np.concatenate([abnormal, normal]))
     assert f"{area:.3f}" in third and np.array_equal(abnormal, normal)
 
+    (tmp_path / "scores" / "a b.npy").unlink()
     status, out, err = cli(*options, "--json")
+    assert np.array_equal(np.load(tmp_path / "scores" / "a b.npy"), abnormal)
     result = json.loads(err[-1])
     assert status == 2 and result["frame_auc"] == pytest.approx(area) and result["failed"] == 2
     assert {name: result[name] for name in ("videos", "abnormal", "normal", "frames", "abnormal_frames")} == {
