@@ -397,7 +397,7 @@ def correlate(images, dim, weights, sign=1):
     n = len(weights) - 1
     neighbours = images.unfold(dim, 2 * n + 1, 1).unbind(-1)
     total = neighbours[n] * weights[0]
-    pair = torch.empty_like(total)  # one buffer for all: allocating would take as long as adding
+    pair = torch.empty_like(total)  # one buffer for all: allocating takes as long as adding, and memory
     for k in range(1, n + 1):
         torch.add(neighbours[n + k], neighbours[n - k], alpha=sign, out=pair)
         total.add_(pair, alpha=weights[k])
@@ -491,9 +491,7 @@ MASKS = {"appearance": None, "motion": moving}
 
 
 @dataclass
-class Clip:
-    """T sampled frames of a video, as each branch sees them."""
-
+class Clip:  # T sampled frames of a video, as each branch sees them
     streams: dict  # branch -> (T, H, W, 3) uint8 RGB; from a feature cache, float tensors (T, Q, C)
     seconds: list  # T times, rounded to 0.1
     message: str  # precedes the question in the prompt
@@ -663,6 +661,7 @@ def read_index(path):
 def check_row(row):
     """Returns the row, or raises a ValueError that says which field is wrong."""
     require(isinstance(row, dict), "not a JSON object")
+    row = {key: value for key, value in row.items() if not (isinstance(value, str) and value.isspace())}
     video = row.get("video")
     require(isinstance(video, str) and video and "\0" not in video, '"video" must be the path of a file')
     for name in ("description", "motion", "source", "kind"):
@@ -675,12 +674,11 @@ def check_row(row):
     require(all(isinstance(text, str) for text in said), 'each entry of "qa" must be {"q": text, "a": text}')
     texts = [row.get("description") or "", row.get("motion") or "", *said]
     require(sum(map(len, texts)) <= 100_000, "more than 100,000 characters of text")
-    require(texts[0] or any(said[1::2]), 'needs a "description", or "qa" with an answer')
+    require(texts[0] or any(map(str.strip, said[1::2])), 'needs a "description", or "qa" with an answer')
     return row
 
 
-def clip_generator(seed, epoch, index):
-    """Sample randomness is seeded by (seed, epoch, index): neither the worker nor the process matters."""
+def clip_generator(seed, epoch, index):  # of all that is random in a sample; worker and process do not matter
     return np.random.default_rng([seed, epoch, index])
 
 
@@ -705,8 +703,6 @@ class HawkDataset(torch.utils.data.Dataset):
     """Rows of an index -> samples of stage 1 (caption and motion caption) or stage 2 (conversation), dicts of
     tensors. A subclass may define another sample(i, generator)."""
 
-    device = "cpu"  # where the flow is computed: a GPU only outside of loader processes
-
     def __init__(self, rows, tokenizer, config, stage=2, seed=0, train=True, augment=True, features=None,
                  max_tokens=512, motion_targets=False):  # fmt: skip
         """augment: random crops, in training. features: CachedFeatures, which replace the videos.
@@ -720,6 +716,7 @@ class HawkDataset(torch.utils.data.Dataset):
         self.augment = augment and train
         self.features = features
         self.max_tokens = max_tokens
+        self.device = "cpu"  # where the flow is computed: a GPU only outside of loader processes
         self.motion_targets = (motion_targets or stage == 1) and "motion" in config.branches
         without = [row["video"] for row in rows if self.motion_targets and row.get("motion") is None]
         advice = f"(such as that of {without[:1]}); python -m apps.captions DIR adds them"
@@ -771,7 +768,7 @@ class HawkDataset(torch.utils.data.Dataset):
 
     def conversation(self, row, generator):
         """In training, the annotated rounds half of the time; else the description is the first answer."""
-        qa = [turn for turn in row.get("qa") or [] if turn["a"]]  # a new list: the row itself is never edited
+        qa = [turn for turn in row.get("qa") or [] if turn["a"].strip()]  # a new list: rows are never edited
         description = row.get("description")
         if not self.train:
             return [{"q": DESCRIBE_QUESTIONS[0], "a": description}] if description else qa
@@ -807,6 +804,11 @@ def cache_file(folder, row, choice=0):
     return Path(folder) / (f"{row}-{choice}.safetensors" if choice else f"{row}.safetensors")
 
 
+def video_mark(path):  # a file's size in bytes, or a hash of a folder's first picture (not in older caches)
+    picture = os.path.isdir(path) and Path(open_folder(path, 1).files[0]).read_bytes()
+    return hashlib.sha256(picture).hexdigest() if picture else str(os.path.getsize(path))
+
+
 def cache_meta(rows, config, fingerprint):
     """What features are made from. Videos are identified by file name (and fps): their folder may move."""
     names = json.dumps([os.path.basename(row["video"]) + str(row.get("fps", "")) for row in rows])
@@ -824,9 +826,7 @@ def frozen_fingerprint(model):
     return {branch: vit + digest.hexdigest()[:8] for branch, digest in digests.items()}
 
 
-class CachedFeatures:
-    """Frame features of the rows of an index. ValueError: other weights, settings, videos, or incomplete."""
-
+class CachedFeatures:  # ValueError if they are incomplete, or of other weights, settings or videos
     def __init__(self, folder, rows, config, fingerprint):
         self.folder = Path(folder)
         self.rows = rows
@@ -857,7 +857,8 @@ class CachedFeatures:
                 about = opened.metadata()
                 about = json.loads(about["about"]) if "about" in about else about
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
-            if os.path.isfile(video) and os.path.getsize(video) != int(about["bytes"]):
+            known = os.path.exists(video) and os.path.isdir(video) == (len(about["bytes"]) == 64)
+            if known and video_mark(video) != about["bytes"]:
                 raise VideoError(video, f"is another video now; remove {file} and make it again")
             return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
         except (SafetensorError, LookupError, TypeError, json.JSONDecodeError) as error:

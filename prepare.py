@@ -340,16 +340,14 @@ def read_ahead(function, items, threads):
         yield from (result.result() for result in ahead)
 
 
-class FeatureDataset(data.HawkDataset):
-    """Clips without their texts: `crops` variants of each, and what the cache records about it."""
-
+class FeatureDataset(data.HawkDataset):  # `crops` variants of each clip, and what the cache records about it
     def sample(self, i, generator):
         streams, clip = self.read(i, "uniform", None)
         generators = [data.clip_generator(CROP_SEED, crop, i) for crop in range(1, self.crops)]
         crops = [streams, *(data.random_crop(streams, generator) for generator in generators)]
         about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
         video = Path(self.rows[i]["video"])  # a subclass may need no file
-        about["bytes"] = str(video.stat().st_size if video.exists() else 0)  # shows if it is replaced later
+        about["bytes"] = data.video_mark(video) if video.exists() else "0"  # shows if it is replaced later
         return {"index": i, "variants": crops, "about": about, "notes": [f"{video}: {x}" for x in clip.notes]}
 
 

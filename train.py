@@ -29,9 +29,7 @@ from hawk import Branch, Hawk, HawkConfig, QFormerLayer, ViT, fingerprint, is_fr
 
 
 # ---- The task and the options ------------------------------------------------------------------------------
-class HawkTask:
-    """What is trained, on which samples: Hawk's own stages. apps/towers.py has tasks that override parts."""
-
+class HawkTask:  # what is trained, on which samples: Hawk's stages. Tasks of apps/towers.py override parts
     def add_options(self, parser):
         add = parser.add_argument_group("stages 1 and 2").add_argument
         add("--stage", type=int, choices=[1, 2], default=2, help="1: captions, 2: questions (default 2)")
@@ -53,9 +51,12 @@ class HawkTask:
             samples.features = data.CachedFeatures(*cache)
             require(not samples.augment or samples.features.choices > 1, "--augment: --features lack --crops")
         if train and args.stage == 2 and os.environ.get("RANK", "0") == "0":
-            typical = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # a message's length
-            qas = [samples.conversation(x, data.clip_generator(args.seed, 0, i)) for i, x in enumerate(rows)]
-            lost = sum(len(tokenizer.encode_conversation(qa, *typical)[0]) > args.max_tokens for qa in qas)
+            usual = ("60.0, " * model.config.n_frames, model.config.n_visual, None)  # a message's length
+            lost = 0
+            for row in rows:  # of the two conversations that may be drawn, the longer one
+                qa = row.get("qa") or []
+                both = qa, [{"q": data.DESCRIBE_QUESTIONS[0], "a": row.get("description") or ""}, *qa[1:]]
+                lost += max(len(tokenizer.encode_conversation(x, *usual)[0]) for x in both) > args.max_tokens
             if lost:  # cut texts do not teach when to stop
                 data.note(f"note: --max-tokens {args.max_tokens} cuts {lost} of {len(rows)} rows")
         return samples

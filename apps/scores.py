@@ -190,7 +190,7 @@ def rouge_l(hypothesis, reference):
 
 
 def per_source(predictions):
-    """Yields (task, source or "all", indices of its predictions). A source that is called "all" is "all " here."""
+    """Yields (task, source or "all", indices of its predictions). A source called "all" is "all " here."""
     sources = ["all " if p.get("source") == "all" else p.get("source") or "" for p in predictions]
     for task in sorted({p["task"] for p in predictions}, reverse=True):  # "describe" before "answer"
         of_task = [i for i, p in enumerate(predictions) if p["task"] == task]

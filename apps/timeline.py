@@ -435,8 +435,8 @@ def curve(seen, n):
 
 
 def events(seen, threshold):
-    """Windows that stand out, neighbours merged -> [(start of the first, end of the last, the highest)]. Over a
-    gap in the recording, there are no neighbours."""
+    """Windows that stand out, neighbours merged -> [(start of the first, end of the last, the highest)].
+    Windows on both sides of a gap in the recording are no neighbours."""
     longest = max(window.end - window.start for window in seen)
     found = []
     previous = None  # the window before, if it stands out

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 
+import imageio_ffmpeg
 import pytest
 import torch
 from safetensors import safe_open
@@ -100,6 +102,30 @@ def test_a_folder_of_pictures_may_be_moved(world, folder):
     (folder / "a b.mp4").unlink()
     (folder / "a b.mp4").mkdir()
     assert cache(world, folder)[1].load(0, 0).message
+
+
+def test_another_folder_of_pictures_is_another_video(world, folder):
+    """The folders of UCSD's Ped1 and Ped2 have the same names, and all of DoTA's are called images."""
+    rows = []
+    for number, name in enumerate(("a b", "c")):
+        pictures = folder / f"{number}/images"
+        pictures.mkdir(parents=True)
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        video = [ffmpeg, "-v", "error", "-i", folder / f"{name}.mp4", "-frames:v", "6", pictures / "%d.bmp"]
+        subprocess.run(video, check=True)
+        rows.append({"video": f"{number}/images", "description": "A dog."})
+    index = folder / "train.jsonl"
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    features(world, folder)
+    (folder / "0").rename(folder / "moved")
+    rows[0]["video"] = "moved/images"
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cache(world, folder)[1].load(0, 0).message
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    features(world, folder)  # it has all files already
+    for i in range(2):
+        with pytest.raises(data.VideoError, match=f"images: is another video now; remove .*{i}.safetensors"):
+            cache(world, folder)[1].load(i, 0)
 
 
 def test_damage_is_said(world, folder, monkeypatch, capsys):

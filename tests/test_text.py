@@ -204,6 +204,7 @@ def test_read_index(tmp_path):
         (b'{"video": 3, "description": "d"}', '"video" must be'),
         (b'{"video": "v"}', 'needs a "description"'),
         (b'{"video": "v", "description": "", "qa": [{"q": "x", "a": ""}]}', 'needs a "description"'),
+        (b'{"video": "v", "description": " \\n", "qa": [{"q": "x", "a": " "}]}', 'needs a "description"'),
         (b'{"video": "v", "description": ["d"]}', '"description" must be a text'),
         (b'{"video": "v", "qa": {"q": "x", "a": "y"}}', '"qa" must be a list'),
         (b'{"video": "v", "qa": [{"q": "x"}]}', 'each entry of "qa"'),

@@ -312,6 +312,9 @@ def test_rows_that_are_cut_are_counted(world, tmp_path, capsys):
         said("--max-tokens", prompt + between) == f"note: --max-tokens {prompt + between} cuts 1 of 3 rows\n"
     )
     assert said("--max-tokens", prompt + 60) == f"note: --max-tokens {prompt + 60} cuts 2 of 3 rows\n"
+    rows = [row | {"qa": [{"q": "Where?", "a": "There."}]} for row in rows]  # either may be drawn
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert said("--max-tokens", prompt + 60) == f"note: --max-tokens {prompt + 60} cuts 2 of 3 rows\n"
     assert said("--max-tokens", 64, split="test") == said("--max-tokens", 64, "--stage", 1) == ""
 
 

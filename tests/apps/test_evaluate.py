@@ -799,7 +799,8 @@ def test_marks_are_read(reply, mark):
         "", "I cannot judge this.", "{'score': 1.2}", "{'score': -0.1}", "{'score': 7/10}", "score: 70%",
         "score: 0,7", "score: nan", "{'score': 0.2} {'score': 0.9}", "score: 1 out of 10", "score: 0.6-0.8",
         "score: 0 to 1", "{'reasonability_score': 0.5}", "{'score':", "In 3 of 4 cases", "0.5 or 0.6",
-        "score: 0.5.1", "<think>score: 0.1", "{'score': 0.1}</think>", "Score: 1 (out of 10)", "score: 1, out of 10",
+        "score: 0.5.1", "<think>score: 0.1", "{'score': 0.1}</think>", "Score: 1 (out of 10)",
+        "score: 1, out of 10",
         "{'score': 1 point out of 10}", "score: 1 [/10]",
     ],
 )  # fmt: skip
@@ -873,6 +874,11 @@ def marked(tmp_path, n=1, **more):
     return judge.judge(predictions, "m", tmp_path / "r", **({"rate": 1e6} | more))
 
 
+def test_judge_outlives_a_reply_of_brackets(tmp_path, server):
+    server[0].append(b"[" * 200_000)
+    assert marked(tmp_path)["failed"] == 0 and len(server[1]) == 4
+
+
 def test_judge_outlives_a_bad_server(tmp_path, server):
     plan, got = server
     plan += [
@@ -882,7 +888,6 @@ def test_judge_outlives_a_bad_server(tmp_path, server):
         CUT,
         b"<html>",
         b'{"choices": []}',
-        b"[" * 200_000,
         503,
         "drop",
         (429, {"Retry-After": "0.02"}),
@@ -897,7 +902,7 @@ def test_judge_outlives_a_bad_server(tmp_path, server):
         "n": 1,
         "marks": 3,
     }
-    assert len(got) == 14 and {path for _, path, _, _ in got} == {"/v1/chat/completions"}
+    assert len(got) == 13 and {path for _, path, _, _ in got} == {"/v1/chat/completions"}
     assert {key for _, _, key, _ in got} == {"Bearer sk-test"}
     body = got[-1][3]
     assert body["model"] == "m" and body["temperature"] == 0 and "Fire 0." in body["messages"][1]["content"]
