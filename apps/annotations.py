@@ -34,11 +34,15 @@ REFUSALS = (  # a language model that should describe a video says that it is on
     r"^\W*(unfortunately, )?(i['’]m|i am) (just |only )?(sorry|afraid|unable|not able|not capable)\b",
     r"^\W*(unfortunately, )?(sorry,|sorry for [^.]{0,30}[,;] but\b|apologies[,.;]|my apolog|i apolog)",
     r"\bwithout (view|see|watch)ing the (\w+ )?(videos?|footage|clips?)\b(?! (camera|control|room|screen))",
-    r"\b(no video (was |is |has been )?|video (was|is) not )(provided|given|attached)\b",
-    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai|for me to|my inability)\b",
+    r"\b(no video (was |is |has been )?|video (was|is) not )(provided|given|attached)\b(?! with)",
+    r"\b(for me to|my inability to) (\w+ )?(view|watch|see\b|access|analy|describ|process|provid|give|tell)",
+    r"\bi (have not|haven['’]t) (seen|watched|viewed) the (\w+ )?(video|footage|clip)",
+    r"\bi(['’]m| am) (only )?(designed|made|built|trained) to (process|read|work with) text\b",
+    r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai)\b",
     r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
-    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|could(n['’]t| not)|unable|not (able|capable)|"
-    r"lack|would need|(do not|don.t) have|have no)\b"
+    r"\bi(['’]m| am)?( \w+)? (can(not|['’]t| not| only)|could(n['’]t| not)|unable|lack|"
+    r"not (able|capable|equipped)|(won['’]t|will not) be able|would need|"
+    r"(do not|don.t) (have|possess)|have no)\b"
     r"[^.]{0,40}\b(view|watch|see\b|access|analy|describ|interpret|process|provid|offer|help|video|visual)",
     r"\bwithout (the (\w+ )?ability|being able|(having )?(\w+ )?access|"
     r"(view|see|watch)ing the actual|more \w+ or access)\b[^.,]{0,40}\b"
@@ -51,7 +55,7 @@ def published_path(name):
     videos). An accented letter becomes one character: macOS archives use two, which look the same."""
     name = unicodedata.normalize("NFC", name.replace("\\", "/"))
     for source, pattern in SOURCES.items():
-        if found := re.search(f"(?i)(^|/)({pattern})/", name):
+        if found := re.search(f"(?i)(^|/)(({pattern})/)+", name):  # an archive may hold a folder of its name
             return source, str(Path(source, name[found.end() :]))
     return "other", name
 
@@ -72,7 +76,7 @@ def video_path(videos, name):
 
 def walk(folder):
     """Yields the paths of everything below a folder; what is behind links to folders comes last. No folder is
-    entered twice: links may form a cycle."""
+    entered twice: links may form a cycle. Hidden folders, and what macOS adds to archives, are left out."""
     entered = set()
     starts = [folder]
     while starts:
@@ -81,8 +85,17 @@ def walk(folder):
                 folders.clear()
                 continue
             entered.add(os.path.realpath(place))
+            folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
             starts += [Path(place, name) for name in sorted(folders) if os.path.islink(f"{place}/{name}")]
             yield from (Path(place, name) for name in folders + files)
+
+
+def size(path):
+    """Bytes of a file, or how many numbered pictures a folder holds; 0 if there is nothing to see."""
+    if path.is_dir():
+        picture = re.compile(r"(?!\._).*\d.*\.(jpe?g|png|tiff?|bmp)", re.IGNORECASE)
+        return sum(bool(picture.fullmatch(name)) for name in os.listdir(path))
+    return path.stat().st_size if path.is_file() else 0
 
 
 def index_row(path, source, description, qa=()):
@@ -113,7 +126,7 @@ def make_index(args):
     for path in sorted(walk(videos)):
         published = published_path(str(path.relative_to(videos)))[1]
         found = places.setdefault(published.lower(), {})
-        if published not in found or path.lstat().st_size:  # an empty copy must not hide a complete one
+        if published not in found or size(path) > size(found[published]):  # of copies, the most complete one
             found[published] = path
     rows = {"train": [], "test": [], "missing": [], "broken": []}
     counts = Counter()
@@ -127,6 +140,12 @@ def make_index(args):
             rows[split if state == "found" else state].append(row | {"file": str(file), "number": number})
             counts.update((row["source"], column) for column in (state, *row.get("flags", ())))
     report = {state: rows.pop(state) for state in ("missing", "broken")}
+    repeated = Counter((row["video"], row["description"]) for row in rows["train"] + rows["test"])
+    if more := repeated.total() - len(repeated):
+        (first, _), _ = repeated.most_common(1)[0]
+        print(
+            f"note: {more} rows repeat the video and description of others, such as {first}", file=sys.stderr
+        )
     both = {row["video"] for row in rows["train"]} & {row["video"] for row in rows["test"]}
     if both:
         print(f"note: {len(both)} videos are in train and in test, first {min(both)}", file=sys.stderr)
@@ -160,7 +179,9 @@ def annotation_files(args):
     published = ("all_videos_train.json", "all_videos_test.json", "all_videos_all.json")
     report = os.path.realpath(args.out / "report.json")
     files = [file for file in sorted(args.annotations.rglob("*.json")) if os.path.realpath(file) != report]
-    files = [file for file in files if not file.name.startswith("._")]  # which macOS puts into archives
+    hidden = (".", "__MACOSX")  # such as what macOS puts into archives, and notebooks' checkpoints
+    below = {file: file.relative_to(args.annotations).parts for file in files}
+    files = [file for file in files if not any(part.startswith(hidden) for part in below[file])]
     split = [file for file in files if file.name.lower() in published[:2]]
     parts = [file for file in files if file.name.lower() != published[2]]
     chosen = split or parts or files
@@ -176,14 +197,15 @@ def hawk_row(entry, videos, places):
     """("found", row of an index), or ("missing" or "broken", {"source", "reason"}), of an annotation."""
     source = "other"
     try:
+        if isinstance(entry["video"], str):
+            source, name = published_path(entry["video"])
         row = {"video": entry["video"], "description": entry["description"], "qa": entry["QA"]}
         data.check_row({key: 0 if value is None else value for key, value in row.items()})
-        source, name = published_path(row["video"])
         found = places.get(name.lower(), {name: videos / name})
         if len(found) > 1 and name not in found:
             return "missing", {"source": source, "reason": f"{name}: could be any of {', '.join(found)}"}
         path = video_path(videos, found.get(name) or next(iter(found.values())))
-        if path.is_dir() or (path.is_file() and path.stat().st_size > 0):  # a folder of pictures, or a video
+        if path.is_dir() or size(path):  # a folder of pictures, or a video
             return "found", index_row(path, source, row["description"], row["qa"])
         return "missing", {"source": source, "reason": f"{path}: is missing or empty"}
     except (KeyError, TypeError) as e:

@@ -265,7 +265,9 @@ def kept_caption(row, line):
 def caption(row):
     """The fields "motion" and "motion_by" of a row that has none."""
     answers = [turn["a"] for turn in row.get("qa") or ()]
-    text = next(filter(None, [row.get("description"), *answers]))  # check_row made sure that there is one
+    text = next(
+        text for text in (row.get("description") or "", *answers) if text.strip()
+    )  # check_row made sure that there is one
     if spacy_model():
         return {"motion": spacy_motion(spacy_model()(text)), "motion_by": "spacy"}
     return {"motion": motion_by_rules(text), "motion_by": "rules"}
@@ -280,6 +282,7 @@ def caption_index(file):
     temporary = Path(f"{file}.tmp")
     rows = 0
     made = Counter()  # {"spacy" or "rules": captions}
+    empty = 0  # of these
     with temporary.open("ab+") as out:
         lock(out)
         out.seek(0)
@@ -297,6 +300,7 @@ def caption_index(file):
                     raise ValueError(f"{file}, line {number}: {error}") from None
                 rows += bool(line.strip())
                 made.update([by] if by else [])
+                empty += bool(by) and not json.loads(line)["motion"]
                 if resuming and line != done:
                     resuming = False
                     cut(out, end)
@@ -311,6 +315,8 @@ def caption_index(file):
     by_what = ", ".join(f"{count} by {NAMES[by]}" for by, count in made.items())
     added = f"{made.total()} of them received a motion caption"
     note(f"{file}: {rows} rows, {added}" + f" ({by_what})" * bool(made))
+    if empty:
+        note(f"note: {empty} of these captions are empty: no verb was found (the rules are for English)")
 
 
 def progress(file):

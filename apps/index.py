@@ -25,6 +25,7 @@ was trained on before. A different --seed, --test or --group draws a new split.
 
 import csv
 import filecmp
+import hashlib
 import io
 import json
 import os
@@ -121,6 +122,26 @@ def check_copies(clips):
             if same_content(clip.video, other.video):
                 raise ValueError(f"{clip.video}: is a copy of {other.video}; keep it where it belongs")
         earlier[clip.video.name].append(clip)
+
+
+def note_copies(clips):
+    """Says which clips are the same, byte for byte: one of them may be held out, and not be new then."""
+    of_size = {}
+    for clip in clips:
+        if clip.video.is_file():
+            of_size.setdefault(clip.video.stat().st_size, []).append(clip.video)
+    copies = []
+    for videos in of_size.values():
+        first = {}
+        if len(videos) > 1:
+            for video in videos:
+                with video.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+                copies += [(video, first[content])] if content in first else []
+                first.setdefault(content, video)
+    if copies:
+        told = "held-out clips may not be new; keep one of each"
+        note(f"note: {len(copies)} clips are copies of others, {copies[0][0]} of {copies[0][1]}: {told}")
 
 
 def same_content(one, other):
@@ -426,6 +447,7 @@ def make_index(args):
         raise ValueError(f"not one clip of {kind} can be read; the first: {first}")
     if not args.csv:
         check_copies(good)
+    note_copies(good)
     good, rule = find_groups(good, args.group)  # a stray file is not a recording
     drawn = {"seed": args.seed, "test": args.test, "group": args.group}
     before = read_split(args.out / "split.json", drawn)

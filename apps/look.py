@@ -74,10 +74,14 @@ def read_flow(path, indices, image_size=224):
     current = np.maximum(indices, 1)  # frame 0 has no frame before it, so frame 1 stands in, as in read_clip
     wanted = {*current.tolist(), *(current - 1).tolist()}
     frames = {}
-    with closing(all_frames(path, image_size)) as stream:
-        for i, (_, frame) in enumerate(stream):
-            if i in wanted:
-                frames[i] = frame
+    if os.path.isdir(path):
+        video = open_folder(path, fps=25)
+        frames = dict(read_files(video, image_size, sorted(wanted & {*range(len(video.files))})))
+    else:
+        with closing(all_frames(path, image_size)) as stream:
+            for i, (_, frame) in enumerate(stream):
+                if i in wanted:
+                    frames[i] = frame
     if 1 not in frames and 0 in wanted:  # a lone frame does not move
         return np.zeros((len(indices), image_size, image_size, 2), np.float32)
     before = torch.from_numpy(np.stack([frames[i - 1] for i in current]))  # (T, H, W, 3) uint8
@@ -639,6 +643,8 @@ def look_into_picture(args):
     config, _ = hawk.read_chain(args.weights)
     clip = read_clip(args.video, **clip_options(config))
     write_picture(motion_sheet(args.video, clip), args.out)
+    for remark in clip.notes:
+        note(f"{args.video}: {remark}")
     note(f"{args.out}: from top to bottom {', '.join(clip.streams)}, flow")
 
 

@@ -957,14 +957,16 @@ def write_video(path, frames):
 def write_split(pool, folder, seed, split, count, clutter, drawn):
     """Makes the videos of one split, then its index, and for clips annotations in Hawk's own format."""
     index = folder / f"{split}.jsonl"
-    index.unlink(missing_ok=True)  # an old index must not stand beside videos of another seed
+    published = folder / f"all_videos_{split}.json"
+    for file in (index, published):
+        file.unlink(missing_ok=True)  # an old index must not stand beside videos of another seed
     make = partial(make_toy_clip, folder, seed, split, clutter=clutter, drawn=drawn and split == "train")
     rows = pool.map(make, range(count), chunksize=8)
     rows = list(tqdm(rows, total=count, desc=split, unit="clip"))
     replace_file(index, "".join(json.dumps(row) + "\n" for row in rows))
     if split != "long":
-        published = [{"video": r["video"], "QA": r["qa"], "description": r["description"]} for r in rows]
-        replace_file(folder / f"all_videos_{split}.json", json.dumps(published, indent=1))
+        entries = [{"video": r["video"], "QA": r["qa"], "description": r["description"]} for r in rows]
+        replace_file(published, json.dumps(entries, indent=1))
 
 
 @contextmanager

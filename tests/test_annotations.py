@@ -234,6 +234,34 @@ def test_a_whole_copy_comes_before_an_empty_one(tmp_path):
         assert found(tmp_path / place, [], ["DoTA/1.mp4"])[1] == {"missing": [], "broken": []}
 
 
+def test_the_most_complete_copy_counts(tmp_path):
+    """Hidden folders and what macOS adds to archives do not; an archive may hold a folder of its own name."""
+    put(tmp_path / "disk/a/DoTA/1.mp4")
+    (put(tmp_path / "disk/old/DoTA/1.mp4")).write_bytes(b"v")
+    for folder in ("unfinished/Ped1", "real/Ped1/Ped1", "__MACOSX/Ped1", ".Trash/Ped1"):
+        (tmp_path / "disk" / folder / "Test001").mkdir(parents=True)
+    for number in range(3):
+        put(tmp_path / f"disk/real/Ped1/Ped1/Test001/{number}.tif")
+    for folder in ("__MACOSX", ".Trash"):
+        for number in range(9):
+            put(tmp_path / f"disk/{folder}/Ped1/Test001/{number}.tif")
+    paths, _ = found(tmp_path, [], ["DoTA/1.mp4", "ped1/ped1/Test001"])
+    assert paths == ["a/DoTA/1.mp4", "real/Ped1/Ped1/Test001"]
+
+
+def test_a_broken_row_counts_for_its_source_and_a_repeated_one_is_told(tmp_path, capsys):
+    broken = entry("DoTA/1.mp4") | {"QA": "x"}
+    put(tmp_path / "videos/DoTA/1.mp4")
+    put(tmp_path / "a/DoTA.json", json.dumps([entry("DoTA/1.mp4"), broken]))
+    put(tmp_path / "a/DoTA (1).json", json.dumps([entry("DoTA/1.mp4")]))
+    put(tmp_path / "a/.ipynb_checkpoints/DoTA-checkpoint.json", json.dumps([entry("DoTA/1.mp4")]))
+    folders = {"annotations": tmp_path / "a", "videos": tmp_path / "videos", "out": tmp_path / "index"}
+    assert run("hawk", **folders) is None
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["DoTA", "1", "broken", "DoTA", "2", "found"]
+    assert f"note: 1 rows repeat the video and description of others, such as {tmp_path}" in printed.err
+
+
 @pytest.mark.parametrize("name", ["DoTA", "dota"])
 def test_folders_may_be_links(tmp_path, name):
     """To another disk, for example; a file may not, and a circle of them is not walked for ever."""
@@ -359,6 +387,11 @@ REFUSED = [
     "Sorry for the trouble, but I can only read.",
     "As no video is attached, I will invent one.",
     "I would need to watch the video first.",
+    "I am not equipped to view videos.",
+    "I won't be able to watch this recording.",
+    "I do not possess the ability to watch videos.",
+    "I haven't seen the video, so this is a guess.",
+    "I am designed to process text and not videos.",
 ]
 DESCRIBED = [
     "Without watching the video screens, the guard misses the thief.",
@@ -396,6 +429,9 @@ DESCRIBED = [
     "A guard without access to the video room calls the police.",
     "Without more help or access to a ladder, the boy falls.",
     "A man who could not see the dog falls over it.",
+    "The white van does not wait for me to pass and hits my car.",
+    "Due to my inability to stop in time, my car hits the van.",
+    "The video was not provided with sound; a man falls.",
 ]
 
 

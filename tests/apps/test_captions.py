@@ -91,6 +91,10 @@ def test_rows_without_a_motion_caption_receive_one(tmp_path, capsys):
     assert len(read_index(tmp_path / "train.jsonl")) == 3
     assert (tmp_path / "test.jsonl").stat().st_mtime_ns == before.st_mtime_ns  # not written again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert "empty" not in printed
+    write(tmp_path / "test.jsonl", [described, {"video": "b.mp4", "description": "Ein Hund rennt."}])
+    assert captions.main([str(tmp_path)]) == 0
+    assert "note: 1 of these captions are empty: no verb was found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"video": "a.mp4"}', "[" * 100000])

@@ -200,6 +200,14 @@ def test_clips_in_deeper_folders_are_pointed_out(tmp_path, videos_only, capsys):
     assert f"1 folders inside class folders, such as {clips}/normal/monday, are no clips" in err
 
 
+def test_copies_are_told(few, tmp_path, capsys):
+    first = sorted((few / "fire").iterdir())[0]
+    shutil.copy(first, few / "fire/another name.mp4")
+    assert run(few, "--out", tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert f"note: 1 clips are copies of others, {first} of {few}/fire/another name.mp4: held-out" in err
+
+
 def test_what_is_no_clip_may_be_in_two_folders(tmp_path, videos_only):
     clips = folders(
         tmp_path / "clips", {kind: [f"{kind}_{n}.mp4" for n in range(2)] for kind in ("fall", "normal")}

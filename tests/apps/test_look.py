@@ -60,6 +60,13 @@ def test_flow_of_chosen_frames(tmp_path):
     assert np.array_equal(
         flow[0], look.read_flow(slide, np.array([1]), 56)[0]
     )  # frame 1 stands in for frame 0
+    (tmp_path / "pictures").mkdir()
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    subprocess.run([*ffmpeg, "-i", slide, tmp_path / "pictures/%d.bmp"], check=True)
+    expected = look.read_flow(tmp_path / "pictures", np.array([0, 3]), 56)
+    (tmp_path / "pictures/6.bmp").write_bytes(b"BM, and no more")  # which is not wanted
+    assert np.array_equal(look.read_flow(tmp_path / "pictures", np.array([0, 3]), 56), expected)
+    assert np.abs(expected - flow[:2]).max() < 0.5
 
 
 def test_a_row_for_each_stream_and_the_flow(world, tmp_path, capsys):

@@ -303,6 +303,18 @@ def test_a_ctrl_c_waits_for_its_turn():
         signal.signal(signal.SIGINT, before)
 
 
+def test_no_text_of_another_seed_stays_beside_the_videos(tmp_path):
+    class Pool:
+        def map(self, *_, **__):
+            raise KeyboardInterrupt
+
+    for name in ("test.jsonl", "all_videos_test.json"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(KeyboardInterrupt):
+        toy.write_split(Pool(), tmp_path, 9, "test", 3, (0, 6), False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_worker_that_is_killed_is_one_line(tmp_path, capsys, monkeypatch):
     def killed(pool, *given):
         pool.submit(os.kill, os.getpid(), 0).result()  # there is a worker
