@@ -173,7 +173,7 @@ def damage(video):
 
 
 def open_folder(path, fps):
-    """Opens a folder of numbered pictures -> Video. All numbers in a name count, as in a date and time."""
+    """Opens a folder of numbered pictures -> Video. Names may end in a series of numbers, or in a time."""
     numbered = {}
     try:
         for entry in os.scandir(path):
@@ -184,7 +184,8 @@ def open_folder(path, fps):
         require(numbered, "is a folder without numbered pictures (.jpg, .png, .tif, .bmp)")
     except (OSError, ValueError) as error:
         raise VideoError(path, getattr(error, "strerror", None) or error) from None
-    numbers = sorted(numbered, key=lambda n: [int(digits) for digits in re.findall(r"\d+", numbered[n].name)])
+    order = sorted(numbered, key=lambda n: [int(digits) for digits in re.findall(r"\d+", numbered[n].name)])
+    numbers = sorted(order) if max(order) - min(order) < len(order) else order  # without gaps: a series
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; first missing: {gaps[0]}"] if gaps else []
     return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n].path for n in numbers])
@@ -356,8 +357,7 @@ def in_threads(function, items):
         torch.set_num_threads(threads)
 
 
-def rgb_to_gray(frames):
-    """(..., 3) uint8 RGB -> (...) uint8: 0.299 R + 0.587 G + 0.114 B in OpenCV's 15-bit integers."""
+def rgb_to_gray(frames):  # (..., 3) uint8 -> (...) uint8: 0.299 R + 0.587 G + 0.114 B, as OpenCV computes it
     red, green, blue = frames.int().unbind(-1)
     return ((9798 * red + 19235 * green + 3735 * blue + (1 << 14)) >> 15).to(torch.uint8)
 
@@ -759,8 +759,7 @@ class HawkDataset(torch.utils.data.Dataset):
             ids, labels = self.tokenizer.encode_conversation(qa, clip.message, n_visual, self.max_tokens)
         if all(label == IGNORE for label in labels):
             raise VideoError(row["video"], f"its text leaves no room for an answer in {len(ids)} tokens")
-        sample = {"index": i, "indices": clip.indices, "counts": len(clip.indices)}
-        sample |= {"input_ids": ids, "labels": labels}
+        sample = dict(index=i, indices=clip.indices, counts=len(clip.indices), input_ids=ids, labels=labels)
         if self.motion_targets:
             ids, labels = self.tokenizer.encode_caption(row["motion"], self.config.n_video_queries)
             sample |= {"motion_input_ids": ids, "motion_labels": labels}
@@ -804,9 +803,10 @@ def cache_file(folder, row, choice=0):
     return Path(folder) / (f"{row}-{choice}.safetensors" if choice else f"{row}.safetensors")
 
 
-def video_mark(path):  # a file's size in bytes, or a hash of a folder's first picture (not in older caches)
-    picture = os.path.isdir(path) and Path(open_folder(path, 1).files[0]).read_bytes()
-    return hashlib.sha256(picture).hexdigest() if picture else str(os.path.getsize(path))
+def video_mark(path):  # a file's size in bytes, or a hash of a folder's first picture; None if there is none
+    with suppress(OSError, VideoError):
+        picture = os.path.isdir(path) and Path(open_folder(path, 1).files[0]).read_bytes()
+        return hashlib.sha256(picture).hexdigest() if picture else str(os.path.getsize(path))
 
 
 def cache_meta(rows, config, fingerprint):
@@ -857,11 +857,11 @@ class CachedFeatures:  # ValueError if they are incomplete, or of other weights,
                 about = opened.metadata()
                 about = json.loads(about["about"]) if "about" in about else about
                 streams = {name: opened.get_tensor(name).float() for name in self.branches}
-            known = os.path.exists(video) and os.path.isdir(video) == (len(about["bytes"]) == 64)
-            if known and video_mark(video) != about["bytes"]:
+            hashed = not about["bytes"].isdigit()  # older caches do not know a folder again
+            if os.path.isdir(video) == hashed and video_mark(video) not in (None, about["bytes"]):
                 raise VideoError(video, f"is another video now; remove {file} and make it again")
             return Clip(streams, [], about["message"], np.array(json.loads(about["indices"])))
-        except (SafetensorError, LookupError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise VideoError(video, f"damaged features ({error}); remove {file} and make it again") from error
 
 

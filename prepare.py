@@ -347,7 +347,7 @@ class FeatureDataset(data.HawkDataset):  # `crops` variants of each clip, and wh
         crops = [streams, *(data.random_crop(streams, generator) for generator in generators)]
         about = {"message": clip.message, "indices": json.dumps(clip.indices.tolist())}
         video = Path(self.rows[i]["video"])  # a subclass may need no file
-        about["bytes"] = data.video_mark(video) if video.exists() else "0"  # shows if it is replaced later
+        about["bytes"] = data.video_mark(video) or "0"  # shows if it is replaced later
         return {"index": i, "variants": crops, "about": about, "notes": [f"{video}: {x}" for x in clip.notes]}
 
 

@@ -14,6 +14,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,9 +35,11 @@ REFUSALS = (  # a language model that should describe a video says that it is on
     r"^\W*(unfortunately, )?(i['’]m|i am) (just |only )?(sorry|afraid|unable|not able|not capable)\b",
     r"^\W*(unfortunately, )?(sorry,|sorry for [^.]{0,30}[,;] but\b|apologies[,.;]|my apolog|i apolog)",
     r"\bwithout (view|see|watch)ing the (\w+ )?(videos?|footage|clips?)\b(?! (camera|control|room|screen))",
-    r"\b(no video (was |is |has been )?|video (was|is) not )(provided|given|attached)\b(?! with)",
+    r"\b(no video (was |is |has been )?|video (was|is) not )(provided|given|attached)\b"
+    r"(?! with (\w+ )?(sound|audio))",
     r"\b(for me to|my inability to) (\w+ )?(view|watch|see\b|access|analy|describ|process|provid|give|tell)",
-    r"\bi (have not|haven['’]t) (seen|watched|viewed) the (\w+ )?(video|footage|clip)",
+    r"\bi (have not|haven['’]t) (seen|watched|viewed) the (\w+ )?"
+    r"(videos?|footage|clips?)\b(?! (camera|control|room|screen))",
     r"\bi(['’]m| am) (only )?(designed|made|built|trained) to (process|read|work with) text\b",
     r"\b(language model|text-based (ai|model)|openai|i(['’]m| am) (just )?an ai)\b",
     r"\bas an? ([\w-]+ )?(ai|artificial intelligence)( model| assistant| system)?([,.;]| i\b| \w+ed by\b)",
@@ -94,7 +97,9 @@ def size(path):
     """Bytes of a file, or how many numbered pictures a folder holds; 0 if there is nothing to see."""
     if path.is_dir():
         picture = re.compile(r"(?!\._).*\d.*\.(jpe?g|png|tiff?|bmp)", re.IGNORECASE)
-        return sum(bool(picture.fullmatch(name)) for name in os.listdir(path))
+        with suppress(OSError):  # not this user's
+            return sum(bool(picture.fullmatch(name)) for name in os.listdir(path))
+        return 0
     return path.stat().st_size if path.is_file() else 0
 
 

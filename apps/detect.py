@@ -45,7 +45,8 @@ def read_rows(path, parse):
                 row = json.loads(text)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
-                check_row(row | {"description": row.get("description") or "-"})
+                blank = not str(row.get("description") or "").strip()
+                check_row(row | ({"description": "-"} if blank else {}))
                 rows.append(parse(row))
             except (ValueError, RecursionError) as error:
                 reason = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error

@@ -120,7 +120,7 @@ def questions(row, name, args):
     if describes and (args.keep_refusals or not refused(row)):
         asked.append(("describe", DESCRIBE_QUESTIONS[0], row["description"]))
     if args.task in ("answer", "both"):
-        asked += [("answer", turn["q"], turn["a"]) for turn in row.get("qa") or [] if turn["a"]]
+        asked += [("answer", turn["q"], turn["a"]) for turn in row.get("qa") or [] if turn["a"].strip()]
     predictions = []
     for task, question, reference in asked:
         prediction = {"video": name, "task": task, "question": question, "answer": "", "reference": reference}

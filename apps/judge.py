@@ -118,7 +118,7 @@ def key_of(model, criterion, prediction, digest=None):
 
 
 # A number that is not the beginning of something else: 7/10, 70%, 0,7, 0.6-0.8, 1 out of 10, 0.5.2, 3rd
-CONTINUED = r"\w|[.,]\d|[\s,(\[]*(?:points?\s+)?(?:/|%|[-–]\s*\.?\d|(?:out\s+of|to|or|of)\b)"
+CONTINUED = r"\w|[.,]\d|\s*(?:%|[-–]\s*\.?\d|(?:to|or|of)\b)|[\s,(\[]*(?:points?\s+)?(?:/|out\s+of\b)"
 NUMBER = rf"((?>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))(?!{CONTINUED})"
 SCORE = rf"(?<!\w)[\"'*`“”‘’]*score[\"'*`“”‘’]*\s*(?:is\b\s*:?|[:=])[\s\"'*`“”‘’]*{NUMBER}"
 

@@ -99,8 +99,8 @@ def windows(frames, length, stride, max_frames=math.inf):
     Windows of `length` seconds begin at multiples of `stride`, or after a gap. If stride <= length,
     nothing is left out. A last window reaches back from the end, unless one closed there. Where frames are so
     far apart that several windows would hold the same ones, only one is yielded. A gap of more than `length`,
-    in which nothing was recorded, ends a recording: no window spans it. Raises OverflowError
-    beyond max_frames."""
+    in which nothing was recorded, ends a recording: no window spans it. (Where all frames are that far apart,
+    the first is a window of its own.) Raises OverflowError beyond max_frames."""
     held = deque()
     start = 0.0  # of the next window to close
     duration = 0.04  # of the newest frame: assumed to be the time since the one before it

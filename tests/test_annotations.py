@@ -392,6 +392,7 @@ REFUSED = [
     "I do not possess the ability to watch videos.",
     "I haven't seen the video, so this is a guess.",
     "I am designed to process text and not videos.",
+    "No video provided with your message.",
 ]
 DESCRIBED = [
     "Without watching the video screens, the guard misses the thief.",
@@ -432,6 +433,7 @@ DESCRIBED = [
     "The white van does not wait for me to pass and hits my car.",
     "Due to my inability to stop in time, my car hits the van.",
     "The video was not provided with sound; a man falls.",
+    "I haven't seen the video camera on the pole, and a car hits me.",
 ]
 
 

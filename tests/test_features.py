@@ -121,6 +121,11 @@ def test_another_folder_of_pictures_is_another_video(world, folder):
     rows[0]["video"] = "moved/images"
     index.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cache(world, folder)[1].load(0, 0).message
+    for picture in (folder / "moved/images").iterdir():
+        picture.rename(folder / picture.name)
+    assert cache(world, folder)[1].load(0, 0).message  # its pictures are not needed
+    for number in range(1, 7):
+        (folder / f"{number}.bmp").rename(folder / f"moved/images/{number}.bmp")
     index.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
     features(world, folder)  # it has all files already
     for i in range(2):

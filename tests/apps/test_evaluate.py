@@ -787,6 +787,9 @@ def prediction(i, answer="A car turns back.", source="toy", task="describe"):
         ('{"result": {"score": "8e-1"}}', 0.8),
         ("score = 0.3 at first; finally {'score': 0.6}", 0.6),
         ("{“score”: “0.5”}", 0.5),
+        ("Score: 0.8, to be fair", 0.8),
+        ("Score: 0.8\n\n(To be precise, the car is red.)", 0.8),
+        ("score: 0.8 (-0.2 for the colour)", 0.8),
     ],
 )
 def test_marks_are_read(reply, mark):

@@ -66,11 +66,10 @@ def test_pictures_named_by_date_and_time(tmp_path):
     folder = pictures(tmp_path / "frames", "png", 4)
     frames = np.concatenate([decode(file) for file in sorted(folder.iterdir())])
     times = ("cam9_20240131_235958", "cam9_20240131_235959", "cam9_20240201_000000", "cam9_20240201_000001")
-    for names in (times, ("v_8_rf.9a", "v_9_rf.b7", "v_10_rf.3c", "v_11_rf.1d")):
-        for file, name in zip(sorted(folder.iterdir()), names, strict=True):
-            file.rename(tmp_path / f"{name}.png")
-        for name in names:
-            (tmp_path / f"{name}.png").rename(folder / f"{name}.png")
+    files = sorted(folder.iterdir())
+    hashed = ("v_8_rf.9a", "v_9_rf.b7", "v_10_rf.3c", "v_11_rf.1d")
+    for names in (times, hashed, ("9_0", "8_1", "7_2", "6_3")):
+        files = [file.rename(folder / f"{name}.png") for file, name in zip(files, names, strict=True)]
         np.testing.assert_array_equal(read_clip(folder, 4, SIZE).appearance, frames)
 
 
