@@ -173,7 +173,7 @@ def damage(video):
 
 
 def open_folder(path, fps):
-    """Opens a folder of numbered pictures -> Video. Names may end in a series of numbers, or in a time."""
+    """Opens a folder of pictures -> Video, in order of their last numbers or, if these have gaps, of all."""
     numbered = {}
     try:
         for entry in os.scandir(path):
@@ -185,7 +185,7 @@ def open_folder(path, fps):
     except (OSError, ValueError) as error:
         raise VideoError(path, getattr(error, "strerror", None) or error) from None
     order = sorted(numbered, key=lambda n: [int(digits) for digits in re.findall(r"\d+", numbered[n].name)])
-    numbers = sorted(order) if max(order) - min(order) < len(order) else order  # without gaps: a series
+    numbers = sorted(order) if max(order) - min(order) < len(order) else order  # say, date and time
     gaps = [f"{a + 1} to {b - 1}" for a, b in zip(numbers, numbers[1:], strict=False) if b > a + 1]
     notes = [f"{len(gaps)} gap(s) in the numbers of the pictures; first missing: {gaps[0]}"] if gaps else []
     return Video(path, np.arange(len(numbers)) / fps, [], notes, files=[numbered[n].path for n in numbers])
@@ -799,7 +799,7 @@ def stack(values, pad_id, key=""):
 # FOLDER/meta.json says what was computed from what. Each clip has a file of its own, which appears only once
 # complete. FOLDER/bad_videos.jsonl lists the rows whose videos could not be read.
 def cache_file(folder, row, choice=0):
-    """A file of {branch: (T, Q, C)} and texts "message", "indices", "bytes". choice: 0 is not cropped."""
+    """A file of {branch: (T, Q, C)} and "message", "indices", "bytes" (video_mark). choice 0: not cropped."""
     return Path(folder) / (f"{row}-{choice}.safetensors" if choice else f"{row}.safetensors")
 
 
@@ -826,7 +826,7 @@ def frozen_fingerprint(model):
     return {branch: vit + digest.hexdigest()[:8] for branch, digest in digests.items()}
 
 
-class CachedFeatures:  # ValueError if they are incomplete, or of other weights, settings or videos
+class CachedFeatures:  # of an index's rows. ValueError: of other weights, settings, videos, or incomplete
     def __init__(self, folder, rows, config, fingerprint):
         self.folder = Path(folder)
         self.rows = rows

@@ -96,9 +96,8 @@ def walk(folder):
 def size(path):
     """Bytes of a file, or how many numbered pictures a folder holds; 0 if there is nothing to see."""
     if path.is_dir():
-        picture = re.compile(r"(?!\._).*\d.*\.(jpe?g|png|tiff?|bmp)", re.IGNORECASE)
-        with suppress(OSError):  # not this user's
-            return sum(bool(picture.fullmatch(name)) for name in os.listdir(path))
+        with suppress(data.VideoError):  # no pictures, or not this user's
+            return len(data.open_folder(path, fps=25).files)
         return 0
     return path.stat().st_size if path.is_file() else 0
 
@@ -148,9 +147,7 @@ def make_index(args):
     repeated = Counter((row["video"], row["description"]) for row in rows["train"] + rows["test"])
     if more := repeated.total() - len(repeated):
         (first, _), _ = repeated.most_common(1)[0]
-        print(
-            f"note: {more} rows repeat the video and description of others, such as {first}", file=sys.stderr
-        )
+        print(f"note: {more} rows repeat video and description of others, such as {first}", file=sys.stderr)
     both = {row["video"] for row in rows["train"]} & {row["video"] for row in rows["test"]}
     if both:
         print(f"note: {len(both)} videos are in train and in test, first {min(both)}", file=sys.stderr)

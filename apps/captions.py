@@ -265,9 +265,8 @@ def kept_caption(row, line):
 def caption(row):
     """The fields "motion" and "motion_by" of a row that has none."""
     answers = [turn["a"] for turn in row.get("qa") or ()]
-    text = next(
-        text for text in (row.get("description") or "", *answers) if text.strip()
-    )  # check_row made sure that there is one
+    texts = (row.get("description") or "", *answers)
+    text = next(text for text in texts if text.strip())  # check_row made sure that there is one
     if spacy_model():
         return {"motion": spacy_motion(spacy_model()(text)), "motion_by": "spacy"}
     return {"motion": motion_by_rules(text), "motion_by": "rules"}

@@ -29,9 +29,8 @@ def read_curves(run):
     file = Path(run) / "log.jsonl"
     if not file.exists():
         raise ValueError(f"{file}: there is no log; give the folder that train.py wrote, its --out")
-    lines = file.read_text(errors="replace").split("\n")[
-        :-1
-    ]  # the last line of a run in progress may be cut short
+    lines = file.read_text(errors="replace").split("\n")
+    lines.pop()  # the last line of a run in progress may be cut short
     curves = {}
     for number, text in enumerate(lines, 1):
         try:

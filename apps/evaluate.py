@@ -606,7 +606,7 @@ def read_scores(path):
     try:
         scores = dict(json.loads(path.read_bytes())) if path.exists() else {}
         if "kinds" in scores:
-            scores["kinds"]["kinds"], scores["facts"]
+            scores["kinds"]["kinds"], scores["facts"]  # which print_scores needs, too
         return scores
     except (ValueError, TypeError, LookupError, RecursionError):
         raise ValueError(

@@ -290,9 +290,8 @@ def fact_scores(predictions, rows, names):
     words; in other people's rows these fields may hold anything, and only texts count. names: what the
     predictions call the video of each row."""
     row_of = {}
-    for name, row in zip(
-        names, rows, strict=True
-    ):  # several rows may be about one video, and tell different facts
+    for name, row in zip(names, rows, strict=True):
+        # of several rows about one video, the first that tells a fact counts
         row_of[name] = {fact: row[fact] for fact in FACTS if row.get(fact)} | row_of.get(name, {})
     counts = {fact: [0, 0] for fact in FACTS}
     for p in predictions:

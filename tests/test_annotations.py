@@ -259,7 +259,7 @@ def test_a_broken_row_counts_for_its_source_and_a_repeated_one_is_told(tmp_path,
     assert run("hawk", **folders) is None
     printed = capsys.readouterr()
     assert printed.out.split() == ["DoTA", "1", "broken", "DoTA", "2", "found"]
-    assert f"note: 1 rows repeat the video and description of others, such as {tmp_path}" in printed.err
+    assert f"note: 1 rows repeat video and description of others, such as {tmp_path}" in printed.err
 
 
 @pytest.mark.parametrize("name", ["DoTA", "dota"])
